@@ -1,0 +1,268 @@
+"""The stations of the method between calibration batches and targets per Linear."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from loguru import logger
+from transformers import PreTrainedModel
+
+from absorb_plugin.absorption import AbsorptionProfile, NoiseProbe
+from absorb_plugin.allocators.base import Allocator, BaseAllocation, LinearGroup
+from absorb_plugin.blocks import BlockMap
+from absorb_plugin.budget import meet_budget
+from absorb_plugin.calibration import join_samples, split_samples, spread
+from absorb_plugin.correction import direction_from_ratio, direction_from_response
+from absorb_plugin.gradient import GradientProbe
+from absorb_plugin.plugins import run_allocator
+from absorb_plugin.response import CandidateScores, ResponseProbe
+from absorb_plugin.statistics import InputStatistics, groups_of
+from absorb_plugin.strength import Search
+from absorb_plugin.sweep import Passenger, sweep
+
+if TYPE_CHECKING:
+    from absorb_plugin.modifier import AbsorptionAllocationModifier
+
+__all__ = ["Allocation", "Base", "Calibration", "base_allocation"]
+
+# Samples of the noise probe where noise is not the signal: enough for the report.
+REPORT_SAMPLES = 2
+
+
+@dataclass(frozen=True)
+class Base:
+    """
+    The base allocation, budget met.
+
+    :param sparsity: per prunable block, shape (L,)
+    :param metric: the allocator's metric per block, shape (L,)
+    :param offsets: full name of a Linear -> its sparsity minus that of its block; empty
+        at granularity "block"
+    :param linear_metrics: full name of a Linear -> metric, where there is one
+    """
+
+    sparsity: np.ndarray
+    metric: np.ndarray
+    offsets: Mapping[str, float]
+    linear_metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """
+    What `AbsorptionAllocationModifier.allocate` found.
+
+    :param blocks: blocks and their prunable Linears
+    :param budget: S
+    :param base: the base allocation
+    :param absorption: the noise probe's profile, if it ran
+    :param max_sparsity: cap of every Linear
+    :param sparsity: final sparsity per prunable block, shape (L,)
+    :param direction: Δ of the first round, shape (L,); zeros if nothing was measured
+    :param search: the strength search, if there was one
+    """
+
+    blocks: BlockMap
+    budget: float
+    base: Base
+    absorption: AbsorptionProfile | None
+    max_sparsity: float
+    sparsity: np.ndarray
+    direction: np.ndarray
+    search: Search | None = None
+
+    def linear_sparsities(self) -> dict[str, float]:
+        """Full name of every prunable Linear -> target; Σ p·s = S·Σ p."""
+        names, sizes, wished = [], [], []
+        for row, index in enumerate(self.blocks.prunable):
+            block = self.blocks.blocks[index]
+            for name, linear in block.linears.items():
+                full = block.full_name(name)
+                names.append(full)
+                sizes.append(linear.in_features * linear.out_features)
+                wished.append(self.sparsity[row] + self.base.offsets.get(full, 0.0))
+        targets = np.array(wished)
+        if self.base.offsets:
+            targets = meet_budget(
+                targets, np.array(sizes), self.budget, self.max_sparsity
+            )
+        return dict(zip(names, targets.tolist(), strict=True))
+
+    def achieved(self) -> float:
+        """Mean target sparsity over all prunable weights."""
+        targets = self.linear_sparsities()
+        sizes = {
+            name: linear.in_features * linear.out_features
+            for name, linear in self.blocks.linears().items()
+        }
+        total = sum(sizes.values())
+        return sum(targets[name] * size for name, size in sizes.items()) / total
+
+
+def base_allocation(
+    allocator: Allocator,
+    blocks: BlockMap,
+    statistics: Mapping[str, torch.Tensor],
+    sparsity: float,
+    granularity: str,
+    max_sparsity: float,
+) -> Base:
+    """Ask the allocator, and meet the budget."""
+    groups = groups_of(blocks, statistics, granularity)
+    found = run_allocator(allocator, groups, sparsity)
+    sizes = np.array([group.parameters for group in groups])
+    met = meet_budget(found.sparsity, sizes, sparsity, max_sparsity)
+    if granularity == "block":
+        metrics = _named_metrics(groups, found)
+        return Base(met, np.asarray(found.metric, dtype=np.float64), {}, metrics)
+    targets = dict(zip((group.name for group in groups), met.tolist(), strict=True))
+    metrics = dict(
+        zip((group.name for group in groups), np.asarray(found.metric), strict=True)
+    )
+    block_sparsity, block_metric = [], []
+    offsets: dict[str, float] = {}
+    for index in blocks.prunable:
+        block = blocks.blocks[index]
+        names = [block.full_name(name) for name in block.linears]
+        shares = [
+            linear.in_features * linear.out_features / block.parameters
+            for linear in block.linears.values()
+        ]
+        mean = float(np.dot(shares, [targets[name] for name in names]))
+        block_sparsity.append(mean)
+        block_metric.append(float(np.mean([metrics[name] for name in names])))
+        offsets |= {name: targets[name] - mean for name in names}
+    return Base(np.array(block_sparsity), np.array(block_metric), offsets, metrics)
+
+
+def _named_metrics(
+    groups: Sequence[LinearGroup], found: BaseAllocation
+) -> dict[str, float]:
+    if not found.linear_metrics:
+        return {}
+    return {
+        f"{group.name}.{name}": float(metric)
+        for group, metrics in zip(groups, found.linear_metrics, strict=True)
+        for name, metric in metrics.items()
+    }
+
+
+class Calibration:
+    """
+    The calibration samples and what is run on them. With `strength: auto` some are
+    held out: at even distances, at most half, and used for nothing but `score`.
+
+    :param settings: the modifier, for its fields
+    :raises ValueError: if strength is "auto" and there is but one sample
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: BlockMap,
+        batches: Sequence[Mapping[str, torch.Tensor]],
+        settings: "AbsorptionAllocationModifier",
+    ) -> None:
+        self._model, self._blocks, self._settings = model, blocks, settings
+        samples = list(split_samples(batches, 1))
+        self.samples = len(samples)
+        self._held_out: list[dict] = []
+        if settings.strength == "auto":
+            if self.samples < 2:
+                raise ValueError(
+                    "strength='auto' holds calibration samples out to judge by, and "
+                    "there is but one: raise num_calibration_samples, or give strength "
+                    "as a number (0.1 is a good start)"
+                )
+            count = min(settings.holdout_samples, self.samples // 2)
+            self._held_out = spread(samples, count)
+            out = {id(sample) for sample in self._held_out}
+            samples = [sample for sample in samples if id(sample) not in out]
+        self._samples = samples
+
+    def statistics(self) -> dict[str, torch.Tensor]:
+        """Σ x² of the Linears' inputs, where the allocator or the signal needs it."""
+        settings = self._settings
+        needed = settings.strength != 0 and (
+            settings.signal != "noise" or settings.strength == "auto"
+        )
+        if not needed and not settings.needs_activations:
+            return {}
+        chosen = spread(self._samples, settings.statistics_samples)
+        watcher = InputStatistics(self._blocks)
+        self._sweep(chosen, watcher, "Input statistics")
+        return watcher.input_square_sums()
+
+    def absorption(self) -> AbsorptionProfile | None:
+        """The noise probe, where it is the signal or a report wants it."""
+        settings = self._settings
+        if settings.strength == 0:
+            return None
+        count = settings.noise_samples
+        if settings.signal != "noise":
+            if settings.report_dir is None:
+                return None
+            count = min(count, REPORT_SAMPLES)
+        probe = NoiseProbe(
+            self._blocks.prunable,
+            len(self._blocks),
+            settings.noise_magnitude,
+            settings.noise_seed,
+            settings.sink_tokens,
+        )
+        self._sweep(spread(self._samples, count), probe, "Noise probe")
+        return probe.profile()
+
+    def direction(
+        self,
+        allocation: np.ndarray,
+        base: Base,
+        absorption: AbsorptionProfile | None,
+        statistics: Mapping[str, torch.Tensor],
+    ) -> np.ndarray:
+        """Δ of the signal chosen, in the network under `allocation`."""
+        settings = self._settings
+        if settings.signal == "noise":
+            assert absorption is not None
+            return direction_from_ratio(absorption.ratio)
+        chosen = spread(self._samples, settings.signal_samples)
+        step = settings.response_step
+        if settings.signal == "gradient":
+            slope = GradientProbe(
+                self._blocks, statistics, allocation, step / 2, base.offsets
+            )
+            self._sweep(chosen, slope, "Loss slope")
+            return direction_from_response(slope.slope())
+        response = ResponseProbe(
+            self._blocks, statistics, allocation, step, base.offsets
+        )
+        self._sweep(chosen, response, "Response probe")
+        # per weight: the budget is one of weights, and blocks may differ in size
+        size = self._blocks.parameters / self._blocks.parameters.mean()
+        return direction_from_response(response.response().response / size)
+
+    def score(
+        self,
+        candidates: Sequence[np.ndarray],
+        base: Base,
+        statistics: Mapping[str, torch.Tensor],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Held-out loss sums (candidates, samples) and tokens (samples,)."""
+        scores = CandidateScores(self._blocks, statistics, candidates, base.offsets)
+        self._sweep(self._held_out, scores, "Held-out loss")
+        return scores.losses()
+
+    def _sweep(self, samples: list[dict], passenger: Passenger, what: str) -> None:
+        tokens = sum(sample["input_ids"].numel() for sample in samples)
+        logger.info(f"{what}: {len(samples)} samples, {tokens} tokens")
+        sweep(
+            self._model,
+            self._blocks.modules,
+            [block.name for block in self._blocks.blocks],
+            join_samples(samples),
+            [passenger],
+            memory=self._settings.sweep_memory,
+            description=what,
+        )

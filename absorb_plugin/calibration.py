@@ -1,0 +1,121 @@
+"""Calibration batches: read once, checked, cut to size, moved where the model runs."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TypeVar
+
+import torch
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+from llmcompressor.utils.helpers import (
+    DisableQuantization,
+    calibration_forward_context,
+)
+from torch.utils.data import DataLoader
+
+__all__ = [
+    "Batch",
+    "cache_batches",
+    "calibrating",
+    "join_samples",
+    "split_samples",
+    "spread",
+    "token_mask",
+]
+
+Batch = Mapping[str, torch.Tensor]
+T = TypeVar("T")
+
+
+@contextmanager
+def calibrating(model: torch.nn.Module) -> Iterator[None]:
+    """
+    The context of llm-compressor's own calibration passes: no gradients, no cache, no
+    dropout, no quantisation. The hooks of other modifiers sleep, so that a run of ours
+    leaves no trace in their statistics; enter it once, `disable_hooks` does not nest.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(calibration_forward_context(model))
+        stack.enter_context(DisableQuantization(model))
+        stack.enter_context(HooksMixin.disable_hooks())
+        yield
+
+
+def cache_batches(loader: DataLoader | Iterable[Batch] | None) -> list[dict]:
+    """
+    Read the calibration loader once. The random state is put back afterwards, so that
+    a shuffling loader gives the pruner the very samples that it would give without us.
+
+    :return: batches of CPU tensors, each with "input_ids" of shape (batch, tokens)
+    :raises ValueError: if there is no data, or batches have no input_ids
+    """
+    if loader is None:
+        raise ValueError(
+            "no calibration data: absorption needs text to run the model on. Pass "
+            "oneshot(dataset=..., num_calibration_samples=...)"
+        )
+    batches = []
+    with torch.random.fork_rng(devices=[]), _keep_generator(loader):
+        for batch in loader:
+            tensors = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}
+            if "input_ids" not in tensors:
+                raise ValueError(
+                    "a calibration batch has no 'input_ids' but "
+                    f"{sorted(batch)}: tokenise the dataset first"
+                )
+            if tensors["input_ids"].numel():
+                batches.append(tensors)
+    if not batches:
+        raise ValueError(
+            "no calibration data: the calibration set has no token. Check the dataset "
+            "and num_calibration_samples"
+        )
+    return batches
+
+
+@contextmanager
+def _keep_generator(loader: object) -> Iterator[None]:
+    holders = (loader, getattr(loader, "sampler", None))
+    generators = [getattr(holder, "generator", None) for holder in holders]
+    states = [(g, g.get_state()) for g in generators if g is not None]
+    yield
+    for generator, state in states:
+        generator.set_state(state)
+
+
+def split_samples(batches: Iterable[Batch], size: int) -> Iterator[dict]:
+    """Cut batches into ones of at most `size` samples, order kept."""
+    for batch in batches:
+        total = len(batch["input_ids"])
+        for start in range(0, total, size):
+            yield {
+                name: tensor[start : start + size] if len(tensor) == total else tensor
+                for name, tensor in batch.items()
+            }
+
+
+def join_samples(samples: Iterable[Batch]) -> list[dict]:
+    """Join neighbouring samples of equal shape to one batch, order kept."""
+    batches: list[dict] = []
+    for sample in samples:
+        last = batches[-1] if batches else {}
+        if {k: v.shape[1:] for k, v in last.items()} == {
+            k: v.shape[1:] for k, v in sample.items()
+        }:
+            batches[-1] = {k: torch.cat([last[k], v]) for k, v in sample.items()}
+        else:
+            batches.append(dict(sample))
+    return batches
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """`count` items at even distances: loaders may sort samples by length."""
+    count = min(count, len(items))
+    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
+
+
+def token_mask(batch: Batch) -> torch.Tensor:
+    """True where a token is no padding, bool of shape (batch, tokens)."""
+    mask = batch.get("attention_mask")
+    if mask is None or mask.shape != batch["input_ids"].shape:
+        return torch.ones_like(batch["input_ids"], dtype=torch.bool)
+    return mask.bool()

@@ -1,0 +1,301 @@
+"""
+The command `absorb`: parse, call, print.
+
+A command's result goes to stdout and everything else (logs, progress, warnings,
+errors) to stderr. Modules that need torch are imported inside the commands.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import typer
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="absorb",
+    help="Non-uniform pruning budgets from error absorption, for llm-compressor.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Pipeline(str, Enum):
+    independent = "independent"
+    sequential = "sequential"
+    basic = "basic"
+
+
+class Dtype(str, Enum):
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Model directory or hub id.")
+]
+Text = Annotated[
+    Path | None,
+    typer.Option(help="Plain text, or JSON lines (.jsonl) with a field `text`."),
+]
+DatasetName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME[:CONFIG]", help="Dataset of the hub with a column `text`."
+    ),
+]
+Split = Annotated[str, typer.Option(help="Split of --dataset.")]
+SeqLen = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
+DtypeOption = Annotated[
+    Dtype, typer.Option("--dtype", help="Weights' dtype; auto: as they were saved.")
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout.")
+]
+Debug = Annotated[
+    bool,
+    typer.Option(
+        "--debug", envvar="ABSORB_DEBUG", help="Show all logs, and tracebacks."
+    ),
+]
+
+
+@app.command()
+def prune(
+    model: Model,
+    recipe: Annotated[Path, typer.Option(help="llm-compressor recipe, YAML.")],
+    out: Annotated[Path, typer.Option(help="Directory for the pruned model.")],
+    text: Text = None,
+    dataset: DatasetName = None,
+    split: Split = "train",
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    seq_len: SeqLen = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Of all random choices.")] = 0,
+    pipeline: Annotated[
+        Pipeline, typer.Option(help="llm-compressor's calibration pipeline.")
+    ] = Pipeline.independent,
+    dtype: DtypeOption = Dtype.auto,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the model in --out.")
+    ] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Prune MODEL by a recipe, calibrated on a text, and save it."""
+    with command(debug) as stdout:
+        from absorb_plugin import prune as pruning
+        from absorb_plugin.evaluate import linear_sparsity
+        from absorb_plugin.text import calibration_samples, read_documents
+
+        start = time.perf_counter()
+        # All that can be wrong with the arguments comes before the model is loaded.
+        pruning.check_output(out, overwrite)
+        parsed = pruning.load_recipe(recipe)
+        documents = read_documents(text, dataset, split)
+        config = pruning.load_config(model)
+        pruning.check_length(config, seq_len)
+        warn_if_slow(config, dtype)
+        tokenizer = load_tokenizer(model)
+        data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
+        with pruning.staged_directory(out) as staging:
+            pruned = pruning.prune(
+                model,
+                tokenizer,
+                parsed,
+                data,
+                pipeline=pipeline.value,
+                dtype=dtype.value,
+                seed=seed,
+                output_dir=staging,
+            )
+        result = {
+            "out": str(out),
+            "sparsity": linear_sparsity(pruned),
+            "samples": samples,
+            "seq_len": seq_len,
+            "seconds": round(time.perf_counter() - start, 1),
+        }
+        show(
+            stdout,
+            result,
+            as_json,
+            "Saved to {out}: {sparsity:.4f} of the Linear weights are zero "
+            "({samples} x {seq_len} tokens, {seconds} s)",
+        )
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    text: Text = None,
+    dataset: DatasetName = None,
+    split: Split = "test",
+    seq_len: SeqLen = 512,
+    windows: Annotated[
+        int | None,
+        typer.Option(min=1, help="First windows of the text; by default all."),
+    ] = None,
+    dtype: DtypeOption = Dtype.auto,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Perplexity of MODEL over windows of a text."""
+    with command(debug) as stdout:
+        from absorb_plugin.evaluate import perplexity
+        from absorb_plugin.prune import check_length, load_config
+        from absorb_plugin.text import evaluation_windows, read_documents
+
+        documents = read_documents(text, dataset, split)
+        config = load_config(model)
+        check_length(config, seq_len)
+        warn_if_slow(config, dtype)
+        tokens = evaluation_windows(
+            documents, load_tokenizer(model), seq_len, count=windows
+        )
+        value, count = perplexity(load_model(model, dtype.value), tokens)
+        show(
+            stdout,
+            {"perplexity": value, "tokens": count},
+            as_json,
+            "Perplexity {perplexity:.3f} over {tokens} tokens",
+        )
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path, typer.Option(help="Directory for the best model and the report.")
+    ] = Path("demo-output"),
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Prune SmolLM2-135M to 60 % in four ways and compare (no hub needed)."""
+    with command(debug) as stdout:
+        from absorb_plugin.demo import render, run_demo
+
+        result = run_demo(out)
+        if as_json:
+            show(stdout, result.as_dict(), as_json)
+        else:
+            render(result, stdout)
+
+
+@contextlib.contextmanager
+def command(debug: bool) -> Iterator[TextIO]:
+    """
+    The frame of every command. In it `sys.stdout` is stderr, for llm-compressor and
+    others print and log to it; the result is written to what the block receives. An
+    exception becomes one line on stderr and exit code 1.
+
+    :param debug: show a traceback and all logs instead
+    """
+    stdout = sys.stdout
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            route_logs(debug)
+            yield stdout
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            typer.echo(f"error: {one_line(error)}", err=True)
+        raise typer.Exit(1) from error
+
+
+def route_logs(debug: bool) -> None:
+    """
+    Send loguru to stderr: our lines and warnings of llm-compressor, or everything.
+    LLM_COMPRESSOR_LOG_LEVEL is obeyed as in llm-compressor itself.
+    """
+    import llmcompressor  # noqa: F401  it sets up loguru when it is first imported
+    from loguru import logger
+
+    level = os.environ.get("LLM_COMPRESSOR_LOG_LEVEL", "WARNING").upper()
+    lowest = "DEBUG" if debug else logger.level(level).no
+
+    def wanted(record: Any) -> bool:
+        # "METRIC" (no. 38): four lines for each pruned Linear, not a warning
+        is_metric = record["level"].name == "METRIC"
+        return (record["name"] or "").startswith("absorb_plugin") or (
+            debug or (record["level"].no >= lowest and not is_metric)
+        )
+
+    logger.remove()
+    logger.add(
+        # looked up anew for every line, since tests replace sys.stderr
+        lambda message: print(message, end="", file=sys.stderr),
+        level="DEBUG" if debug else "INFO",
+        format="{level: <7} {message}" if not debug else "{time} {level} {message}",
+        filter=wanted,
+    )
+
+
+def one_line(error: Exception) -> str:
+    """The message of an exception, with its kind where that is needed to read it."""
+    message = " ".join(str(error).split())
+    if isinstance(error, ValueError | OSError | ImportError) and message:
+        return message
+    return f"{type(error).__name__}: {message} (--debug shows where)"
+
+
+def show(
+    stdout: TextIO, result: Mapping[str, Any], as_json: bool, line: str = ""
+) -> None:
+    """
+    :param result: names and values, all of them for JSON
+    :param line: template of the same for people
+    """
+    text = json.dumps(result, allow_nan=False) if as_json else line.format(**result)
+    print(text, file=stdout, flush=True)
+
+
+def load_tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)
+
+
+def load_model(model: str, dtype: str) -> Any:
+    """Load for evaluation: on the accelerator, spread over several, or on the CPU."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device_map = "auto" if torch.accelerator.is_available() else None
+    return AutoModelForCausalLM.from_pretrained(
+        model, dtype=dtype, device_map=device_map
+    )
+
+
+def warn_if_slow(config: Any, dtype: Dtype) -> None:
+    """
+    :param config: of the model that is about to be loaded in `dtype`
+    """
+    import torch
+    from loguru import logger
+
+    from absorb_plugin.cpu import bfloat16_is_slow
+
+    is_bfloat16 = dtype is Dtype.bfloat16 or (
+        dtype is Dtype.auto and config.dtype == torch.bfloat16
+    )
+    if is_bfloat16 and bfloat16_is_slow():
+        logger.warning(
+            "This CPU has no fast bfloat16: --dtype float32 is several times faster"
+        )
+
+
+if __name__ == "__main__":
+    app()

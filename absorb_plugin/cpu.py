@@ -1,0 +1,68 @@
+"""bfloat16 on CPUs that have no instructions for it."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["bfloat16_is_slow", "fast_bfloat16"]
+
+
+def bfloat16_is_slow() -> bool:
+    """
+    Whether models run on a CPU whose bfloat16 matrix products do not go through
+    oneDNN (on x86: no AVX-512), and take several times as long as float32.
+    """
+    if torch.accelerator.is_available():
+        return False
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@contextlib.contextmanager
+def fast_bfloat16() -> Iterator[None]:
+    """
+    Where bfloat16 is slow, compute each `linear` of bfloat16 tensors in float32 and
+    round its result to bfloat16. That is what bfloat16 hardware does (products are
+    summed in float32), so activations carry the same rounding, sums apart in their
+    order. About four times faster on a CPU with AVX2; elsewhere nothing changes.
+    """
+    if not bfloat16_is_slow():
+        yield
+        return
+    with _LinearInFloat32():
+        yield
+
+
+class _LinearInFloat32(TorchFunctionMode):
+    def __torch_function__(
+        self,
+        func: Callable,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.linear:
+            # nn.Linear passes input, weight and bias in this order, bias may be None
+            tensors = [
+                tensor for tensor in (*args, *kwargs.values()) if tensor is not None
+            ]
+            if all(_is_cpu_bfloat16(tensor) for tensor in tensors):
+                wide = [None if tensor is None else tensor.float() for tensor in args]
+                named = {
+                    name: None if tensor is None else tensor.float()
+                    for name, tensor in kwargs.items()
+                }
+                return func(*wide, **named).bfloat16()
+        return func(*args, **kwargs)
+
+
+def _is_cpu_bfloat16(tensor: object) -> bool:
+    # exactly tensors: tracing passes proxies through here
+    return (
+        isinstance(tensor, torch.Tensor)
+        and tensor.dtype == torch.bfloat16
+        and tensor.device.type == "cpu"
+    )

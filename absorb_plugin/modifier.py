@@ -1,0 +1,237 @@
+"""The recipe's modifier: fields and lifecycle; the mathematics is elsewhere."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from llmcompressor.core import Event, State
+from llmcompressor.modifiers import Modifier
+from loguru import logger
+from pydantic import Field, PrivateAttr, field_validator
+from transformers import PreTrainedModel
+
+from absorb_plugin import peers
+from absorb_plugin.allocation import Allocation, Calibration, base_allocation
+from absorb_plugin.allocators.base import Allocator
+from absorb_plugin.blocks import BlockMap, find_blocks
+from absorb_plugin.budget import meet_budget
+from absorb_plugin.calibration import cache_batches
+from absorb_plugin.correction import corrected
+from absorb_plugin.plugins import build_allocator, manager
+from absorb_plugin.report import Report
+from absorb_plugin.strength import search_strength
+
+__all__ = ["AbsorptionAllocationModifier"]
+
+# llm-compressor 0.13 renamed the event
+CALIBRATION_START = ("calibration_start", "calibration_epoch_start")
+
+
+class AbsorptionAllocationModifier(Modifier):
+    """
+    Chooses the sparsity of every decoder block for the pruning modifiers behind it in
+    the recipe, from the paper: https://arxiv.org/abs/2606.15161
+
+    Base ratios come from an allocator (OWL, AlphaPruning, …); a signal that tells how
+    the rest of the network takes a change of each block corrects them; the budget, the
+    scalar `sparsity` of each pruning modifier, is kept.
+
+    Sample yaml:
+
+    ```yaml
+    test_stage:
+      pruning_modifiers:
+        AbsorptionAllocationModifier:
+          allocator: owl
+          report_dir: report
+        WandaPruningModifier:
+          sparsity: 0.6
+          targets: ["Linear"]
+          ignore: ["re:.*lm_head"]
+    ```
+
+    Lifecycle:
+
+    - on_initialize
+        - find_blocks, find_peers: everything that can be refused is refused here
+    - on_event (calibration start, before any hook of the pruning modifiers)
+        - calibration batches -> statistics -> base allocation -> signal -> correction
+          -> budget -> peers
+    - on_finalize
+        - measure the realised sparsity, write the report
+
+    :param allocator: name of the base allocator; `absorb allocators` lists them
+    :param allocator_args: its arguments
+    :param granularity: "block" for one sparsity per decoder block; "linear" lets the
+        base allocator rank single Linears, where it can; the correction then shifts
+        all Linears of a block alike
+    :param signal: what the correction follows. "gradient": the slope of calibration
+        loss in each block's sparsity, in the network as it is pruned. "response": the
+        same by relaxing one block at a time. "noise": the paper's ratio, how the
+        dense network absorbs or amplifies noise behind each block
+    :param rounds: at most so many corrections, each measured where the one before
+        ended; the noise signal has one
+    :param strength: largest change of a block's sparsity. "auto" tunes it on
+        calibration samples held out from everything else, 0 and the negative side
+        included, and never returns what scores worse there than the base allocation
+        or than uniform. A number takes one round of just that strength; 0 keeps the
+        base allocation and measures nothing
+    :param noise_magnitude: η, length of the noise relative to the hidden state
+    :param noise_samples: calibration samples the noise probe runs on; where noise is
+        not the signal it serves the report only and runs on at most two
+    :param noise_seed: seed of the noise
+    :param sink_tokens: "perturb" puts noise on all tokens, "spare" leaves out the first
+        of every sample, "auto" those whose norm is beyond 20 times the median
+    :param statistics_samples: calibration samples for the inputs' statistics
+    :param signal_samples: calibration samples for "gradient" and "response"
+    :param holdout_samples: calibration samples held out to judge strengths
+    :param response_step: δ, by how much "response" relaxes a block; "gradient" looks at
+        weights within ± δ/2 of the threshold
+    :param max_sparsity: no block is pruned beyond it
+    :param sweep_memory: bytes that the hidden states of a probe may take; batches are
+        split to stay below
+    :param report_dir: where to write profile.json and profile.png; None for no report
+    :param ignore: modules to leave dense and out of the budget, beside those that the
+        pruning modifiers ignore
+    """
+
+    requires_calibration_data: bool = False  # True would cost a calibration of its own
+
+    allocator: str = "owl"
+    allocator_args: dict[str, Any] = Field(default_factory=dict)
+    granularity: Literal["block", "linear"] = "block"
+    signal: Literal["gradient", "response", "noise"] = "gradient"
+    rounds: int = Field(default=3, ge=1)
+    strength: float | Literal["auto"] = "auto"
+    noise_magnitude: float = Field(default=1e-2, gt=0)
+    noise_samples: int = Field(default=8, ge=1)
+    noise_seed: int = 0
+    sink_tokens: Literal["perturb", "spare", "auto"] = "auto"
+    statistics_samples: int = Field(default=32, ge=1)
+    signal_samples: int = Field(default=8, ge=1)
+    holdout_samples: int = Field(default=8, ge=1)
+    response_step: float = Field(default=0.1, gt=0, lt=1)
+    max_sparsity: float = Field(default=0.95, gt=0, lt=1)
+    sweep_memory: int = Field(default=4 * 2**30, gt=0)
+    report_dir: str | None = None
+    ignore: list[str] = Field(default_factory=list)
+
+    _allocator: Allocator = PrivateAttr()
+    _blocks: BlockMap = PrivateAttr()
+    _peers: list[peers.Peer] = PrivateAttr(default_factory=list)
+    _reports: list[Report] = PrivateAttr(default_factory=list)
+
+    @property
+    def needs_activations(self) -> bool:
+        """Whether the base allocator needs statistics of the Linears' inputs."""
+        return self._allocator.needs == "activations"
+
+    @field_validator("report_dir", mode="before")
+    def validate_report_dir(cls, value: str | Path | None) -> str | None:
+        return None if value is None else str(value)
+
+    @field_validator("ignore", mode="before")
+    def validate_ignore(cls, value: str | list[str]) -> list[str]:
+        return [value] if isinstance(value, str) else value
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        self._allocator = build_allocator(self.allocator, self.allocator_args)
+        if self.granularity not in self._allocator.granularities:
+            raise ValueError(
+                f"allocator {self.allocator!r} has no granularity {self.granularity!r}:"
+                f" choose one of {list(self._allocator.granularities)}"
+            )
+        self._blocks = find_blocks(state.model, kwargs.get("sequential_targets"))
+        self._peers = peers.find_peers(
+            self, state.model, self._blocks, self.ignore, self.max_sparsity
+        )
+        if state.data.calib is None:
+            cache_batches(None)  # says what is missing
+        if self.report_dir is not None:
+            Path(self.report_dir).mkdir(parents=True, exist_ok=True)
+        return True
+
+    def on_event(self, state: State, event: Event, **kwargs: Any) -> None:
+        if event.type_.value not in CALIBRATION_START or self._reports:
+            return
+        batches = cache_batches(state.data.calib)
+        for number, peer in enumerate(self._peers):
+            allocation = self.allocate(state.model, peer.blocks, batches, peer.sparsity)
+            peer.hand_over(allocation.linear_sparsities())
+            report = Report(self, state.model, peer, allocation, batches, number)
+            report.write(self.report_dir)
+            self._reports.append(report)
+            manager().hook.allocation_finished(profile=report.profile())
+
+    def allocate(
+        self,
+        model: PreTrainedModel,
+        blocks: BlockMap,
+        batches: list[dict],
+        sparsity: float,
+    ) -> Allocation:
+        """
+        The whole method: calibration batches -> statistics -> base allocation ->
+        signal -> correction -> budget.
+
+        :param model: the dense model; its weights are not touched
+        :param blocks: its blocks, with the Linears that will be pruned
+        :param batches: tokenised calibration batches
+        :param sparsity: the budget S
+        """
+        calibration = Calibration(model, blocks, batches, self)
+        statistics = calibration.statistics()
+        base = base_allocation(
+            self._allocator,
+            blocks,
+            statistics,
+            sparsity,
+            self.granularity,
+            self.max_sparsity,
+        )
+        absorption = calibration.absorption()
+
+        def measure(allocation: np.ndarray) -> np.ndarray:
+            return calibration.direction(allocation, base, absorption, statistics)
+
+        def score(candidates: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+            return calibration.score(candidates, base, statistics)
+
+        sizes, search = blocks.parameters, None
+        if self.strength == 0:
+            direction, final = np.zeros_like(base.sparsity), base.sparsity
+        elif self.strength == "auto":
+            rounds = 1 if self.signal == "noise" else self.rounds
+            search = search_strength(
+                base.sparsity,
+                sizes,
+                sparsity,
+                self.max_sparsity,
+                measure,
+                score,
+                rounds,
+            )
+            direction, final = search.rounds[0].direction, search.sparsity
+        else:
+            direction = measure(base.sparsity)
+            final = corrected(base.sparsity, direction, self.strength)
+            final = meet_budget(final, sizes, sparsity, self.max_sparsity)
+        return Allocation(
+            blocks,
+            sparsity,
+            base,
+            absorption,
+            self.max_sparsity,
+            final,
+            direction,
+            search,
+        )
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        for report in self._reports:
+            report.measure_realised()
+            report.write(self.report_dir)
+        peers.forget(self)
+        logger.info("Allocation handed over; recipe.yaml replays without absorb_plugin")
+        return True

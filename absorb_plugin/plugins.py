@@ -1,0 +1,273 @@
+"""Find allocators, build them from recipe arguments, and call them with care."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from importlib.metadata import (
+    Distribution,
+    PackageNotFoundError,
+    distribution,
+    entry_points,
+)
+from typing import Any
+
+import numpy as np
+import pluggy
+from pydantic import ValidationError
+
+import absorb_plugin.allocators as builtins
+import absorb_plugin.hookspecs as hookspecs
+from absorb_plugin.allocators.base import Allocator, BaseAllocation, LinearGroup
+
+__all__ = [
+    "PluginError",
+    "RegisteredAllocator",
+    "allocators",
+    "build_allocator",
+    "manager",
+    "run_allocator",
+]
+
+BUILTIN = "absorb_plugin"
+NO_DISTRIBUTION = "no distribution (registered at run time)"
+
+
+class PluginError(RuntimeError):
+    """A plugin does not keep its side of the contract; the message says whose."""
+
+
+@dataclass(frozen=True)
+class RegisteredAllocator:
+    """
+    :param allocator: the class
+    :param distribution: name and version of the package it comes from
+    :param plugin: name of the entry point, "absorb_plugin" for the built-ins
+    """
+
+    allocator: type[Allocator]
+    distribution: str
+    plugin: str
+
+    def __str__(self) -> str:
+        return (
+            f"allocator {self.allocator.name!r} of plugin {self.plugin!r} "
+            f"({self.distribution})"
+        )
+
+
+def manager() -> pluggy.PluginManager:
+    """
+    The plugin manager, with built-ins and entry points loaded at the first call. A test
+    may `register` a plugin of its own here, and `unregister` it afterwards.
+
+    :raises PluginError: if a plugin cannot be imported or registered
+    """
+    return _load()[0]
+
+
+def allocators() -> dict[str, RegisteredAllocator]:
+    """
+    Every allocator by name, the built-ins first.
+
+    :raises PluginError: if a plugin cannot be imported, registers something that is no
+        allocator, or a name that another plugin has taken
+    """
+    plugins, distributions = _load()
+    found: dict[str, RegisteredAllocator] = {}
+    # One at a time, not through `hook.register_allocators()`: its flat answer no longer
+    # tells who registered what.
+    for hook in plugins.hook.register_allocators.get_hookimpls():
+        source = distributions.get(hook.plugin_name, NO_DISTRIBUTION)
+        owner = f"plugin {hook.plugin_name!r} ({source})"
+        try:
+            classes: list[type[Allocator]] = [*hook.function()]  # type: ignore
+        except Exception as error:
+            raise PluginError(
+                f"{owner} failed in register_allocators: {error!r}"
+            ) from error
+        for allocator in classes:
+            _check_class(allocator, owner)
+            entry = RegisteredAllocator(allocator, source, hook.plugin_name)
+            if (other := found.get(allocator.name)) is not None:
+                raise PluginError(
+                    f"two allocators are called {allocator.name!r}: one of plugin "
+                    f"{other.plugin!r} ({other.distribution}), one of {owner}. Rename "
+                    "or uninstall one of them."
+                )
+            found[allocator.name] = entry
+    return found
+
+
+def build_allocator(name: str, arguments: Mapping[str, Any]) -> Allocator:
+    """
+    :param name: as in `allocators()`
+    :param arguments: values for the fields of that allocator
+    :raises ValueError: for a name or an argument that does not exist, or a value out of
+        range
+    """
+    known = allocators()
+    if name not in known:
+        raise ValueError(
+            f"allocator={name!r} is unknown. Available: {', '.join(sorted(known))}. "
+            "Others appear when the package that registers them is installed."
+        )
+    allocator = known[name].allocator
+    try:
+        return allocator(**arguments)
+    except ValidationError as error:
+        problems = "; ".join(_problem(allocator, one) for one in error.errors())
+        raise ValueError(f"allocator {name!r}: {problems}") from error
+
+
+def run_allocator(
+    allocator: Allocator, groups: Sequence[LinearGroup], sparsity: float
+) -> BaseAllocation:
+    """
+    Call `allocator.allocate` and check what comes back.
+
+    :param groups: G groups in model order, G >= 1
+    :param sparsity: the global target S in [0, 1)
+    :return: metric and base sparsity, float64 arrays of shape (G,)
+    :raises PluginError: if it raises, or returns the wrong length, NaN, infinity, or a
+        sparsity outside [0, 1]
+    """
+    if not groups:
+        raise ValueError("there is nothing to allocate: no prunable Linear was found")
+    owner = _owner(allocator)
+    try:
+        result = allocator.allocate(groups, sparsity)
+    except Exception as error:
+        raise PluginError(f"{owner} failed in allocate: {error!r}") from error
+    if not isinstance(result, BaseAllocation):
+        raise PluginError(
+            f"{owner} returned {type(result).__name__}, not a BaseAllocation"
+        )
+    metric = _vector(owner, groups, "metric", result.metric)
+    base = _vector(owner, groups, "sparsity", result.sparsity)
+    outside = [
+        f"{group.name}: {value}"
+        for group, value in zip(groups, base, strict=True)
+        if not 0.0 <= value <= 1.0
+    ]
+    if outside:
+        raise PluginError(
+            f"{owner} returned a sparsity outside [0, 1] for {', '.join(outside[:3])}. "
+            "Clip in the allocator; the budget step redistributes the rest."
+        )
+    _check_linear_metrics(owner, groups, result.linear_metrics)
+    return BaseAllocation(metric, base, tuple(result.linear_metrics))
+
+
+@cache  # an exception is not cached, so a broken plugin fails at every call
+def _load() -> tuple[pluggy.PluginManager, dict[str, str]]:
+    """The manager, and the distribution of each plugin by its name."""
+    plugins = pluggy.PluginManager(hookspecs.PROJECT)
+    plugins.add_hookspecs(hookspecs)
+    plugins.register(builtins, name=BUILTIN)
+    distributions = {BUILTIN: _own_distribution()}
+    for point in entry_points(group=hookspecs.PROJECT):
+        source = _describe(point.dist)
+        name = point.name
+        if name in distributions:  # harmless as long as their allocators differ
+            name = f"{point.name} of {source}"
+        try:
+            plugins.register(point.load(), name=name)
+            plugins.check_pending()
+        except Exception as error:
+            raise PluginError(
+                f"plugin {point.name!r} of {source} ({point.value}) could not be "
+                f"loaded: {error!r}. Repair or uninstall it."
+            ) from error
+        distributions[name] = source
+    return plugins, distributions
+
+
+def _describe(dist: Distribution | None) -> str:
+    return f"{dist.name} {dist.version}" if dist else "an unknown distribution"
+
+
+def _own_distribution() -> str:
+    try:
+        return _describe(distribution("absorb-plugin"))
+    except PackageNotFoundError:
+        return "absorb-plugin (not installed)"
+
+
+def _check_class(allocator: object, owner: str) -> None:
+    if not (isinstance(allocator, type) and issubclass(allocator, Allocator)):
+        raise PluginError(
+            f"{owner} registered {allocator!r}, which is no subclass of Allocator"
+        )
+    if not isinstance(getattr(allocator, "name", None), str) or not allocator.name:
+        raise PluginError(
+            f"{owner} registered {allocator.__name__} without a `name: ClassVar[str]`"
+        )
+
+
+def _problem(allocator: type[Allocator], error: Mapping[str, Any]) -> str:
+    """One pydantic error in words: field, value, reason, remedy."""
+    field = ".".join(map(str, error["loc"])) or "arguments"
+    fields = allocator.model_fields
+    takes = ", ".join(
+        f"{name} (required)" if info.is_required() else f"{name}={info.get_default()!r}"
+        for name, info in fields.items()
+    )
+    if error["type"] == "missing":
+        return f"{field} is required. It takes {takes}."
+    if error["type"] == "extra_forbidden":
+        close = get_close_matches(field, fields, n=1)
+        remedy = f"did you mean {close[0]!r}? " if close else ""
+        return (
+            f"{field}={error['input']!r} is no argument of it; {remedy}It takes "
+            f"{takes or 'none'}."
+        )
+    reason = error["msg"][:1].lower() + error["msg"][1:]
+    return f"{field}={error['input']!r}: {reason}. Defaults: {takes}."
+
+
+def _owner(allocator: Allocator) -> str:
+    for entry in allocators().values():
+        if entry.allocator is type(allocator):
+            return str(entry)
+    kind = type(allocator)
+    return f"allocator {kind.name!r} ({kind.__module__}, not registered by any plugin)"
+
+
+def _vector(
+    owner: str, groups: Sequence[LinearGroup], what: str, values: object
+) -> np.ndarray:
+    try:
+        vector = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise PluginError(f"{owner} returned a {what} of no numbers") from error
+    if vector.shape != (len(groups),):
+        raise PluginError(
+            f"{owner} returned a {what} of shape {vector.shape} for {len(groups)} "
+            "groups; one value per group is needed"
+        )
+    for group, value in zip(groups, vector, strict=True):
+        if not np.isfinite(value):
+            raise PluginError(f"{owner} returned {what}={value} for {group.name}")
+    return vector
+
+
+def _check_linear_metrics(
+    owner: str,
+    groups: Sequence[LinearGroup],
+    linear_metrics: Sequence[Mapping[str, float]],
+) -> None:
+    if not linear_metrics:
+        return
+    if len(linear_metrics) != len(groups):
+        raise PluginError(
+            f"{owner} returned linear_metrics of length {len(linear_metrics)} for "
+            f"{len(groups)} groups"
+        )
+    for group, metrics in zip(groups, linear_metrics, strict=True):
+        for name, value in metrics.items():
+            if name not in group.linears or not np.isfinite(value):
+                raise PluginError(
+                    f"{owner} returned the linear metric {name}={value} for "
+                    f"{group.name}, which holds {', '.join(group.linears)}"
+                )

@@ -1,0 +1,155 @@
+"""A thin wrapper over llm-compressor's `oneshot`, for the command line and the demo."""
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers import Modifier
+from llmcompressor.recipe import Recipe
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, set_seed
+
+import absorb_plugin  # noqa: F401  registers the modifier that a recipe may name
+
+__all__ = [
+    "check_length",
+    "check_output",
+    "load_config",
+    "load_recipe",
+    "prune",
+    "staged_directory",
+]
+
+
+def load_recipe(path: Path) -> Recipe:
+    """
+    :raises FileNotFoundError: if there is no such file
+    :raises ValueError: if it cannot be parsed, or holds no modifier
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such recipe file")
+    try:
+        recipe = Recipe.create_instance(str(path))
+    except Exception as error:  # YAML, pydantic and factory errors alike
+        raise ValueError(f"cannot use recipe {path}: {error}") from error
+    if not recipe.modifiers:
+        # llm-compressor ignores every key that does not fit the pattern
+        raise ValueError(
+            f"recipe {path} holds no modifier. Its shape must be "
+            "`NAME_stage:` > `NAME_modifiers:` > class name > fields"
+        )
+    return recipe
+
+
+def load_config(model: str) -> PretrainedConfig:
+    """
+    :param model: directory or hub id, of which only the config is read
+    :return: config of the language model
+    :raises FileNotFoundError: if `model` looks like a directory and there is none
+    """
+    if not Path(model).exists() and (
+        model.startswith((".", "/", "~")) or model.count("/") > 1
+    ):
+        raise FileNotFoundError(f"{model}: no such model directory")
+    return AutoConfig.from_pretrained(model).get_text_config()
+
+
+def check_length(config: PretrainedConfig, length: int) -> None:
+    """
+    :raises ValueError: if windows of `length` tokens do not fit the model
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise ValueError(
+            f"--seq-len {length} is longer than the model's {positions} positions"
+        )
+
+
+def prune(
+    model: str | PreTrainedModel,
+    tokenizer: Any,
+    recipe: Recipe | Sequence[Modifier],
+    samples: Dataset,
+    *,
+    pipeline: str = "independent",
+    dtype: str = "auto",
+    seed: int = 0,
+    output_dir: Path | None = None,
+) -> PreTrainedModel:
+    """
+    Run `oneshot` on samples that are already tokenised, in their order.
+
+    :param model: directory, hub id or loaded model
+    :param tokenizer: the model's tokenizer, saved beside it
+    :param recipe: parsed recipe, or modifiers
+    :param samples: rows of `input_ids` and `attention_mask`, all equally long
+    :param pipeline: "independent", "sequential" or "basic"
+    :param dtype: dtype to load the model in, "auto" as it was saved
+    :param seed: of every random number generator
+    :param output_dir: where to save model, tokenizer and recipe.yaml, or None
+    :return: the pruned model
+    """
+    # Else llm-compressor does the same and warns of it.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    set_seed(seed)
+    return oneshot(
+        model=model,
+        tokenizer=tokenizer,
+        precision=dtype,
+        recipe=recipe if isinstance(recipe, Recipe) else list(recipe),
+        dataset=samples,
+        num_calibration_samples=len(samples),
+        max_seq_length=len(samples[0]["input_ids"]),
+        shuffle_calibration_samples=False,
+        pipeline=pipeline,
+        output_dir=None if output_dir is None else str(output_dir),
+    )
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """
+    :raises FileExistsError: if `out` is a file, holds files and `overwrite` is not set,
+        or holds something that is not a model
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise FileExistsError(f"{out} is a file, not a directory")
+    if not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{out} is not empty: choose another, or --overwrite")
+    if not (out / "config.json").is_file():
+        raise FileExistsError(
+            f"{out} has files in it but no config.json, so it is no saved model: it "
+            "will not be overwritten"
+        )
+
+
+@contextmanager
+def staged_directory(out: Path) -> Iterator[Path]:
+    """
+    A directory beside `out` that takes its place when the block ends well, and is
+    removed when it does not: `out` is never half-written. What was in `out` is gone
+    afterwards.
+    """
+    out = out.expanduser().absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    staging.mkdir()
+    try:
+        yield staging
+        if out.exists():
+            # The new one is complete by now, so a crash in here still loses nothing.
+            old = out.with_name(f".{out.name}.{os.getpid()}.old")
+            out.rename(old)
+            staging.rename(out)
+            shutil.rmtree(old)
+        else:
+            staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,202 @@
+"""
+In-situ response: what does relief of one block bring in the network as it is pruned?
+
+The network runs under the masks of an allocation. Relaxing block l alone by δ starts a
+trajectory behind it that runs on through the masked blocks l+1 … L. Its drop of
+calibration cross-entropy is the response
+
+    g_l = loss(allocation) − loss(allocation with s_l − δ)
+
+so it sees what the dense network's absorption cannot: that a pruned network absorbs
+less. All L trajectories share the prefix of the first: L(L+1)/2 block passes.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import Module
+
+from absorb_plugin.blocks import BlockMap
+from absorb_plugin.calibration import Batch
+from absorb_plugin.loss import cross_entropy_sums
+from absorb_plugin.masks import BlockMasks
+from absorb_plugin.sweep import Passenger, RunBlock, Tail
+
+__all__ = ["CandidateScores", "MaskedPassenger", "Response", "ResponseProbe"]
+
+
+@dataclass(frozen=True)
+class Response:
+    """
+    What the response probe measured.
+
+    :param response: g_l in nats per token, shape (prunable blocks,)
+    :param response_error: standard error of g_l over samples; NaN for one sample
+    :param loss: cross-entropy under the allocation itself, nats per token
+    :param tokens: number of predicted tokens
+    """
+
+    response: np.ndarray
+    response_error: np.ndarray
+    loss: float
+    tokens: int
+
+
+class MaskedPassenger(Passenger):
+    """
+    What the passengers that run blocks under masks share.
+
+    :param blocks: all blocks; their prunable Linears are masked
+    :param input_square_sums: full name of a Linear -> a_j, for the masks
+    :param offsets: full name of a Linear -> its sparsity minus that of its block
+    """
+
+    def __init__(
+        self,
+        blocks: BlockMap,
+        input_square_sums: Mapping[str, torch.Tensor],
+        offsets: Mapping[str, float] | None = None,
+    ) -> None:
+        self._blocks, self._square_sums = blocks, input_square_sums
+        self._offsets = offsets or {}
+        self._rows = {block: row for row, block in enumerate(blocks.prunable)}
+        self._in_force = ExitStack()
+
+    def close(self) -> None:
+        self._in_force.close()
+
+    def _masks(self, index: int) -> BlockMasks:
+        block = self._blocks.blocks[index]
+        sums = {n: self._square_sums[block.full_name(n)] for n in block.linears}
+        return BlockMasks(block.linears, sums)
+
+    def _at(self, index: int, sparsities: np.ndarray) -> dict[str, float]:
+        """Name -> sparsity of the Linears of a block under an allocation."""
+        sparsity = float(sparsities[self._rows[index]])
+        block = self._blocks.blocks[index]
+        offsets = {n: self._offsets.get(block.full_name(n), 0.0) for n in block.linears}
+        return {n: min(1.0, max(0.0, sparsity + o)) for n, o in offsets.items()}
+
+
+class ResponseProbe(MaskedPassenger):
+    """
+    Passenger of a sweep that measures the response of every prunable block.
+
+    :param sparsities: the allocation under which the network runs, one per prunable
+        block
+    :param step: δ, by how much a block is relaxed
+    """
+
+    def __init__(
+        self,
+        blocks: BlockMap,
+        input_square_sums: Mapping[str, torch.Tensor],
+        sparsities: np.ndarray,
+        step: float,
+        offsets: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(blocks, input_square_sums, offsets)
+        self._sparsities, self._step = sparsities, step
+        self.trajectories = len(self._rows)
+        self._losses: list[list[float]] = []  # per sample: own run, then one per block
+        self._tokens: list[int] = []
+
+    def start(self, batch: Batch) -> None:
+        self._relaxed: dict[int, torch.Tensor] = {}
+
+    def enter(self, index: int, block: Module) -> None:
+        if index in self._rows:
+            self._current = self._masks(index)
+            self._in_force.enter_context(
+                self._current.applied(self._at(index, self._sparsities))
+            )
+
+    def leave(
+        self, index: int, before: torch.Tensor, after: torch.Tensor, run: RunBlock
+    ) -> None:
+        for source, hidden in self._relaxed.items():
+            self._relaxed[source] = run(hidden)
+        if index in self._rows:
+            relaxed = self._at(index, self._sparsities - self._step)
+            with self._current.applied(relaxed):
+                self._relaxed[index] = run(before)
+            del self._current
+        self._in_force.close()
+        self._own = after
+
+    def finish(self, batch: Batch, tail: Tail) -> None:
+        states = [self._own, *self._relaxed.values()]
+        scored = [cross_entropy_sums(tail, batch, h) for h in states]
+        for sample in zip(*scored, strict=True):
+            self._losses.append([total for total, _ in sample])
+            self._tokens.append(sample[0][1])
+        del self._own, self._relaxed
+
+    def response(self) -> Response:
+        """Means over all samples seen so far."""
+        losses = np.array(self._losses)
+        tokens = np.array(self._tokens, dtype=np.float64)
+        total = tokens.sum()
+        gains = losses[:, :1] - losses[:, 1:]
+        mean = gains.sum(axis=0) / total
+        count = len(tokens)
+        error = np.full_like(mean, np.nan)
+        if count > 1:
+            deviation = gains - tokens[:, None] * mean
+            error = np.sqrt(count / (count - 1) * (deviation**2).sum(axis=0)) / total
+        return Response(mean, error, float(losses[:, 0].sum() / total), int(total))
+
+
+class CandidateScores(MaskedPassenger):
+    """
+    Passenger of a sweep that scores whole allocations: each is a trajectory of its own
+    from the first block on, L block passes each.
+
+    :param candidates: allocations, each one sparsity per prunable block
+    """
+
+    def __init__(
+        self,
+        blocks: BlockMap,
+        input_square_sums: Mapping[str, torch.Tensor],
+        candidates: Sequence[np.ndarray],
+        offsets: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(blocks, input_square_sums, offsets)
+        self._candidates = candidates
+        self.trajectories = len(candidates)
+        self._losses: list[list[float]] = []
+        self._tokens: list[int] = []
+
+    def start(self, batch: Batch) -> None:
+        self._hidden: list[torch.Tensor] = []
+
+    def leave(
+        self, index: int, before: torch.Tensor, after: torch.Tensor, run: RunBlock
+    ) -> None:
+        states = self._hidden or [before] * len(self._candidates)
+        if index not in self._rows:
+            self._hidden = [run(hidden) for hidden in states]
+            return
+        masks = self._masks(index)
+        self._hidden = []
+        for candidate, hidden in zip(self._candidates, states, strict=True):
+            with masks.applied(self._at(index, candidate)):
+                self._hidden.append(run(hidden))
+
+    def finish(self, batch: Batch, tail: Tail) -> None:
+        scored = [cross_entropy_sums(tail, batch, hidden) for hidden in self._hidden]
+        for sample in zip(*scored, strict=True):
+            self._losses.append([total for total, _ in sample])
+            self._tokens.append(sample[0][1])
+        del self._hidden
+
+    def losses(self) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Sums of cross-entropy in nats, shape (candidates, samples), and the number of
+        predicted tokens, shape (samples,).
+        """
+        return np.array(self._losses).T, np.array(self._tokens)

@@ -1,0 +1,141 @@
+"""
+The strength of the correction, tuned on held-out calibration text: never worse there
+than the base allocation or than uniform.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from absorb_plugin.budget import meet_budget
+from absorb_plugin.correction import corrected
+
+__all__ = ["Round", "Search", "search_strength"]
+
+# Tried in the first round, halved in every further one. The negative side is there
+# because a signal can point the wrong way: the noise ratio does on some models.
+STRENGTHS = (-0.05, 0.05, 0.1, 0.2)
+# Losses closer than this, in nats per token, are a tie: the smaller strength wins.
+TIE = 1e-3
+
+Measure = Callable[[np.ndarray], np.ndarray]
+Score = Callable[[Sequence[np.ndarray]], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Round:
+    """
+    One round: the direction measured and what each strength scored.
+
+    :param direction: Δ, shape (L,)
+    :param strengths: β tried, 0 included, ascending
+    :param losses: held-out cross-entropy in nats per token, one per strength
+    :param chosen: the β taken; 0 where none beat the start of the round
+    """
+
+    direction: np.ndarray
+    strengths: list[float]
+    losses: list[float]
+    chosen: float
+
+
+@dataclass(frozen=True)
+class Search:
+    """
+    Outcome of the search.
+
+    :param sparsity: the allocation, shape (L,)
+    :param start: "base", or "uniform" where uniform scored better
+    :param base_loss: held-out cross-entropy of the base allocation, nats per token
+    :param uniform_loss: the same of the uniform allocation
+    :param loss: the same of the allocation chosen
+    """
+
+    sparsity: np.ndarray
+    start: str
+    base_loss: float
+    uniform_loss: float
+    loss: float
+    rounds: list[Round] = field(default_factory=list)
+
+
+def search_strength(
+    base: np.ndarray,
+    parameters: np.ndarray,
+    sparsity: float,
+    max_sparsity: float,
+    measure: Measure,
+    score: Score,
+    rounds: int,
+) -> Search:
+    """
+    Line search along the correction, judged on held-out text; each round starts from
+    the allocation that the one before chose, and measures its direction there.
+
+    A strength is taken only if it beats the start of the round by more than one
+    standard error of the paired difference over samples.
+
+    :param base: base allocation that meets the budget, shape (L,)
+    :param measure: allocation -> direction Δ
+    :param score: allocations -> (loss sums (allocations, samples), tokens (samples,))
+    :param rounds: at most so many; the search stops when a round chooses 0
+    """
+    uniform = meet_budget(
+        np.full_like(base, sparsity), parameters, sparsity, max_sparsity
+    )
+    sums, tokens = score([base, uniform])
+    base_loss, uniform_loss = (sums.sum(axis=1) / tokens.sum()).tolist()
+    start = "uniform" if uniform_loss < base_loss else "base"
+    current = uniform if start == "uniform" else base
+    own = sums[1] if start == "uniform" else sums[0]
+
+    done: list[Round] = []
+    for number in range(rounds):
+        direction = measure(current)
+        strengths = [beta / 2**number for beta in STRENGTHS]
+        candidates = [
+            meet_budget(
+                corrected(current, direction, beta), parameters, sparsity, max_sparsity
+            )
+            for beta in strengths
+        ]
+        sums, tokens = score(candidates)
+        best = _choose(own, sums, tokens, strengths)
+        losses = {0.0: float(own.sum() / tokens.sum())}
+        losses |= dict(
+            zip(strengths, (sums.sum(axis=1) / tokens.sum()).tolist(), strict=True)
+        )
+        tried = sorted(losses)
+        done.append(
+            Round(
+                direction,
+                tried,
+                [losses[beta] for beta in tried],
+                0.0 if best is None else strengths[best],
+            )
+        )
+        if best is None:
+            break
+        current, own = candidates[best], sums[best]
+    loss = float(own.sum() / tokens.sum())
+    return Search(current, start, base_loss, uniform_loss, loss, done)
+
+
+def _choose(
+    own: np.ndarray, sums: np.ndarray, tokens: np.ndarray, strengths: Sequence[float]
+) -> int | None:
+    """Index of the strength to take, None for none."""
+    means = sums.sum(axis=1) / tokens.sum()
+    tied = [i for i, mean in enumerate(means) if mean <= means.min() + TIE]
+    best = min(tied, key=lambda i: (abs(strengths[i]), -strengths[i]))
+    gain = own - sums[best]
+    if gain.sum() <= TIE * tokens.sum():
+        return None
+    count = len(tokens)
+    if count > 1:
+        deviation = gain - tokens * (gain.sum() / tokens.sum())
+        error = np.sqrt(count / (count - 1) * (deviation**2).sum())
+        if gain.sum() <= error:
+            return None
+    return best

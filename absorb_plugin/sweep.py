@@ -1,0 +1,283 @@
+"""
+One forward of the model, many trajectories.
+
+A block's weights are resident exactly while the model runs it. So while ONE forward
+of the model passes block k, a hook runs block k again on every other hidden state that
+has come this far: noisy copies, or copies that met other weights on their way. Each
+block is onloaded once per batch, whatever the number of trajectories.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from compressed_tensors.offload import disable_offloading, get_execution_device
+from torch.nn import Module
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from absorb_plugin.calibration import Batch, calibrating, split_samples
+
+__all__ = [
+    "NonFiniteHiddenState",
+    "Passenger",
+    "RunBlock",
+    "Tail",
+    "replaced_forward",
+    "sweep",
+]
+
+RunBlock = Callable[[torch.Tensor], torch.Tensor]
+
+
+class NonFiniteHiddenState(ValueError):
+    """A block's output holds NaN or infinity."""
+
+
+class Passenger:
+    """
+    What rides along on a sweep: override what you need.
+
+    All hidden states have shape (batch, tokens, hidden). `trajectories` says how many
+    of them the passenger carries at most, which sets the memory of a batch.
+    """
+
+    trajectories = 0
+
+    def start(self, batch: Batch) -> None:
+        """A new batch, on the model's device, is about to run."""
+
+    def enter(self, index: int, block: Module) -> None:
+        """The model is about to run block `index`."""
+
+    def leave(
+        self, index: int, before: torch.Tensor, after: torch.Tensor, run: RunBlock
+    ) -> None:
+        """
+        The model's own pass took `before` to `after`; `run` takes any other hidden
+        state through the same block, with the block's own mask and rotary embedding.
+        """
+
+    def finish(self, batch: Batch, tail: "Tail") -> None:
+        """All blocks have run; `tail` turns hidden states into logits."""
+
+    def close(self) -> None:
+        """The sweep is over, perhaps by an error: leave no hook behind."""
+
+
+class Tail:
+    """
+    Everything behind the last block: final norm, head, and whatever scaling or
+    capping of logits the architecture adds. It runs the model itself with its blocks
+    replaced by one that hands over the given hidden state, so nothing about the
+    architecture has to be known.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, blocks: Sequence[Module], head: "_Head"
+    ) -> None:
+        self._model, self._blocks, self._head = model, blocks, head
+        self.blocks_return_tuples = False
+        self.vocabulary: int = model.config.get_text_config().vocab_size
+
+    def logits(
+        self, input_ids: torch.Tensor, hidden: torch.Tensor, start: int, stop: int
+    ) -> torch.Tensor:
+        """
+        :param input_ids: (batch, tokens), only its shape counts
+        :param hidden: output of the last block, (batch, tokens, hidden)
+        :return: float32 logits of tokens start … stop-1, (batch, stop - start, vocab)
+        """
+        part = hidden[:, start:stop]
+        output = (part,) if self.blocks_return_tuples else part
+        with ExitStack() as stack:
+            stack.enter_context(self._head.enabled())
+            for block in self._blocks:
+                stack.enter_context(
+                    replaced_forward(block, lambda *args, **kwargs: output)
+                )
+            return self._model(input_ids=input_ids[:, start:stop]).logits.float()
+
+
+class _Head:
+    """The output head, whose forward calibration contexts switch off."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._module: Module | None = model.get_output_embeddings()
+        if self._module is not None:
+            self._forward = self._module.forward
+
+    @contextmanager
+    def enabled(self) -> Iterator[None]:
+        if self._module is None:
+            yield
+        else:
+            with replaced_forward(self._module, self._forward):
+                yield
+
+
+@contextmanager
+def replaced_forward(module: Module, forward: Callable) -> Iterator[None]:
+    """Within the context `module` computes `forward`; hooks still fire."""
+    missing = object()
+    original = module.__dict__.get("forward", missing)
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if original is missing:
+            del module.forward
+        else:
+            module.forward = original
+
+
+def sweep(
+    model: PreTrainedModel,
+    blocks: Sequence[Module],
+    names: Sequence[str],
+    batches: Iterable[Batch],
+    passengers: Sequence[Passenger],
+    *,
+    memory: int | None = None,
+    description: str = "Sweeping",
+) -> None:
+    """
+    Run the model over the batches with passengers on board.
+
+    :param model: the model; its weights are not touched
+    :param blocks: all decoder blocks, in the order in which they run
+    :param names: their names, for messages
+    :param batches: calibration batches; cut to fewer samples where the trajectories
+        would take more than `memory`
+    :param passengers: what rides along
+    :param memory: limit in bytes of what the trajectories of a batch may take;
+        None for no limit
+    :param description: label of the progress bar
+    :raises NonFiniteHiddenState: naming the first block with NaN or infinity
+    """
+    head = _Head(model)
+    tail = Tail(model, blocks, head)
+    with ExitStack() as stack:
+        stack.enter_context(calibrating(model))
+        ride = stack.enter_context(_Ride(blocks, names, passengers, tail))
+        count = 1 + sum(passenger.trajectories for passenger in passengers)
+        for batch in tqdm(
+            list(_within_memory(model, batches, count, memory)), desc=description
+        ):
+            device = get_execution_device(model)
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            for passenger in passengers:
+                passenger.start(batch)
+            with ride.active():
+                model(**batch)
+            for passenger in passengers:
+                passenger.finish(batch, tail)
+
+
+def _within_memory(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    trajectories: int,
+    memory: int | None,
+) -> Iterator[dict]:
+    config = model.config.get_text_config()
+    width = config.hidden_size * torch.finfo(model.dtype).bits // 8
+    heads = getattr(config, "num_attention_heads", None) or 1
+    for batch in batches:
+        samples, tokens = batch["input_ids"].shape
+        size = samples
+        if memory is not None:
+            # eager attention, as llm-compressor calibrates, holds tokens² scores per
+            # head twice in float32: for long samples more than the trajectories
+            need = tokens * width * trajectories + 8 * heads * tokens**2
+            size = max(1, min(samples, memory // need))
+        yield from split_samples([batch], size)
+
+
+class _Ride:
+    """The hooks on the blocks, as a context manager that leaves none behind."""
+
+    def __init__(
+        self,
+        blocks: Sequence[Module],
+        names: Sequence[str],
+        passengers: Sequence[Passenger],
+        tail: Tail,
+    ) -> None:
+        self._blocks, self._names = blocks, names
+        self._passengers, self._tail = passengers, tail
+        self._handles: list = []
+        self._onloaded = ExitStack()
+        self._listening = False
+
+    def __enter__(self) -> "_Ride":
+        for index, block in enumerate(self._blocks):
+            # Not HooksMixin.register_hook: those are asleep while we calibrate.
+            self._handles.append(
+                block.register_forward_pre_hook(self._enter(index), with_kwargs=True)
+            )
+            self._handles.append(
+                block.register_forward_hook(self._leave(index), with_kwargs=True)
+            )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._onloaded.close()
+        for passenger in self._passengers:
+            passenger.close()
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        self._listening = True
+        try:
+            yield
+        finally:
+            self._listening = False
+
+    def _enter(self, index: int) -> Callable:
+        def hook(block: Module, args: tuple, kwargs: dict) -> None:
+            if not self._listening:
+                return
+            # from here to the end of _leave the block is onloaded once
+            self._onloaded.enter_context(disable_offloading())
+            for passenger in self._passengers:
+                passenger.enter(index, block)
+
+        return hook
+
+    def _leave(self, index: int) -> Callable:
+        def hook(block: Module, args: tuple, kwargs: dict, output: object) -> None:
+            if not self._listening:
+                return
+            before = args[0] if args else kwargs["hidden_states"]
+            after = _hidden_state(output)
+            self._tail.blocks_return_tuples = isinstance(output, tuple)
+            if not torch.isfinite(after).all():
+                raise NonFiniteHiddenState(
+                    f"block {self._names[index]} puts out NaN or infinity on the "
+                    "calibration text: check the weights and the dtype (float16 "
+                    "overflows in some models, use bfloat16)"
+                )
+
+            def run(hidden: torch.Tensor) -> torch.Tensor:
+                if args:
+                    return _hidden_state(block(hidden, *args[1:], **kwargs))
+                return _hidden_state(block(**{**kwargs, "hidden_states": hidden}))
+
+            self._listening = False
+            try:
+                for passenger in self._passengers:
+                    passenger.leave(index, before, after, run)
+            finally:
+                self._listening = True
+            self._onloaded.close()
+
+        return hook
+
+
+def _hidden_state(output: object) -> torch.Tensor:
+    hidden = output[0] if isinstance(output, tuple) else output
+    assert isinstance(hidden, torch.Tensor)
+    return hidden

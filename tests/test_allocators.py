@@ -1,0 +1,507 @@
+"""One contract for every registered allocator, then parity, one by one."""
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from allocator_references import (
+    importances,
+    reference_alpha,
+    reference_alpha_pruning,
+    reference_atp,
+    reference_dlp,
+    reference_owl,
+    reference_tail,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from absorb_plugin.allocators import (
+    Allocator,
+    AlphaPruning,
+    Atp,
+    Dlp,
+    LinearGroup,
+    LinearStatistics,
+    Owl,
+    Uniform,
+)
+from absorb_plugin.allocators import alpha_pruning as tail
+from absorb_plugin.allocators.alpha_pruning import fit_tail, spectrum, tail_exponent
+from absorb_plugin.budget import meet_budget
+from absorb_plugin.plugins import allocators, build_allocator, run_allocator
+
+NAMES = sorted(allocators())
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+SHAPES = {"attn.q": (24, 16), "attn.o": (16, 24), "mlp.up": (40, 16)}
+
+
+def linear(weight: torch.Tensor) -> nn.Linear:
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    return module
+
+
+def group(
+    name: str,
+    weights: dict[str, torch.Tensor],
+    square_sums: dict[str, torch.Tensor],
+) -> LinearGroup:
+    statistics = {
+        key: LinearStatistics(linear(weight), square_sums[key])
+        for key, weight in weights.items()
+    }
+    return LinearGroup(name, statistics, sum(w.numel() for w in weights.values()))
+
+
+def model(
+    sizes: Iterable[int] = (1, 1, 1, 1),
+    dtype: torch.dtype = torch.float32,
+    seeds: Iterable[int] | None = None,
+) -> list[LinearGroup]:
+    """Blocks of heavy-tailed weights; `sizes` multiplies the width of each block."""
+    groups = []
+    sizes = list(sizes)
+    for index, (size, seed) in enumerate(
+        zip(sizes, seeds or range(len(sizes)), strict=True)
+    ):
+        generator = torch.Generator().manual_seed(seed)
+        weights, square_sums = {}, {}
+        for key, (rows, columns) in SHAPES.items():
+            shape = (rows * size, columns * size)
+            weight = torch.randn(shape, generator=generator)
+            weights[key] = (0.02 * weight * weight.abs() ** (seed % 3)).to(dtype)
+            columns_norm = torch.rand(shape[1], generator=generator)
+            square_sums[key] = 1e3 * columns_norm**4
+        groups.append(group(f"layers.{index}", weights, square_sums))
+    return groups
+
+
+def pooled(one: LinearGroup) -> torch.Tensor:
+    linears = list(one.linears.values())
+    return importances([x.weight for x in linears], [square_sum(x) for x in linears])
+
+
+def square_sum(statistics: LinearStatistics) -> torch.Tensor:
+    assert statistics.input_square_sum is not None
+    return statistics.input_square_sum
+
+
+def per_linear(groups: list[LinearGroup]) -> list[LinearGroup]:
+    return [
+        LinearGroup(f"{one.name}.{key}", {key: x}, x.weight.numel())
+        for one in groups
+        for key, x in one.linears.items()
+    ]
+
+
+# --- the contract -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.7, 0.99])
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 3, 2), (2,)], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_length_bounds_and_budget(
+    name: str, sizes: tuple[int, ...], sparsity: float
+) -> None:
+    groups = model(sizes)
+    result = run_allocator(build_allocator(name, {}), groups, sparsity)
+    assert result.metric.shape == result.sparsity.shape == (len(sizes),)
+    assert np.isfinite(result.metric).all()
+    assert ((result.sparsity >= 0) & (result.sparsity <= 1)).all()
+    parameters = np.array([one.parameters for one in groups])
+    final = meet_budget(result.sparsity, parameters, sparsity)
+    assert abs(parameters @ final / parameters.sum() - sparsity) < 1e-6
+    if len(sizes) == 1:
+        assert result.sparsity[0] == pytest.approx(sparsity, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_input_same_answer(name: str) -> None:
+    first, second = (
+        run_allocator(build_allocator(name, {}), model((1, 2, 1)), 0.6)
+        for _ in range(2)
+    )
+    assert np.array_equal(first.metric, second.metric)
+    assert np.array_equal(first.sparsity, second.sparsity)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "atp"])
+def test_equal_blocks_mean_exactly_uniform(name: str) -> None:
+    groups = model((1, 1, 1), seeds=(5, 5, 5))
+    result = run_allocator(build_allocator(name, {}), groups, 0.7)
+    assert len(set(result.metric.tolist())) == 1
+    assert result.sparsity.tolist() == [0.7] * 3
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "uniform"])
+def test_different_blocks_do_not(name: str) -> None:
+    result = run_allocator(build_allocator(name, {}), model(), 0.7)
+    assert np.ptp(result.sparsity) > 0.01
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_16_bit_weights_are_computed_in_float32(name: str, dtype: torch.dtype) -> None:
+    """The same values stored wider give the same answer."""
+    narrow = model((1, 2, 1), dtype)
+    wide = [
+        group(
+            one.name,
+            {key: x.weight.float() for key, x in one.linears.items()},
+            {key: square_sum(x) for key, x in one.linears.items()},
+        )
+        for one in narrow
+    ]
+    allocator = build_allocator(name, {})
+    first = run_allocator(allocator, narrow, 0.6)
+    second = run_allocator(allocator, wide, 0.6)
+    np.testing.assert_allclose(first.metric, second.metric, rtol=1e-6)
+    np.testing.assert_allclose(first.sparsity, second.sparsity, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if "linear" in allocators()[n].allocator.granularities]
+)
+def test_linear_granularity(name: str) -> None:
+    groups = per_linear(model((1, 2)))
+    result = run_allocator(build_allocator(name, {}), groups, 0.6)
+    assert result.sparsity.shape == (6,)
+    assert np.ptp(result.metric) > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dead_weights_are_no_division_by_zero(name: str) -> None:
+    shapes = {key: torch.zeros(shape) for key, shape in SHAPES.items()}
+    sums = {key: torch.zeros(shape[1]) for key, shape in SHAPES.items()}
+    dead = group("layers.9", shapes, sums)
+    for groups in ([dead, dead], [*model(), dead]):
+        run_allocator(build_allocator(name, {}), groups, 0.7)
+    if name not in ("atp", "uniform"):
+        result = run_allocator(build_allocator(name, {}), [dead, dead], 0.7)
+        assert result.sparsity.tolist() == [0.7, 0.7]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_allocator_says_where_it_comes_from(name: str) -> None:
+    allocator = allocators()[name].allocator
+    assert allocator.paper.startswith("https://")
+    assert allocator.paper in (allocator.__doc__ or "")
+    assert allocator.cost
+
+
+@pytest.mark.parametrize(
+    ("allocator", "arguments"),
+    [
+        (Owl, {"m": 0.0}),
+        (Owl, {"lmbda": -0.1}),
+        (Dlp, {"alpha": float("nan")}),
+        (Atp, {"beta": -0.01}),
+        (AlphaPruning, {"epsilon": 1.5}),
+        (AlphaPruning, {"variant": "middle"}),
+        (Uniform, {"anything": 1}),
+    ],
+)
+def test_arguments_are_checked(allocator: type[Allocator], arguments: dict) -> None:
+    with pytest.raises(ValidationError, match=next(iter(arguments))):
+        allocator(**arguments)
+
+
+# --- parity -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 3, 2)], ids=str)
+@pytest.mark.parametrize("m", [2.0, 5.0])
+def test_owl_parity(sizes: tuple[int, ...], m: float) -> None:
+    groups = model(sizes)
+    metric, sparsity = reference_owl([pooled(g) for g in groups], 0.7, m, 0.08)
+    result = Owl(m=m).allocate(groups, 0.7)
+    np.testing.assert_allclose(result.metric, metric, rtol=1e-9)
+    np.testing.assert_allclose(result.sparsity, sparsity, atol=1e-9)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 3, 2)], ids=str)
+def test_dlp_parity(sizes: tuple[int, ...]) -> None:
+    groups = model(sizes)
+    metric, sparsity = reference_dlp([pooled(g) for g in groups], 0.6, 0.15)
+    result = Dlp().allocate(groups, 0.6)
+    np.testing.assert_allclose(result.metric, metric, rtol=1e-6)
+    np.testing.assert_allclose(result.sparsity, sparsity, atol=1e-6)
+
+
+def test_atp_parity() -> None:
+    result = Atp(beta=0.01).allocate(model(), 0.6)
+    np.testing.assert_allclose(result.sparsity, reference_atp(4, 0.6, 0.01))
+
+
+def test_atp_too_steep_is_clipped() -> None:
+    result = Atp(beta=0.5).allocate(model(), 0.6)
+    np.testing.assert_allclose(result.sparsity, [0.0, 0.35, 0.85, 1.0])
+
+
+@pytest.mark.parametrize("variant", ["peak", "mid"])
+def test_alpha_pruning_parity(variant: Any) -> None:
+    groups = model((1, 3, 2))
+    result = AlphaPruning(variant=variant).allocate(groups, 0.5)
+    alphas = [
+        {key: reference_alpha(x.weight, variant) for key, x in one.linears.items()}
+        for one in groups
+    ]
+    for mine, theirs in zip(result.linear_metrics, alphas, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-3)
+    means = [sum(x.values()) / len(x) for x in alphas]
+    expected = reference_alpha_pruning(
+        means, [one.parameters for one in groups], 0.5, 0.3
+    )
+    np.testing.assert_allclose(result.metric, means, atol=1e-3)
+    np.testing.assert_allclose(result.sparsity, expected, atol=1e-3)
+
+
+def test_alpha_pruning_clips_what_the_authors_do_not() -> None:
+    groups = model((1, 3, 2))
+    metric = AlphaPruning().allocate(groups, 0.9).metric.tolist()
+    theirs = reference_alpha_pruning(metric, [x.parameters for x in groups], 0.9, 0.3)
+    assert max(theirs) > 1
+    result = AlphaPruning().allocate(groups, 0.9)
+    np.testing.assert_allclose(result.sparsity, np.clip(theirs, 0, 1))
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes of freshly computed tensors that were alive at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._made: list[weakref.ref[torch.Tensor]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not func.is_view:
+            self._made.append(weakref.ref(out))
+            self._made = [ref for ref in self._made if ref() is not None]
+            alive = [tensor for ref in self._made if (tensor := ref()) is not None]
+            # what works in place returns the same memory again
+            memory = {x.untyped_storage().data_ptr(): x.nbytes for x in alive}
+            self.peak = max(self.peak, sum(memory.values()))
+        return out
+
+
+@pytest.mark.parametrize("name", ["owl", "dlp"])
+def test_never_more_than_one_linear_is_held(name: str) -> None:
+    weights = {f"mlp.{i}": torch.randn(256, 256) for i in range(6)}
+    groups = [group("layers.0", weights, dict.fromkeys(weights, torch.rand(256)))] * 2
+    with LiveBytes() as live:
+        build_allocator(name, {}).allocate(groups, 0.5)
+    one = 256 * 256 * 4
+    # |W|·√a of one Linear, and one byte each for what is above the threshold
+    assert one <= live.peak < 1.5 * one
+
+
+# --- the spectrum and its tail ------------------------------------------------------
+
+
+def matrix(kind: str, n: int = 96) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(7)
+    noise = torch.randn(n, n, generator=generator)
+    left, right = (
+        torch.linalg.qr(torch.randn(n, n, generator=generator)).Q for _ in range(2)
+    )
+    uniform = torch.rand(n, generator=generator)
+    return {
+        "gauss": 0.02 * noise,
+        "tall": 0.02 * torch.cat([noise, noise.flip(0), noise.T]),
+        "wide": torch.cat([noise, noise.T**3], dim=1),
+        "heavy": noise * noise.abs() ** 2,
+        "power law": (left * uniform**-0.5) @ right,
+        "low rank and noise": noise[:, :6] @ noise[:6] + 0.01 * right,
+        "decay": (left * torch.logspace(0, -3, n)) @ right,
+        "huge": 1e18 * noise,
+        "minute": 1e-18 * noise,
+        "bfloat16": noise.bfloat16(),
+    }[kind]
+
+
+KINDS = [
+    "gauss",
+    "tall",
+    "wide",
+    "heavy",
+    "power law",
+    "low rank and noise",
+    "decay",
+    "huge",
+    "minute",
+    "bfloat16",
+]
+
+
+@pytest.mark.parametrize("variant", ["peak", "mid"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_alpha_is_that_of_float32_svdvals(kind: str, variant: Any) -> None:
+    weight = matrix(kind)
+    scale = float(weight.float().abs().max()) if kind in ("huge", "minute") else 1.0
+    # float32 cannot hold the squares; where log10(e) is compared with e the scale of
+    # the eigenvalues matters, so the reference gets them in float64
+    singular = torch.linalg.svdvals(weight.float() / scale).double() * scale
+    expected = reference_tail(singular.square().sort().values.tolist(), variant)
+    assert tail_exponent(weight, variant) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("variant", ["peak", "mid"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_route_is_right_wherever_it_is_certain(
+    kind: str, variant: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = matrix(kind)
+    expected = tail_exponent(weight, variant)
+    monkeypatch.setattr(tail, "SMALL", 1)
+    assert tail_exponent(weight, variant) == pytest.approx(expected, abs=1e-3)
+
+
+def test_float32_route_is_taken_for_random_matrices(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tail, "SMALL", 1)
+    monkeypatch.setattr(tail, "spectrum", None)  # the float64 route would fail
+    for seed in range(3):
+        torch.manual_seed(seed)
+        square, tall = torch.randn(256, 256), torch.randn(384, 128)
+        for weight in (square, tall):
+            expected = reference_alpha(weight)
+            assert tail_exponent(weight) == pytest.approx(expected, abs=1e-3)
+
+
+def test_float32_route_refines_the_smallest_eigenvalue() -> None:
+    torch.manual_seed(1)
+    weight = torch.randn(512, 512)
+    weight = weight / weight.abs().max()
+    rough = torch.linalg.eigvalsh(weight.T @ weight)[0]
+    exact = float(spectrum(weight)[0])
+    refined = tail._spectrum_float32(weight)
+    assert refined is not None
+    assert float(refined[0]) == pytest.approx(exact, rel=1e-5)
+    assert float(rough) != pytest.approx(exact, rel=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["peak", "mid"])
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.zeros(8, 8),
+        torch.ones(8, 8),
+        torch.randn(1, 8),
+        torch.randn(8, 1),
+        torch.eye(8),
+    ],
+    ids=["zero", "rank one", "one row", "one column", "equal eigenvalues"],
+)
+def test_nothing_to_fit_is_nan(weight: torch.Tensor, variant: Any) -> None:
+    assert np.isnan(tail_exponent(weight, variant))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(value: float) -> None:
+    weight = torch.randn(8, 8)
+    weight[2, 3] = value
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        tail_exponent(weight)
+
+
+def test_a_linear_without_a_tail_takes_the_mean_of_its_block() -> None:
+    torch.manual_seed(0)
+    alive = {"a": torch.randn(16, 16), "b": torch.randn(16, 16) ** 3}
+    sums = dict.fromkeys([*alive, "c"], torch.ones(16))
+    with_dead = group("x", {**alive, "c": torch.zeros(16, 16)}, sums)
+    without = group("y", alive, sums)
+    result = AlphaPruning().allocate([with_dead, without], 0.5)
+    assert result.metric[0] == result.metric[1]
+    assert result.linear_metrics[0]["c"] == result.metric[0]
+
+
+@pytest.mark.parametrize("variant", ["peak", "mid"])
+def test_rank_deficient_is_fitted_on_what_there_is(variant: Any) -> None:
+    torch.manual_seed(0)
+    factors = torch.randn(40, 12), torch.randn(12, 40)
+    weight = factors[0] @ factors[1]
+    assert spectrum(weight).shape == (12,)
+    singular = torch.linalg.svdvals(weight)[:12].double()
+    expected = reference_tail(singular.square().sort().values.tolist(), variant)
+    assert tail_exponent(weight, variant) == pytest.approx(expected, abs=1e-3)
+    padded = torch.cat([weight, torch.zeros(9, 40)])
+    assert tail_exponent(padded, variant) == pytest.approx(expected, abs=1e-3)
+
+
+def test_two_eigenvalues_are_enough() -> None:
+    fit = fit_tail(torch.tensor([1.0, np.e]).double())
+    assert fit.alpha == pytest.approx(3.0)
+    assert fit.start == pytest.approx(1.0)
+
+
+@given(
+    st.lists(st.floats(1e-6, 1e6), min_size=2, max_size=60, unique=True),
+    st.sampled_from(["peak", "mid"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_spectrum_gives_a_finite_exponent(values: list[float], how: Any) -> None:
+    e = torch.tensor(sorted(values), dtype=torch.float64)
+    fit = fit_tail(e, how)
+    assert np.isnan(fit.alpha) or fit.alpha > 1
+
+
+@given(
+    alpha=st.floats(1.5, 6.0),
+    start=st.floats(1e-3, 1e3),
+    count=st.sampled_from([200, 1000]),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=40, deadline=None)
+def test_power_law_samples_give_back_their_exponent(
+    alpha: float, start: float, count: int, seed: int
+) -> None:
+    """
+    Hill's estimator over n values is off by (α−1)/√n (one sigma); "mid" fits the upper
+    half, itself a power law of the same α.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(count, generator=generator, dtype=torch.float64)
+    e = (start * (1 - uniform) ** (-1 / (alpha - 1))).sort().values
+    sigma = (alpha - 1) / (count / 2) ** 0.5
+    assert abs(fit_tail(e, "mid").alpha - alpha) < 5 * sigma
+
+
+@given(alpha=st.floats(1.5, 6.0), count=st.sampled_from([120, 300]))
+@settings(max_examples=20, deadline=None)
+def test_exact_quantiles_of_a_power_law_give_back_its_exponent(
+    alpha: float, count: int
+) -> None:
+    """Without sampling error "peak" is off by the discretisation alone, O(ln n/n)."""
+    levels = torch.arange(count, dtype=torch.float64) / count
+    e = (1 - levels) ** (-1 / (alpha - 1))
+    bias = (alpha - 1) * np.log(count) / count
+    assert abs(fit_tail(e, "peak").alpha - alpha) < 2 * bias
+
+
+@given(seed=st.integers(0, 2**16), heavy=st.booleans(), count=st.integers(5, 60))
+@settings(max_examples=30, deadline=None)
+def test_vectorised_fit_is_the_loop(seed: int, heavy: bool, count: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    e = torch.randn(count, generator=generator, dtype=torch.float64).mul(2).exp()
+    e = (e**2 if heavy else e).sort().values
+    expected = reference_tail(e.tolist())
+    if np.isfinite(expected):
+        assert fit_tail(e).alpha == pytest.approx(expected, abs=1e-6)
+
+
+def test_chunks_do_not_change_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    e = spectrum(matrix("gauss"))
+    whole = fit_tail(e)
+    monkeypatch.setattr(tail, "CHUNK", 200)
+    assert fit_tail(e) == whole

@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+from absorb_plugin import cpu
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    monkeypatch.setattr(cpu, "bfloat16_is_slow", lambda: True)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_is_the_rounded_float32_product(slow, bias):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(300, 20, bias=bias).bfloat16()
+    x = torch.randn(7, 300).bfloat16()
+    with torch.no_grad(), cpu.fast_bfloat16():
+        fast = linear(x)
+    with torch.no_grad():
+        exact = linear.float()(x.float())
+    assert fast.dtype == torch.bfloat16
+    assert torch.equal(fast, exact.bfloat16())
+
+
+def test_float32_is_left_alone(slow):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(30, 20)
+    x = torch.randn(7, 30)
+    with cpu.fast_bfloat16():
+        inside = linear(x)
+    assert torch.equal(inside, linear(x))
+
+
+def test_nothing_changes_where_bfloat16_is_fast(monkeypatch):
+    monkeypatch.setattr(cpu, "bfloat16_is_slow", lambda: False)
+    with cpu.fast_bfloat16():
+        assert torch.overrides._len_torch_function_stack() == 0
+
+
+def test_mode_ends_with_the_block(slow):
+    with cpu.fast_bfloat16():
+        assert torch.overrides._len_torch_function_stack() == 1
+    assert torch.overrides._len_torch_function_stack() == 0

@@ -1,0 +1,434 @@
+"""The plugin manager, with throwaway plugins and a throwaway distribution."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from pydantic import Field
+
+from absorb_plugin import plugins
+from absorb_plugin.allocators import (
+    Allocator,
+    BaseAllocation,
+    LinearGroup,
+    LinearStatistics,
+)
+from absorb_plugin.hookspecs import hookimpl
+from absorb_plugin.plugins import (
+    PluginError,
+    allocators,
+    build_allocator,
+    manager,
+    run_allocator,
+)
+
+ROOT = Path(__file__).parents[1]
+DOC = ROOT / "docs" / "allocators.md"
+BUILTINS = ["uniform", "owl", "alpha_pruning", "dlp", "atp"]
+
+
+class Outsider(Allocator):
+    name: ClassVar[str] = "outsider"
+    answer: Any = Field(default=None)
+    steps: int = 3
+
+    def allocate(self, groups: Any, sparsity: float) -> BaseAllocation:
+        return self.answer() if callable(self.answer) else self.answer
+
+
+class Demanding(Allocator):
+    name: ClassVar[str] = "demanding"
+    floor: float
+
+
+@contextmanager
+def registered(*classes: Any, name: str = "throwaway") -> Iterator[None]:
+    class Plugin:
+        @hookimpl
+        def register_allocators(self) -> list[Any]:
+            return list(classes)
+
+    manager().register(Plugin(), name=name)
+    try:
+        yield
+    finally:
+        manager().unregister(name=name)
+
+
+def groups(count: int = 2) -> list[LinearGroup]:
+    return [
+        LinearGroup(
+            f"layers.{index}",
+            {"up": LinearStatistics(torch.nn.Linear(4, 4, bias=False))},
+            16,
+        )
+        for index in range(count)
+    ]
+
+
+# --- registration -----------------------------------------------------------------
+
+
+def test_builtins_come_first_and_name_their_distribution() -> None:
+    found = allocators()
+    assert list(found)[:5] == BUILTINS
+    for name in BUILTINS:
+        assert found[name].plugin == "absorb_plugin"
+        assert found[name].distribution.startswith("absorb-plugin ")
+        assert found[name].allocator.name == name
+
+
+def test_register_and_unregister() -> None:
+    assert "outsider" not in allocators()
+    with registered(Outsider):
+        entry = allocators()["outsider"]
+        assert entry.allocator is Outsider
+        assert entry.plugin == "throwaway"
+        assert isinstance(build_allocator("outsider", {}), Outsider)
+    assert "outsider" not in allocators()
+
+
+def test_two_allocators_with_one_name_name_both_plugins() -> None:
+    class Owl(Allocator):
+        name: ClassVar[str] = "owl"
+
+    with (
+        registered(Owl),
+        pytest.raises(PluginError, match="'owl'") as caught,
+    ):
+        allocators()
+    assert "'absorb_plugin' (absorb-plugin " in str(caught.value)
+    assert "'throwaway' (no distribution" in str(caught.value)
+
+
+@pytest.mark.parametrize("thing", [int, Outsider(), "owl"], ids=str)
+def test_registering_what_is_no_allocator(thing: object) -> None:
+    with (
+        registered(thing),
+        pytest.raises(PluginError, match="'throwaway'.*no subclass of Allocator"),
+    ):
+        allocators()
+
+
+def test_registering_an_allocator_without_a_name() -> None:
+    class Nameless(Allocator):
+        pass
+
+    with (
+        registered(Nameless),
+        pytest.raises(PluginError, match="'throwaway'.*Nameless without a `name"),
+    ):
+        allocators()
+
+
+def test_a_hook_that_raises_names_its_plugin() -> None:
+    class Plugin:
+        @hookimpl
+        def register_allocators(self) -> list[type[Allocator]]:
+            raise OSError("no such table")
+
+    manager().register(Plugin(), name="throwaway")
+    try:
+        with pytest.raises(PluginError, match="'throwaway'.*no such table") as caught:
+            allocators()
+        assert isinstance(caught.value.__cause__, OSError)
+    finally:
+        manager().unregister(name="throwaway")
+
+
+def test_observers_see_a_finished_allocation() -> None:
+    seen = []
+
+    class Plugin:
+        @hookimpl
+        def allocation_finished(self, profile: dict[str, Any]) -> None:
+            seen.append(profile)
+
+    manager().register(Plugin(), name="observer")
+    try:
+        manager().hook.allocation_finished(profile={"allocator": "owl"})
+    finally:
+        manager().unregister(name="observer")
+    assert seen == [{"allocator": "owl"}]
+
+
+# --- building ---------------------------------------------------------------------
+
+
+def test_build() -> None:
+    assert build_allocator("owl", {"m": 7}).model_dump() == {"m": 7.0, "lmbda": 0.08}
+
+
+def test_unknown_name_lists_the_others() -> None:
+    with pytest.raises(ValueError, match="'owll' is unknown.*atp, dlp, owl, uniform"):
+        build_allocator("owll", {})
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("owl", {"m": -1}, "'owl': m=-1: .*greater than 0.*m=5.0, lmbda=0.08"),
+        ("owl", {"lambda": 1}, "'owl': lambda=1 is no.* mean 'lmbda'"),
+        ("uniform", {"x": 1}, "'uniform': x=1 is no argument of it; It takes none"),
+        ("alpha_pruning", {"variant": "top"}, "variant='top': .*'peak' or 'mid'"),
+        ("demanding", {}, "'demanding': floor is required. It takes floor .required."),
+    ],
+)
+def test_bad_arguments_name_field_value_and_remedy(
+    name: str, arguments: dict[str, Any], message: str
+) -> None:
+    with registered(Demanding), pytest.raises(ValueError, match=message):
+        build_allocator(name, arguments)
+
+
+# --- running ----------------------------------------------------------------------
+
+
+def answer(metric: Any = (1.0, 2.0), sparsity: Any = (0.4, 0.6), **more: Any) -> Any:
+    return BaseAllocation(metric, sparsity, **more)
+
+
+def raising() -> None:
+    raise ZeroDivisionError("in the outsider")
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (answer(sparsity=(0.4, 0.6, 0.5)), r"sparsity of shape \(3,\) for 2 groups"),
+        (answer(metric=(1.0,)), r"metric of shape \(1,\) for 2 groups"),
+        (answer(sparsity=0.5), r"sparsity of shape \(\) for 2 groups"),
+        (answer(sparsity=(0.4, float("nan"))), "sparsity=nan for layers.1"),
+        (answer(metric=(float("inf"), 1.0)), "metric=inf for layers.0"),
+        (answer(sparsity=(-0.1, 0.6)), r"outside \[0, 1\] for layers.0: -0.1"),
+        (answer(sparsity=(0.1, 1.1)), r"outside \[0, 1\] for layers.1: 1.1"),
+        (answer(sparsity=("a", "b")), "sparsity of no numbers"),
+        (answer(linear_metrics=({"up": 1.0},)), "linear_metrics of length 1"),
+        (answer(linear_metrics=({"up": 1.0}, {"q": 1.0})), "q=1.0 for layers.1"),
+        (
+            answer(linear_metrics=({"up": float("nan")}, {"up": 1.0})),
+            "up=nan for layers.0",
+        ),
+        ([0.4, 0.6], "list, not a BaseAllocation"),
+        (raising, "failed in allocate: ZeroDivisionError.*in the outsider"),
+    ],
+)
+def test_a_broken_answer_names_allocator_plugin_and_distribution(
+    result: Any, message: str
+) -> None:
+    with registered(Outsider), pytest.raises(PluginError, match=message) as caught:
+        run_allocator(Outsider(answer=result), groups(), 0.5)
+    assert str(caught.value).startswith(
+        "allocator 'outsider' of plugin 'throwaway' (no distribution"
+    )
+    if result is raising:
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_a_good_answer_is_handed_over_as_arrays() -> None:
+    linear_metrics = ({"up": 1.0}, {"up": 2.0})
+    mine = answer(sparsity=[0, 1], linear_metrics=linear_metrics)
+    with registered(Outsider):
+        result = run_allocator(Outsider(answer=mine), groups(), 0.5)
+    assert result.metric.dtype == result.sparsity.dtype == np.float64
+    assert result.sparsity.tolist() == [0.0, 1.0]
+    assert result.linear_metrics == linear_metrics
+
+
+def test_an_unregistered_allocator_is_named_by_its_module() -> None:
+    with pytest.raises(PluginError, match=rf"'outsider' \({__name__}, not registered"):
+        run_allocator(Outsider(), groups(), 0.5)
+
+
+def test_nothing_to_allocate() -> None:
+    with pytest.raises(ValueError, match="no prunable Linear"):
+        run_allocator(build_allocator("uniform", {}), [], 0.5)
+
+
+# --- entry points -----------------------------------------------------------------
+
+
+@pytest.fixture
+def loaded_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Callable[..., None]]:
+    """Give the manager entry points (name, distribution, load), and load afresh."""
+
+    def install(*points: tuple[str, str, Callable[[], Any]]) -> None:
+        made = [
+            SimpleNamespace(
+                name=name,
+                value=f"{name}_module",
+                dist=SimpleNamespace(name=dist, version="2.0"),
+                load=load,
+            )
+            for name, dist, load in points
+        ]
+        monkeypatch.setattr(plugins, "entry_points", lambda group: made)
+        plugins._load.cache_clear()
+
+    yield install
+    plugins._load.cache_clear()
+
+
+def plugin_with(*classes: type[Allocator]) -> Any:
+    return SimpleNamespace(register_allocators=hookimpl(lambda: list(classes)))
+
+
+def test_an_entry_point_that_fails_to_import(loaded_from: Callable[..., None]) -> None:
+    def load() -> None:
+        raise ModuleNotFoundError("No module named 'jax'")
+
+    loaded_from(("jolly", "jolly-allocators", load))
+    for _ in range(2):  # and again: a failure is not remembered as success
+        with pytest.raises(PluginError, match="No module named 'jax'") as caught:
+            allocators()
+        assert "plugin 'jolly' of jolly-allocators 2.0" in str(caught.value)
+        assert isinstance(caught.value.__cause__, ModuleNotFoundError)
+
+
+def test_an_entry_point_with_a_hook_nobody_calls(
+    loaded_from: Callable[..., None],
+) -> None:
+    misspelt = SimpleNamespace(register_alocators=hookimpl(lambda: [Outsider]))
+    loaded_from(("jolly", "jolly-allocators", lambda: misspelt))
+    with pytest.raises(PluginError, match="jolly-allocators 2.0.*register_alocators"):
+        allocators()
+
+
+def test_two_distributions_with_one_allocator(
+    loaded_from: Callable[..., None],
+) -> None:
+    class Twin(Allocator):
+        name: ClassVar[str] = "outsider"
+
+    loaded_from(
+        ("first", "one", lambda: plugin_with(Outsider)),
+        ("second", "two", lambda: plugin_with(Twin)),
+    )
+    with pytest.raises(PluginError) as caught:
+        allocators()
+    for part in ("'outsider'", "'first' (one 2.0)", "'second' (two 2.0)"):
+        assert part in str(caught.value)
+
+
+def test_two_distributions_with_one_entry_point_name(
+    loaded_from: Callable[..., None],
+) -> None:
+    loaded_from(
+        ("same", "one", lambda: plugin_with(Outsider)),
+        ("same", "two", lambda: plugin_with(Demanding)),
+    )
+    found = allocators()
+    assert found["outsider"].distribution == "one 2.0"
+    assert found["demanding"].distribution == "two 2.0"
+
+
+def test_entry_points_are_loaded_once(loaded_from: Callable[..., None]) -> None:
+    loads = []
+
+    def load() -> Any:
+        loads.append(1)
+        return plugin_with(Outsider)
+
+    loaded_from(("jolly", "jolly-allocators", load))
+    assert allocators()["outsider"] == allocators()["outsider"]
+    assert manager() is manager()
+    assert len(loads) == 1
+
+
+# --- a distribution of its own, as the documentation tells it ---------------------
+
+CHECK = """
+import torch
+from absorb_plugin.allocators import LinearGroup, LinearStatistics
+from absorb_plugin.plugins import allocators, build_allocator, run_allocator
+
+entry = allocators()["weight_norm"]
+print(entry.plugin, "|", entry.distribution)
+groups = []
+for index in range(3):
+    linear = torch.nn.Linear(4, 4, bias=False)
+    torch.nn.init.constant_(linear.weight, index + 1.0)
+    groups.append(LinearGroup(str(index), {"up": LinearStatistics(linear)}, 16))
+allocator = build_allocator("weight_norm", {"width": 0.2})
+result = run_allocator(allocator, groups, 0.5)
+print(*result.metric.tolist(), "|", *(round(s, 6) for s in result.sparsity.tolist()))
+"""
+
+
+def code_block(language: str, first: str) -> str:
+    for block in re.findall(rf"```{language}\n(.*?)```", DOC.read_text(), re.S):
+        if first in block.splitlines()[0]:
+            return block
+    raise AssertionError(f"no {language} block that begins with {first} in {DOC}")
+
+
+def run_check(*path: Path) -> subprocess.CompletedProcess[str]:
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, path)))
+    return subprocess.run(
+        [sys.executable, "-c", CHECK],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_documented_allocator_installed_from_its_own_distribution(
+    tmp_path: Path,
+) -> None:
+    source, site = tmp_path / "source", tmp_path / "site"
+    source.mkdir()
+    module = code_block("python", "absorb_weightnorm.py")
+    (source / "absorb_weightnorm.py").write_text(module)
+    (source / "pyproject.toml").write_text(code_block("toml", "pyproject.toml"))
+    options = ["--no-build-isolation", "--no-deps", "--no-index", "--quiet"]
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", *options]
+        + ["--disable-pip-version-check", "--target", str(site), str(source)],
+        check=True,
+        timeout=120,
+    )
+    done = run_check(site, ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "weightnorm | absorb-weightnorm 0.1",
+        "1.0 2.0 3.0 | 0.7 0.5 0.3",
+    ]
+    lines = [line for line in module.splitlines() if line.strip()]
+    assert len(lines) <= 45, "the documentation promises about 40 lines"
+
+    # the same distribution again under another name, and both are named
+    other = tmp_path / "other" / "copycat-1.5.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Name: copycat\nVersion: 1.5\n")
+    (other / "entry_points.txt").write_text("[absorb_plugin]\ncopycat = copycat\n")
+    (other.parent / "copycat.py").write_text(module)
+    done = run_check(site, other.parent, ROOT)
+    assert done.returncode != 0
+    for part in ("two allocators are called 'weight_norm'", "absorb-weightnorm 0.1"):
+        assert part in done.stderr
+    assert "copycat 1.5" in done.stderr
+
+
+def test_the_documented_observer_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    namespace: dict[str, Any] = {}
+    exec(code_block("python", "from absorb_plugin.hookspecs"), namespace)
+    observer = SimpleNamespace(allocation_finished=namespace["allocation_finished"])
+    manager().register(observer, name="observer")
+    try:
+        profile = {"allocator": "owl", "achieved": 0.5}
+        manager().hook.allocation_finished(profile=profile)
+    finally:
+        manager().unregister(name="observer")
+    assert capsys.readouterr().out == "owl 0.5\n"
