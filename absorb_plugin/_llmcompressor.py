@@ -1,6 +1,6 @@
 """
-The first import of llm-compressor. While it is imported it logs to stdout (that there is
-no accelerator), where `absorb eval --json` promises one JSON object and nothing else.
+The first import of llm-compressor. While it is imported it logs to stdout (that there
+is no accelerator), where `absorb eval --json` promises one JSON object and no more.
 """
 
 import contextlib
@@ -12,6 +12,6 @@ if "llmcompressor" not in sys.modules:
     # Its log stays where it would be without us.
     llmcompressor.configure_logger()
 
-from llmcompressor.modifiers import ModifierFactory  # noqa: E402
+from llmcompressor.modifiers import ModifierFactory
 
 __all__ = ["ModifierFactory"]

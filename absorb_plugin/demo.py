@@ -193,6 +193,7 @@ def demo_model() -> Path:
     model.is_quantized = False
     model.config._name_or_path = ""
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.clean_up_tokenization_spaces = False  # wrong for BPE, and warned of
     with staged_directory(target) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
@@ -233,4 +234,4 @@ def _generate(model: PreTrainedModel, tokenizer: Any) -> str:
         repetition_penalty=1.2,
         pad_token_id=tokenizer.eos_token_id,
     )
-    return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
+    return " ".join(tokenizer.decode(tokens[0], skip_special_tokens=True).split())

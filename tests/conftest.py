@@ -1,0 +1,37 @@
+"""Fixtures of all tests: a clean session of llm-compressor, tiny models, text."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+from llmcompressor.core import reset_session
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+import absorb_plugin  # noqa: F401  registers the modifier
+
+
+@pytest.fixture(autouse=True)
+def clean_session() -> Iterator[None]:
+    """llm-compressor keeps the recipe of the last run in a global session."""
+    reset_session()
+    yield
+    reset_session()
+
+
+@pytest.fixture(params=list(tiny.ARCHITECTURES))
+def any_model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """A model of every architecture, one after the other."""
+    return tiny.make_model(request.param)
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    return tiny.make_model("llama")
+
+
+@pytest.fixture
+def llama_for_oneshot(
+    tmp_path: Path,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    return tiny.with_tokenizer(tiny.make_model("llama"), tmp_path / "config")
