@@ -3,8 +3,7 @@ Layer-wise sparsity for llm-compressor: importing this package registers
 `AbsorptionAllocationModifier`, so that recipes in YAML find it.
 """
 
-from llmcompressor.modifiers import ModifierFactory
-
+from absorb_plugin._llmcompressor import ModifierFactory
 from absorb_plugin.allocators.base import (
     Allocator,
     BaseAllocation,

@@ -13,7 +13,7 @@ from absorb_plugin.absorption import AbsorptionProfile, NoiseProbe
 from absorb_plugin.allocators.base import Allocator, BaseAllocation, LinearGroup
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.budget import meet_budget
-from absorb_plugin.calibration import join_samples, split_samples, spread
+from absorb_plugin.calibration import cut_tokens, join_samples, split_samples, spread
 from absorb_plugin.correction import direction_from_ratio, direction_from_response
 from absorb_plugin.gradient import GradientProbe
 from absorb_plugin.plugins import run_allocator
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["Allocation", "Base", "Calibration", "base_allocation"]
 
 # Samples of the noise probe where noise is not the signal: enough for the report.
-REPORT_SAMPLES = 2
+REPORT_SAMPLES = 1
+# Up to so many blocks the response takes no more block passes than the gradient.
+RESPONSE_BLOCKS = 6
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,10 @@ class Calibration:
         settings: "AbsorptionAllocationModifier",
     ) -> None:
         self._model, self._blocks, self._settings = model, blocks, settings
+        self.signal = settings.signal
+        if settings.signal == "auto":
+            few = len(blocks) <= RESPONSE_BLOCKS
+            self.signal = "response" if few else "gradient"
         samples = list(split_samples(batches, 1))
         self.samples = len(samples)
         self._held_out: list[dict] = []
@@ -177,16 +183,18 @@ class Calibration:
                     "as a number (0.1 is a good start)"
                 )
             count = min(settings.holdout_samples, self.samples // 2)
-            self._held_out = spread(samples, count)
-            out = {id(sample) for sample in self._held_out}
+            held_out = spread(samples, count)
+            out = {id(sample) for sample in held_out}
             samples = [sample for sample in samples if id(sample) not in out]
+            self._held_out = [cut_tokens(x, settings.probe_tokens) for x in held_out]
         self._samples = samples
+        self._measured = 0
 
     def statistics(self) -> dict[str, torch.Tensor]:
         """Σ x² of the Linears' inputs, where the allocator or the signal needs it."""
         settings = self._settings
         needed = settings.strength != 0 and (
-            settings.signal != "noise" or settings.strength == "auto"
+            self.signal != "noise" or settings.strength == "auto"
         )
         if not needed and not settings.needs_activations:
             return {}
@@ -201,7 +209,7 @@ class Calibration:
         if settings.strength == 0:
             return None
         count = settings.noise_samples
-        if settings.signal != "noise":
+        if self.signal != "noise":
             if settings.report_dir is None:
                 return None
             count = min(count, REPORT_SAMPLES)
@@ -224,12 +232,12 @@ class Calibration:
     ) -> np.ndarray:
         """Δ of the signal chosen, in the network under `allocation`."""
         settings = self._settings
-        if settings.signal == "noise":
+        if self.signal == "noise":
             assert absorption is not None
             return direction_from_ratio(absorption.ratio)
-        chosen = spread(self._samples, settings.signal_samples)
+        chosen = self._next_samples(settings.signal_samples)
         step = settings.response_step
-        if settings.signal == "gradient":
+        if self.signal == "gradient":
             slope = GradientProbe(
                 self._blocks, statistics, allocation, step / 2, base.offsets
             )
@@ -242,6 +250,16 @@ class Calibration:
         # per weight: the budget is one of weights, and blocks may differ in size
         size = self._blocks.parameters / self._blocks.parameters.mean()
         return direction_from_response(response.response().response / size)
+
+    def _next_samples(self, count: int) -> list[dict]:
+        """Other samples in every round, as far as there are any."""
+        count = min(count, len(self._samples))
+        start, self._measured = self._measured, self._measured + count
+        # at even distances, then the ones between them: loaders may sort by length
+        stride = max(1, len(self._samples) // count)
+        order = [x for offset in range(stride) for x in self._samples[offset::stride]]
+        chosen = [order[(start + i) % len(order)] for i in range(count)]
+        return [cut_tokens(x, self._settings.probe_tokens) for x in chosen]
 
     def score(
         self,

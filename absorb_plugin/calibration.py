@@ -16,6 +16,7 @@ __all__ = [
     "Batch",
     "cache_batches",
     "calibrating",
+    "cut_tokens",
     "join_samples",
     "split_samples",
     "spread",
@@ -111,6 +112,18 @@ def spread(items: Sequence[T], count: int) -> list[T]:
     """`count` items at even distances: loaders may sort samples by length."""
     count = min(count, len(items))
     return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
+
+
+def cut_tokens(sample: Batch, length: int) -> dict:
+    """The first `length` tokens of a single sample that are no padding."""
+    total = sample["input_ids"].shape[1]
+    start = int(token_mask(sample)[0].float().argmax())
+    return {
+        name: tensor[:, start : start + length]
+        if tensor.dim() > 1 and tensor.shape[1] == total
+        else tensor
+        for name, tensor in sample.items()
+    }
 
 
 def token_mask(batch: Batch) -> torch.Tensor:

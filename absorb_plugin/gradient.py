@@ -24,7 +24,7 @@ from torch.nn import Module
 
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch
-from absorb_plugin.loss import cross_entropy_sums
+from absorb_plugin.loss import check_predicted, cross_entropy_sums
 from absorb_plugin.response import MaskedPassenger
 from absorb_plugin.sweep import RunBlock, Tail
 
@@ -87,7 +87,7 @@ class GradientProbe(MaskedPassenger):
 
     def slope(self) -> np.ndarray:
         """∂loss/∂s_l per weight, nats per token, shape (prunable blocks,)."""
-        return np.sum(self._slopes, axis=0) / sum(self._tokens)
+        return np.sum(self._slopes, axis=0) / check_predicted(sum(self._tokens))
 
     def loss(self) -> float:
         """Cross-entropy under the allocation itself, nats per token."""

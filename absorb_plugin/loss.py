@@ -7,7 +7,7 @@ import torch
 from absorb_plugin.calibration import Batch, token_mask
 from absorb_plugin.sweep import Tail
 
-__all__ = ["cross_entropy_sums"]
+__all__ = ["check_predicted", "cross_entropy_sums"]
 
 # Logits of one chunk, in float32; at a vocabulary of 128k that is 512 tokens.
 CHUNK_BYTES = 256 * 2**20
@@ -48,3 +48,16 @@ def cross_entropy_sums(
             each_chunk(sums.sum())
         total += sums.detach().to(total.device)
     return list(zip(total.tolist(), counted.sum(dim=1).tolist(), strict=True))
+
+
+def check_predicted(tokens: int) -> int:
+    """
+    :param tokens: number of predicted tokens over all samples
+    :raises ValueError: if there is none, and so no loss
+    """
+    if not tokens:
+        raise ValueError(
+            "the calibration samples have no token to predict: each needs two "
+            "neighbouring tokens that are no padding. Use longer samples"
+        )
+    return tokens

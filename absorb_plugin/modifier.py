@@ -68,8 +68,9 @@ class AbsorptionAllocationModifier(Modifier):
         all Linears of a block alike
     :param signal: what the correction follows. "gradient": the slope of calibration
         loss in each block's sparsity, in the network as it is pruned. "response": the
-        same by relaxing one block at a time. "noise": the paper's ratio, how the
-        dense network absorbs or amplifies noise behind each block
+        same by relaxing one block at a time, the dearer the more blocks there are.
+        "noise": the paper's ratio, how the dense network absorbs or amplifies noise
+        behind each block. "auto": "response" up to 6 blocks, "gradient" beyond
     :param rounds: at most so many corrections, each measured where the one before
         ended; the noise signal has one
     :param strength: largest change of a block's sparsity. "auto" tunes it on
@@ -79,13 +80,14 @@ class AbsorptionAllocationModifier(Modifier):
         base allocation and measures nothing
     :param noise_magnitude: η, length of the noise relative to the hidden state
     :param noise_samples: calibration samples the noise probe runs on; where noise is
-        not the signal it serves the report only and runs on at most two
+        not the signal it serves the report only and runs on one
     :param noise_seed: seed of the noise
     :param sink_tokens: "perturb" puts noise on all tokens, "spare" leaves out the first
         of every sample, "auto" those whose norm is beyond 20 times the median
     :param statistics_samples: calibration samples for the inputs' statistics
     :param signal_samples: calibration samples for "gradient" and "response"
     :param holdout_samples: calibration samples held out to judge strengths
+    :param probe_tokens: tokens of each of these samples that are used
     :param response_step: δ, by how much "response" relaxes a block; "gradient" looks at
         weights within ± δ/2 of the threshold
     :param max_sparsity: no block is pruned beyond it
@@ -101,8 +103,8 @@ class AbsorptionAllocationModifier(Modifier):
     allocator: str = "owl"
     allocator_args: dict[str, Any] = Field(default_factory=dict)
     granularity: Literal["block", "linear"] = "block"
-    signal: Literal["gradient", "response", "noise"] = "gradient"
-    rounds: int = Field(default=3, ge=1)
+    signal: Literal["auto", "gradient", "response", "noise"] = "auto"
+    rounds: int = Field(default=4, ge=1)
     strength: float | Literal["auto"] = "auto"
     noise_magnitude: float = Field(default=1e-2, gt=0)
     noise_samples: int = Field(default=8, ge=1)
@@ -111,6 +113,7 @@ class AbsorptionAllocationModifier(Modifier):
     statistics_samples: int = Field(default=32, ge=1)
     signal_samples: int = Field(default=8, ge=1)
     holdout_samples: int = Field(default=8, ge=1)
+    probe_tokens: int = Field(default=256, ge=2)
     response_step: float = Field(default=0.1, gt=0, lt=1)
     max_sparsity: float = Field(default=0.95, gt=0, lt=1)
     sweep_memory: int = Field(default=4 * 2**30, gt=0)

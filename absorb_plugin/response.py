@@ -21,7 +21,7 @@ from torch.nn import Module
 
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch
-from absorb_plugin.loss import cross_entropy_sums
+from absorb_plugin.loss import check_predicted, cross_entropy_sums
 from absorb_plugin.masks import BlockMasks
 from absorb_plugin.sweep import Passenger, RunBlock, Tail
 
@@ -70,15 +70,24 @@ class MaskedPassenger(Passenger):
 
     def _masks(self, index: int) -> BlockMasks:
         block = self._blocks.blocks[index]
-        sums = {n: self._square_sums[block.full_name(n)] for n in block.linears}
-        return BlockMasks(block.linears, sums)
+        linears = {name: block.linears[name] for name in self._seen(index)}
+        sums = {name: self._square_sums[block.full_name(name)] for name in linears}
+        return BlockMasks(linears, sums)
 
     def _at(self, index: int, sparsities: np.ndarray) -> dict[str, float]:
         """Name -> sparsity of the Linears of a block under an allocation."""
         sparsity = float(sparsities[self._rows[index]])
         block = self._blocks.blocks[index]
-        offsets = {n: self._offsets.get(block.full_name(n), 0.0) for n in block.linears}
+        offsets = {
+            name: self._offsets.get(block.full_name(name), 0.0)
+            for name in self._seen(index)
+        }
         return {n: min(1.0, max(0.0, sparsity + o)) for n, o in offsets.items()}
+
+    def _seen(self, index: int) -> list[str]:
+        """Linears that saw a token: the pruners leave the others dense (experts)."""
+        block = self._blocks.blocks[index]
+        return [n for n in block.linears if block.full_name(n) in self._square_sums]
 
 
 class ResponseProbe(MaskedPassenger):
@@ -139,7 +148,7 @@ class ResponseProbe(MaskedPassenger):
         """Means over all samples seen so far."""
         losses = np.array(self._losses)
         tokens = np.array(self._tokens, dtype=np.float64)
-        total = tokens.sum()
+        total = check_predicted(int(tokens.sum()))
         gains = losses[:, :1] - losses[:, 1:]
         mean = gains.sum(axis=0) / total
         count = len(tokens)
@@ -147,7 +156,7 @@ class ResponseProbe(MaskedPassenger):
         if count > 1:
             deviation = gains - tokens[:, None] * mean
             error = np.sqrt(count / (count - 1) * (deviation**2).sum(axis=0)) / total
-        return Response(mean, error, float(losses[:, 0].sum() / total), int(total))
+        return Response(mean, error, float(losses[:, 0].sum() / total), total)
 
 
 class CandidateScores(MaskedPassenger):
@@ -199,4 +208,5 @@ class CandidateScores(MaskedPassenger):
         Sums of cross-entropy in nats, shape (candidates, samples), and the number of
         predicted tokens, shape (samples,).
         """
+        check_predicted(sum(self._tokens))
         return np.array(self._losses).T, np.array(self._tokens)

@@ -55,10 +55,14 @@ class InputStatistics(Passenger):
     def _watch(self, name: str, linear: torch.nn.Linear) -> None:
         def add(module: Module, args: tuple[torch.Tensor, ...]) -> None:
             x = args[0].float()
-            if x.shape[:-1] == self._mask.shape:
-                # experts of a mixture get a list of tokens; all others a whole batch
-                x = x * self._mask.unsqueeze(-1)
-            square_sum = x.flatten(0, -2).square().sum(dim=0)
+            if not x.numel():  # an expert that no token was routed to
+                return
+            square_sums = x.flatten(0, -2).square()
+            if len(square_sums) == self._mask.numel():
+                # A whole batch, flattened or not. Experts of a mixture get fewer
+                # tokens, and padding among them cannot be told apart.
+                square_sums *= self._mask.reshape(-1, 1)
+            square_sum = square_sums.sum(dim=0)
             if name in self._sums:
                 square_sum += self._sums[name]
             self._sums[name] = square_sum

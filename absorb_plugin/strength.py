@@ -13,8 +13,9 @@ from absorb_plugin.correction import corrected
 
 __all__ = ["Round", "Search", "search_strength"]
 
-# Tried in the first round, halved in every further one. The negative side is there
-# because a signal can point the wrong way: the noise ratio does on some models.
+# Tried in the first round. The negative side is there because a signal can point the
+# wrong way: the noise ratio does on some models. A round that does not take the largest
+# is near the optimum along its direction, and the next one tries half of everything.
 STRENGTHS = (-0.05, 0.05, 0.1, 0.2)
 # Losses closer than this, in nats per token, are a tie: the smaller strength wins.
 TIE = 1e-3
@@ -91,9 +92,10 @@ def search_strength(
     own = sums[1] if start == "uniform" else sums[0]
 
     done: list[Round] = []
-    for number in range(rounds):
+    scale = 1.0
+    for _ in range(rounds):
         direction = measure(current)
-        strengths = [beta / 2**number for beta in STRENGTHS]
+        strengths = [beta * scale for beta in STRENGTHS]
         candidates = [
             meet_budget(
                 corrected(current, direction, beta), parameters, sparsity, max_sparsity
@@ -118,6 +120,8 @@ def search_strength(
         if best is None:
             break
         current, own = candidates[best], sums[best]
+        if strengths[best] < max(strengths):
+            scale /= 2
     loss = float(own.sum() / tokens.sum())
     return Search(current, start, base_loss, uniform_loss, loss, done)
 

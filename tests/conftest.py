@@ -5,10 +5,14 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from llmcompressor.core import reset_session
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import absorb_plugin  # noqa: F401  registers the modifier
+
+# The models are tiny: a second thread costs more than it brings.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

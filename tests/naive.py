@@ -91,7 +91,10 @@ def square_sums(
 
     def hook(name: str) -> Callable:
         def add(module: Module, args: tuple) -> None:
-            sums[name] = (args[0][kept] ** 2).sum(dim=0) / len(kept)
+            x = args[0].flatten(0, -2)
+            if len(x) == kept.numel():  # else an expert's choice of tokens
+                x = x[kept.flatten()]
+            sums[name] = (x**2).sum(dim=0) / len(kept)
 
         return add
 

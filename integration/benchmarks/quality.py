@@ -167,9 +167,7 @@ def main() -> None:
     parser.add_argument("--eval-text", type=Path)
     parser.add_argument("--allocators", nargs="+", default=["owl", "alpha_pruning"])
     parser.add_argument("--pruners", nargs="+", default=["wanda", "sparsegpt"])
-    parser.add_argument(
-        "--sparsities", nargs="+", type=float, default=[0.5, 0.6, 0.7]
-    )
+    parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.6, 0.7])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
         "--methods", nargs="+", default=["uniform", "atp", "base", "paper", "ours"]

@@ -1,0 +1,92 @@
+"""Which blocks a model has."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from absorb_plugin.blocks import find_blocks
+
+FIRST = {
+    "llama": ("model.layers.0", 7),
+    "mistral": ("model.layers.0", 7),
+    "qwen3": ("model.layers.0", 7),
+    "gemma3": ("model.layers.0", 7),
+    "opt": ("model.decoder.layers.0", 6),
+    "gpt_neox": ("gpt_neox.layers.0", 4),
+    "phi3": ("model.layers.0", 4),
+    "qwen3_moe": ("model.layers.0", 4 + 4 * 3),
+    "falcon_h1": ("model.layers.0", 9),
+}
+
+
+@pytest.mark.parametrize("architecture", list(tiny.ARCHITECTURES))
+def test_blocks_of_every_architecture(architecture: str) -> None:
+    model = tiny.make_model(architecture)
+    found = find_blocks(model)
+    name, linears = FIRST[architecture]
+    assert found.blocks[0].name == name
+    assert [len(block.linears) for block in found.blocks] == [linears] * 3
+    assert len(found) == 3 and found.prunable == [0, 1, 2]
+    modules = dict(model.named_modules())
+    for block in found.blocks:
+        assert modules[block.name] is block.module
+    for full, linear in found.linears().items():
+        assert modules[full] is linear
+    expected = [
+        sum(linear.weight.numel() for linear in block.linears.values())
+        for block in found.blocks
+    ]
+    assert found.parameters.tolist() == expected
+    assert model.get_output_embeddings() not in found.linears().values()
+
+
+def test_restricted_blocks_stay_in_the_chain(llama: PreTrainedModel) -> None:
+    whole = find_blocks(llama)
+    names = ["model.layers.0.mlp.up_proj", "model.layers.2.mlp.down_proj", "lm_head"]
+    found = whole.restrict(names)
+    assert len(found) == 3 and found.prunable == [0, 2]
+    assert list(found.linears()) == names[:2]
+    assert found.modules == whole.modules
+    np.testing.assert_array_equal(found.parameters, [32 * 48, 48 * 32])
+
+
+def test_block_class_named_by_the_user(llama: PreTrainedModel) -> None:
+    llama._no_split_modules = []
+    with pytest.raises(ValueError, match="sequential_targets"):
+        find_blocks(llama)
+    assert len(find_blocks(llama, "LlamaDecoderLayer")) == 3
+    assert len(find_blocks(llama, ["LlamaDecoderLayer"])) == 3
+    with pytest.raises(ValueError, match=r"no decoder block found.*OtherLayer"):
+        find_blocks(llama, "OtherLayer")
+
+
+def test_encoder_decoder_is_refused() -> None:
+    config = T5Config(
+        vocab_size=64, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2
+    )
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        find_blocks(T5ForConditionalGeneration(config))
+
+
+def test_conv1d_weights_are_refused() -> None:
+    config = GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=16)
+    with pytest.raises(ValueError, match=r"hold no torch\.nn\.Linear.*Conv1D"):
+        find_blocks(GPT2LMHeadModel(config))
+
+
+def test_a_block_without_linears_is_not_prunable(llama: PreTrainedModel) -> None:
+    class Bare(type(llama.model.layers[0])):  # type: ignore[misc]
+        def __init__(self) -> None:
+            torch.nn.Module.__init__(self)
+
+    llama.model.layers[1] = Bare()
+    found = find_blocks(llama)
+    assert len(found) == 3 and found.prunable == [0, 2]

@@ -1,0 +1,86 @@
+"""Calibration batches: read once, without a trace in the random state; cut, joined."""
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, RandomSampler
+
+from absorb_plugin.calibration import (
+    cache_batches,
+    join_samples,
+    split_samples,
+    spread,
+    token_mask,
+)
+
+
+def loader(shuffle_by: str) -> DataLoader:
+    rows = [{"input_ids": torch.tensor([i, i])} for i in range(20)]
+    if shuffle_by == "global":
+        return DataLoader(rows, batch_size=2, shuffle=True)
+    generator = torch.Generator().manual_seed(3)
+    if shuffle_by == "loader":
+        return DataLoader(rows, batch_size=2, shuffle=True, generator=generator)
+    return DataLoader(
+        rows, batch_size=2, sampler=RandomSampler(rows, generator=generator)
+    )
+
+
+@pytest.mark.parametrize("shuffle_by", ["global", "loader", "sampler"])
+def test_the_pruner_is_given_the_samples_that_we_saw(shuffle_by: str) -> None:
+    orders = []
+    for reading in (True, False):
+        torch.manual_seed(0)
+        data = loader(shuffle_by)
+        if reading:
+            seen = torch.cat([b["input_ids"] for b in cache_batches(data)])
+        orders.append(torch.cat([batch["input_ids"] for batch in data]))
+    assert torch.equal(orders[0], orders[1])
+    assert torch.equal(seen, orders[0])
+    assert seen[:, 0].tolist() != list(range(20))
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (None, r"no calibration data.*oneshot\(dataset="),
+        ([], "has no token"),
+        ([{"input_ids": torch.zeros(1, 0)}], "has no token"),
+        ([{"text": ["a"], "pixels": torch.ones(1)}], r"no 'input_ids' but \['pixels"),
+    ],
+)
+def test_missing_data(data: list | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cache_batches(data)
+
+
+def test_what_is_no_tensor_is_left_out() -> None:
+    batch = {**tiny.make_batch(), "text": ["a", "b", "c"]}
+    (cached,) = cache_batches([batch])
+    assert cached.keys() == {"input_ids", "attention_mask"}
+
+
+def test_split_and_join_are_inverse() -> None:
+    batches = [tiny.make_batch(4), tiny.make_batch(2, tokens=5)]
+    parts = list(split_samples(batches, 3))
+    assert [len(part["input_ids"]) for part in parts] == [3, 1, 2]
+    for joined, batch in zip(join_samples(parts), batches, strict=True):
+        tiny.assert_same(joined, batch)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 50), st.integers(1, 60))
+def test_spread_is_even(length: int, count: int) -> None:
+    chosen = spread(range(length), count)
+    assert len(chosen) == len(set(chosen)) == min(length, count)
+    assert chosen == sorted(chosen)
+    steps = [b - a for a, b in zip(chosen, chosen[1:])]
+    assert not steps or max(steps) - min(steps) <= 1
+
+
+def test_token_mask() -> None:
+    batch = tiny.make_batch(padding="left")
+    assert torch.equal(token_mask(batch), batch["attention_mask"].bool())
+    assert token_mask({"input_ids": batch["input_ids"]}).all()

@@ -1,0 +1,188 @@
+"""profile.json and the figure."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import runs
+import tiny
+from matplotlib.image import imread
+
+from absorb_plugin.report import profile as report_profile
+
+KEYS = {
+    "schema_version",
+    "model",
+    "pruner",
+    "calibration",
+    "settings",
+    "noise",
+    "search",
+    "budget",
+    "achieved",
+    "realised",
+    "blocks",
+    "versions",
+}
+BLOCK_KEYS = {
+    "name",
+    "parameters",
+    "metric",
+    "base_sparsity",
+    "drift",
+    "realignment",
+    "ratio",
+    "ratio_error",
+    "direction",
+    "sparsity",
+    "realised_sparsity",
+    "linears",
+}
+
+
+def strict_json(path: Path) -> dict[str, Any]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def test_report_of_a_whole_run(tmp_path: Path) -> None:
+    model = tiny.make_model("llama")
+    folder = tmp_path / "new" / "report"
+    ours = runs.absorption(strength="auto", rounds=2, report_dir=folder)
+    runs.run(model, [ours, runs.pruner("wanda")], tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "profile.json",
+        "profile.png",
+    ]
+    image = imread(io.BytesIO((folder / "profile.png").read_bytes()))
+    assert image.ndim == 3 and image.std() > 0
+    profile = strict_json(folder / "profile.json")
+    assert profile.keys() == KEYS
+    assert profile["schema_version"] == report_profile.SCHEMA_VERSION
+    assert profile["model"]["class"] == "LlamaForCausalLM"
+    assert profile["model"]["dtype"] == "float32"
+    assert profile["pruner"] == "WandaPruningModifier"
+    assert profile["calibration"] == {"samples": 6, "tokens": 6 * 16}
+    assert profile["settings"]["allocator"] == "owl"
+    assert profile["settings"]["noise_seed"] == 0
+    assert profile["noise"]["magnitude"] == ours.noise_magnitude
+    assert profile["budget"] == 0.5
+    assert profile["achieved"] == pytest.approx(0.5, abs=1e-6)
+    assert profile["search"].keys() == {
+        "start",
+        "base_loss",
+        "uniform_loss",
+        "loss",
+        "rounds",
+    }
+    assert len(profile["blocks"]) == 3
+    zeros = weights = 0
+    for index, block in enumerate(profile["blocks"]):
+        assert block.keys() == BLOCK_KEYS
+        assert block["name"] == f"model.layers.{index}"
+        assert block["drift"][:index] == [None] * index
+        assert all(value > 0 for value in block["drift"][index:])
+        names = [f"{block['name']}.{name}" for name in block["linears"]]
+        counts = runs.zeros(model, names)
+        own = sum(sum(rows) for rows in counts.values())
+        size = sum(model.get_submodule(name).weight.numel() for name in names)
+        assert block["parameters"] == size
+        assert block["realised_sparsity"] == pytest.approx(own / size, abs=1e-12)
+        # Wanda takes int(columns · s): under one weight per row below the target
+        assert 0 <= block["sparsity"] - block["realised_sparsity"] < 1 / 32
+        zeros, weights = zeros + own, weights + size
+    assert profile["realised"] == pytest.approx(zeros / weights, abs=1e-12)
+    assert profile["blocks"][-1]["ratio"] == 1.0
+
+
+def test_what_was_not_measured_is_null(tmp_path: Path) -> None:
+    model = tiny.make_model("llama", num_hidden_layers=2)
+    ours = runs.absorption(allocator="uniform", strength=0, report_dir=tmp_path)
+    runs.run(model, [ours, runs.pruner()], tmp_path)
+    profile = strict_json(tmp_path / "profile.json")
+    assert profile["noise"] is None and profile["search"] is None
+    for block in profile["blocks"]:
+        assert block["drift"] is block["ratio"] is None
+        assert block["sparsity"] == block["base_sparsity"] == 0.5
+    assert (tmp_path / "profile.png").stat().st_size > 0
+
+
+def test_one_sample_has_no_standard_error(tmp_path: Path) -> None:
+    model = tiny.make_model("llama", num_hidden_layers=2)
+    ours = runs.absorption(signal="noise", report_dir=tmp_path)
+    runs.run(model, [ours, runs.pruner()], tmp_path, samples=1)
+    profile = strict_json(tmp_path / "profile.json")
+    assert [block["ratio_error"] for block in profile["blocks"]] == [None] * 2
+
+
+def test_sinks_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_profile, "draw", lambda profile: b"")
+    model = tiny.make_model("llama", num_hidden_layers=2)
+    dataset = tiny.make_dataset(4)
+    rows = [[3, *[max(4, token) for token in row[1:]]] for row in dataset["input_ids"]]
+    model.get_input_embeddings().weight.data[3] *= 1000
+    dataset = dataset.remove_columns("input_ids").add_column("input_ids", rows)
+    ours = runs.absorption(signal="noise", report_dir=tmp_path)
+    runs.run(model, [ours, runs.pruner()], tmp_path, dataset=dataset, samples=4)
+    noise = strict_json(tmp_path / "profile.json")["noise"]
+    assert noise["spared_positions"] == {"model.layers.0": [0], "model.layers.1": [0]}
+    assert noise["tokens"] == 4 * 15
+
+
+def test_two_peers_share_nothing_but_the_modifier(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_profile, "draw", lambda profile: b"")
+    model = tiny.make_model("llama", num_hidden_layers=2)
+    ours = runs.absorption(report_dir=tmp_path)
+    attention = runs.pruner(sparsity=0.3, targets=[r"re:.*self_attn\..*_proj$"])
+    mlp = runs.pruner("sparsegpt", sparsity=0.6, targets=[r"re:.*mlp\..*_proj$"])
+    runs.run(model, [ours, attention, mlp], tmp_path)
+    first = strict_json(tmp_path / "profile.json")
+    second = strict_json(tmp_path / "profile_2.json")
+    assert first["pruner"] == "WandaPruningModifier"
+    assert second["pruner"] == "SparseGPTModifier"
+    for profile, part, budget in ((first, "self_attn", 0.3), (second, "mlp", 0.6)):
+        names = {name for block in profile["blocks"] for name in block["linears"]}
+        assert names and all(name.startswith(part) for name in names)
+        assert profile["achieved"] == pytest.approx(budget, abs=1e-6)
+        assert profile["realised"] == pytest.approx(budget, abs=0.03)
+
+
+def test_files_are_replaced_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "profile.json"
+    path.write_bytes(b"old")
+
+    def full_disk(self: Path, content: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(content[:1])
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full_disk)
+        with pytest.raises(OSError, match="no space"):
+            report_profile._replace(path, b"new")
+    assert path.read_bytes() == b"old"
+    report_profile._replace(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["profile.json"]
+
+
+def test_the_figure_shows_one_panel_more_for_all_that_was_measured(
+    tmp_path: Path,
+) -> None:
+    heights = []
+    for strength in (0, 0.2):
+        model = tiny.make_model("llama", num_hidden_layers=2)
+        folder = tmp_path / str(strength)
+        ours = runs.absorption(strength=strength, signal="noise", report_dir=folder)
+        runs.run(model, [ours, runs.pruner()], tmp_path)
+        heights.append(np.asarray(imread(folder / "profile.png")).shape[0])
+    assert heights[1] == pytest.approx(3 * heights[0], rel=0.01)
