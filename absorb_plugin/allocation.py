@@ -2,17 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import torch
+from datasets import Dataset
 from loguru import logger
+from rich.console import Console
+from rich.table import Table
 from transformers import PreTrainedModel
 
 from absorb_plugin.absorption import AbsorptionProfile, NoiseProbe
 from absorb_plugin.allocators.base import Allocator, BaseAllocation, LinearGroup
-from absorb_plugin.blocks import BlockMap
-from absorb_plugin.budget import meet_budget
+from absorb_plugin.blocks import BlockMap, find_blocks
+from absorb_plugin.budget import check_budget, meet_budget
 from absorb_plugin.calibration import cut_tokens, join_samples, split_samples, spread
 from absorb_plugin.correction import direction_from_ratio, direction_from_response
 from absorb_plugin.gradient import GradientProbe
@@ -25,7 +28,15 @@ from absorb_plugin.sweep import Passenger, sweep
 if TYPE_CHECKING:
     from absorb_plugin.modifier import AbsorptionAllocationModifier
 
-__all__ = ["Allocation", "Base", "Calibration", "base_allocation"]
+__all__ = [
+    "Allocation",
+    "Base",
+    "Calibration",
+    "allocate_model",
+    "as_dict",
+    "base_allocation",
+    "render",
+]
 
 # Samples of the noise probe where noise is not the signal: enough for the report.
 REPORT_SAMPLES = 1
@@ -190,13 +201,17 @@ class Calibration:
         self._samples = samples
         self._measured = 0
 
-    def statistics(self) -> dict[str, torch.Tensor]:
-        """Σ x² of the Linears' inputs, where the allocator or the signal needs it."""
+    def statistics(self, for_allocator: bool) -> dict[str, torch.Tensor]:
+        """
+        Σ x² of the Linears' inputs, where the masks of a signal need it.
+
+        :param for_allocator: whether the base allocator needs it too
+        """
         settings = self._settings
         needed = settings.strength != 0 and (
             self.signal != "noise" or settings.strength == "auto"
         )
-        if not needed and not settings.needs_activations:
+        if not (needed or for_allocator):
             return {}
         chosen = spread(self._samples, settings.statistics_samples)
         watcher = InputStatistics(self._blocks)
@@ -284,3 +299,77 @@ class Calibration:
             memory=self._settings.sweep_memory,
             description=what,
         )
+
+
+def allocate_model(
+    model: PreTrainedModel,
+    samples: Dataset,
+    sparsity: float,
+    settings: "AbsorptionAllocationModifier",
+) -> Allocation:
+    """
+    Allocate without pruning, over all Linears of the decoder blocks.
+
+    :param samples: rows of `input_ids` and `attention_mask`
+    :param sparsity: the budget S
+    """
+    check_budget(sparsity, settings.max_sparsity)
+    blocks = find_blocks(model)
+    rows = samples.with_format("torch")
+    batches = [{name: row[name][None] for name in row} for row in rows]
+    return settings.allocate(model, blocks, batches, sparsity)
+
+
+def as_dict(allocation: Allocation, allocator: str) -> dict[str, Any]:
+    """What `absorb allocate --json` prints."""
+    base, targets = allocation.base, allocation.linear_sparsities()
+    blocks = []
+    for row, index in enumerate(allocation.blocks.prunable):
+        block = allocation.blocks.blocks[index]
+        entry: dict[str, Any] = {
+            "name": block.name,
+            "parameters": block.parameters,
+            "metric": float(base.metric[row]),
+            "base": float(base.sparsity[row]),
+            "sparsity": float(allocation.sparsity[row]),
+        }
+        names = {name: block.full_name(name) for name in block.linears}
+        if any(full in base.linear_metrics for full in names.values()):
+            entry["linears"] = {
+                name.rpartition(".")[2] if unique else name: {
+                    "metric": float(base.linear_metrics[full]),
+                    "sparsity": targets[full],
+                }
+                for unique in [_unique_ends(list(names))]
+                for name, full in names.items()
+            }
+        blocks.append(entry)
+    return {
+        "allocator": allocator,
+        "sparsity": allocation.budget,
+        "achieved": allocation.achieved(),
+        "blocks": blocks,
+    }
+
+
+def _unique_ends(names: list[str]) -> bool:
+    """Whether the last parts of the names tell them apart, as in most models."""
+    return len({name.rpartition(".")[2] for name in names}) == len(names)
+
+
+def render(allocation: Allocation, file: TextIO) -> None:
+    """Print the allocation as a table for people."""
+    table = Table()
+    for column in ("block", "weights", "metric", "base", "sparsity"):
+        table.add_column(column, justify="left" if column == "block" else "right")
+    for row, index in enumerate(allocation.blocks.prunable):
+        block = allocation.blocks.blocks[index]
+        table.add_row(
+            block.name,
+            f"{block.parameters:,}",
+            f"{allocation.base.metric[row]:.4g}",
+            f"{allocation.base.sparsity[row]:.4f}",
+            f"{allocation.sparsity[row]:.4f}",
+        )
+    table.caption = f"{allocation.achieved():.4f} of {allocation.budget} over all"
+    Console(file=file).print(table)

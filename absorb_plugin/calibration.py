@@ -94,12 +94,13 @@ def split_samples(batches: Iterable[Batch], size: int) -> Iterator[dict]:
             }
 
 
-def join_samples(samples: Iterable[Batch]) -> list[dict]:
-    """Join neighbouring samples of equal shape to one batch, order kept."""
+def join_samples(samples: Iterable[Batch], size: int = 8) -> list[dict]:
+    """Join up to `size` neighbouring samples of equal shape to a batch, order kept."""
     batches: list[dict] = []
     for sample in samples:
         last = batches[-1] if batches else {}
-        if {k: v.shape[1:] for k, v in last.items()} == {
+        fits = last and len(last["input_ids"]) < size
+        if fits and {k: v.shape[1:] for k, v in last.items()} == {
             k: v.shape[1:] for k, v in sample.items()
         }:
             batches[-1] = {k: torch.cat([last[k], v]) for k, v in sample.items()}

@@ -42,6 +42,11 @@ class Dtype(str, Enum):
     float32 = "float32"
 
 
+class Granularity(str, Enum):
+    block = "block"
+    linear = "linear"
+
+
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Model directory or hub id.")
 ]
@@ -173,6 +178,72 @@ def evaluate(
 
 
 @app.command()
+def allocate(
+    model: Model,
+    allocator: Annotated[str, typer.Option(help="See `absorb allocators`.")],
+    sparsity: Annotated[float, typer.Option(help="The budget, in [0, 1).")],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Argument of the allocator."),
+    ] = None,
+    text: Text = None,
+    dataset: DatasetName = None,
+    split: Split = "train",
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    seq_len: SeqLen = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Of all random choices.")] = 0,
+    granularity: Annotated[
+        Granularity, typer.Option(help="What the base allocator ranks.")
+    ] = Granularity.block,
+    correction: Annotated[
+        bool, typer.Option(help="Correct the base allocation by absorption.")
+    ] = True,
+    dtype: DtypeOption = Dtype.auto,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compute the sparsity of every block of MODEL, without pruning."""
+    with command(debug) as stdout:
+        from absorb_plugin import prune as pruning
+        from absorb_plugin.allocation import allocate_model, as_dict, render
+        from absorb_plugin.modifier import AbsorptionAllocationModifier
+        from absorb_plugin.text import calibration_samples, read_documents
+
+        settings = AbsorptionAllocationModifier(
+            allocator=allocator,
+            allocator_args=dict(map(parse_argument, arguments or [])),
+            granularity=granularity.value,
+            noise_seed=seed,
+            **({} if correction else {"strength": 0}),
+        )
+        settings.base_allocator()
+        documents = read_documents(text, dataset, split)
+        config = pruning.load_config(model)
+        pruning.check_length(config, seq_len)
+        warn_if_slow(config, dtype)
+        data = calibration_samples(
+            documents, load_tokenizer(model), samples, seq_len, seed
+        )
+        found = allocate_model(load_model(model, dtype.value), data, sparsity, settings)
+        if as_json:
+            show(stdout, as_dict(found, allocator), as_json)
+        else:
+            render(found, stdout)
+
+
+@app.command()
+def allocators(as_json: AsJson = False, debug: Debug = False) -> None:
+    """List the base allocators: origin, arguments, paper, cost."""
+    with command(debug) as stdout:
+        from absorb_plugin.plugins import listing, render
+
+        if as_json:
+            print(json.dumps(listing()), file=stdout, flush=True)
+        else:
+            render(stdout)
+
+
+@app.command()
 def demo(
     out: Annotated[
         Path, typer.Option(help="Directory for the best model and the report.")
@@ -260,6 +331,17 @@ def show(
     """
     text = json.dumps(result, allow_nan=False) if as_json else line.format(**result)
     print(text, file=stdout, flush=True)
+
+
+def parse_argument(argument: str) -> tuple[str, Any]:
+    """`key=value`; the value is read as JSON where it is JSON, else as a string."""
+    key, equals, value = argument.partition("=")
+    if not (key and equals):
+        raise ValueError(f"--set {argument!r}: write KEY=VALUE, as in --set m=7")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
 
 
 def load_tokenizer(model: str) -> Any:

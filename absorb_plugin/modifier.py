@@ -120,15 +120,21 @@ class AbsorptionAllocationModifier(Modifier):
     report_dir: str | None = None
     ignore: list[str] = Field(default_factory=list)
 
-    _allocator: Allocator = PrivateAttr()
     _blocks: BlockMap = PrivateAttr()
     _peers: list[peers.Peer] = PrivateAttr(default_factory=list)
     _reports: list[Report] = PrivateAttr(default_factory=list)
 
-    @property
-    def needs_activations(self) -> bool:
-        """Whether the base allocator needs statistics of the Linears' inputs."""
-        return self._allocator.needs == "activations"
+    def base_allocator(self) -> Allocator:
+        """
+        :raises ValueError: naming an allocator, argument or granularity there is not
+        """
+        allocator = build_allocator(self.allocator, self.allocator_args)
+        if self.granularity not in allocator.granularities:
+            raise ValueError(
+                f"allocator {self.allocator!r} has no granularity {self.granularity!r}:"
+                f" choose one of {list(allocator.granularities)}"
+            )
+        return allocator
 
     @field_validator("report_dir", mode="before")
     def validate_report_dir(cls, value: str | Path | None) -> str | None:
@@ -139,12 +145,7 @@ class AbsorptionAllocationModifier(Modifier):
         return [value] if isinstance(value, str) else value
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        self._allocator = build_allocator(self.allocator, self.allocator_args)
-        if self.granularity not in self._allocator.granularities:
-            raise ValueError(
-                f"allocator {self.allocator!r} has no granularity {self.granularity!r}:"
-                f" choose one of {list(self._allocator.granularities)}"
-            )
+        self.base_allocator()
         self._blocks = find_blocks(state.model, kwargs.get("sequential_targets"))
         self._peers = peers.find_peers(
             self, state.model, self._blocks, self.ignore, self.max_sparsity
@@ -184,9 +185,10 @@ class AbsorptionAllocationModifier(Modifier):
         :param sparsity: the budget S
         """
         calibration = Calibration(model, blocks, batches, self)
-        statistics = calibration.statistics()
+        allocator = self.base_allocator()
+        statistics = calibration.statistics(allocator.needs == "activations")
         base = base_allocation(
-            self._allocator,
+            allocator,
             blocks,
             statistics,
             sparsity,

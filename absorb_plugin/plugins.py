@@ -10,11 +10,13 @@ from importlib.metadata import (
     distribution,
     entry_points,
 )
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pluggy
 from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
 
 import absorb_plugin.allocators as builtins
 import absorb_plugin.hookspecs as hookspecs
@@ -97,6 +99,42 @@ def allocators() -> dict[str, RegisteredAllocator]:
                 )
             found[allocator.name] = entry
     return found
+
+
+def listing() -> list[dict[str, Any]]:
+    """What `absorb allocators --json` prints: one entry per allocator."""
+    entries = []
+    for name, entry in allocators().items():
+        fields = entry.allocator.model_fields.items()
+        entries.append(
+            {
+                "name": name,
+                "distribution": entry.distribution,
+                "arguments": {key: field.default for key, field in fields},
+                "needs": entry.allocator.needs,
+                "granularities": list(entry.allocator.granularities),
+                "cost": entry.allocator.cost,
+                "paper": entry.allocator.paper,
+            }
+        )
+    return entries
+
+
+def render(file: TextIO) -> None:
+    """Print the listing as a table for people."""
+    table = Table()
+    for column in ("name", "from", "arguments", "cost beside pruning", "paper"):
+        table.add_column(column, overflow="fold")
+    for entry in listing():
+        arguments = (f"{key}={value}" for key, value in entry["arguments"].items())
+        table.add_row(
+            entry["name"],
+            entry["distribution"],
+            ", ".join(arguments),
+            entry["cost"],
+            entry["paper"],
+        )
+    Console(file=file).print(table)
 
 
 def build_allocator(name: str, arguments: Mapping[str, Any]) -> Allocator:
