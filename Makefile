@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
-CODE := absorb_plugin tests
+CODE := absorb_plugin tests integration
 
 .PHONY: demo test quality style
 

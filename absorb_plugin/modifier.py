@@ -113,7 +113,7 @@ class AbsorptionAllocationModifier(Modifier):
     statistics_samples: int = Field(default=32, ge=1)
     signal_samples: int = Field(default=8, ge=1)
     holdout_samples: int = Field(default=8, ge=1)
-    probe_tokens: int = Field(default=256, ge=2)
+    probe_tokens: int = Field(default=128, ge=2)
     response_step: float = Field(default=0.1, gt=0, lt=1)
     max_sparsity: float = Field(default=0.95, gt=0, lt=1)
     sweep_memory: int = Field(default=4 * 2**30, gt=0)

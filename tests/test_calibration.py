@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from absorb_plugin.calibration import (
     cache_batches,
+    cut_tokens,
     join_samples,
     split_samples,
     spread,
@@ -78,6 +79,20 @@ def test_spread_is_even(length: int, count: int) -> None:
     assert chosen == sorted(chosen)
     steps = [b - a for a, b in zip(chosen, chosen[1:])]
     assert not steps or max(steps) - min(steps) <= 1
+
+
+@pytest.mark.parametrize("padding", ["left", "right", None])
+def test_cut_leaves_padding_in_front_behind(padding: str | None) -> None:
+    batch = tiny.make_batch(padding=padding)
+    for sample in split_samples([batch], 1):
+        kept = sample["attention_mask"].bool()
+        cut = cut_tokens({**sample, "other": torch.ones(1)}, 5)
+        assert torch.equal(cut["input_ids"][0], sample["input_ids"][kept][:5])
+        assert cut["attention_mask"].tolist() == [[1] * 5]
+        assert cut["other"].tolist() == [1.0]
+        longer = cut_tokens(sample, 100)
+        ids = longer["input_ids"][token_mask(longer)]
+        assert torch.equal(ids, sample["input_ids"][kept])
 
 
 def test_token_mask() -> None:

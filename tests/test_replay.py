@@ -3,79 +3,75 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-import pytest
 import runs
 import tiny
 import yaml
+from llmcompressor.core import reset_session
 from transformers import AutoModelForCausalLM
 
 REPLAY = """
 import sys
-sys.path.insert(0, sys.argv[4])
+folder, tests, *cases = sys.argv[1:]
+sys.path.insert(0, tests)
 import torch
 torch.set_num_threads(1)
 import tiny
 from llmcompressor import oneshot
+from llmcompressor.core import reset_session
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-assert "absorb_plugin" not in sys.modules
-dense, recipe, out = sys.argv[1:4]
-set_seed(0)
-oneshot(
-    model=AutoModelForCausalLM.from_pretrained(dense),
-    tokenizer=AutoTokenizer.from_pretrained(dense),
-    recipe=recipe,
-    dataset=tiny.make_dataset(6),
-    num_calibration_samples=6,
-    max_seq_length=16,
-    output_dir=out,
-)
+for case in cases:
+    assert "absorb_plugin" not in sys.modules
+    set_seed(0)
+    oneshot(
+        model=AutoModelForCausalLM.from_pretrained(f"{folder}/dense"),
+        tokenizer=AutoTokenizer.from_pretrained(f"{folder}/dense"),
+        recipe=f"{folder}/{case}/recipe.yaml",
+        dataset=tiny.make_dataset(6),
+        num_calibration_samples=6,
+        max_seq_length=16,
+        output_dir=f"{folder}/{case}-again",
+    )
+    reset_session()
 assert "absorb_plugin" not in sys.modules
 """
 
+# kind of pruner, its fields, granularity
+CASES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "blocks": ("wanda", {"targets": ["LlamaDecoderLayer"]}, "block"),
+    "ignore": ("sparsegpt", {"ignore": ["lm_head", "re:.*down_proj$"]}, "block"),
+    "linears": ("wanda", {"targets": "LlamaDecoderLayer"}, "linear"),
+}
 
-@pytest.mark.parametrize(
-    "kind, fields",
-    [
-        ("wanda", {"targets": ["LlamaDecoderLayer"]}),
-        ("sparsegpt", {"ignore": ["lm_head", "re:.*down_proj$"]}),
-        ("wanda", {"targets": "LlamaDecoderLayer", "granularity": "linear"}),
-    ],
-    ids=["wanda", "sparsegpt", "linear"],
-)
-def test_saved_recipe_replays_without_us(
-    tmp_path: Path, kind: str, fields: dict
-) -> None:
-    fields = dict(fields)
-    granularity = fields.pop("granularity", "block")
-    model = tiny.make_model("llama", num_hidden_layers=2)
-    model.save_pretrained(tmp_path / "dense")
-    out = tmp_path / "out"
-    recipe = [runs.absorption(granularity=granularity), runs.pruner(kind, **fields)]
-    runs.run(model, recipe, tmp_path, output_dir=str(out))
+
+def test_saved_recipes_replay_without_us(tmp_path: Path) -> None:
+    dense = tiny.make_model("llama", num_hidden_layers=2)
+    dense.save_pretrained(tmp_path / "dense")
     tiny.make_tokenizer(bos=False).save_pretrained(tmp_path / "dense")
+    pruned = {}
+    for case, (kind, fields, granularity) in CASES.items():
+        model = tiny.make_model("llama", num_hidden_layers=2)
+        recipe = [runs.absorption(granularity=granularity), runs.pruner(kind, **fields)]
+        runs.run(model, recipe, tmp_path, output_dir=str(tmp_path / case))
+        pruned[case] = tiny.snapshot(model)
+        reset_session()
 
-    saved = yaml.safe_load((out / "recipe.yaml").read_text())
-    (stage,) = saved.values()
-    (modifiers,) = stage.values()
-    assert list(modifiers) == [runs.PRUNERS[kind].__name__]
-    assert isinstance(modifiers[runs.PRUNERS[kind].__name__]["sparsity"], list)
-    assert "absorb" not in (out / "recipe.yaml").read_text().lower()
+        text = (tmp_path / case / "recipe.yaml").read_text()
+        assert "absorb" not in text.lower()
+        (stage,) = yaml.safe_load(text).values()
+        (modifiers,) = stage.values()
+        name = runs.PRUNERS[kind].__name__
+        assert list(modifiers) == [name]
+        assert isinstance(modifiers[name]["sparsity"], list)
 
-    again = tmp_path / "again"
-    subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            REPLAY,
-            str(tmp_path / "dense"),
-            str(out / "recipe.yaml"),
-            str(again),
-            str(Path(__file__).parent),
-        ],
-        check=True,
-    )
-    loaded = [AutoModelForCausalLM.from_pretrained(path) for path in (out, again)]
-    tiny.assert_same(*[tiny.snapshot(model) for model in loaded])
-    tiny.assert_same(tiny.snapshot(loaded[0]), tiny.snapshot(model))
+    tests = str(Path(__file__).parent)
+    command = [sys.executable, "-c", REPLAY, str(tmp_path), tests, *CASES]
+    subprocess.run(command, check=True)
+    for case, state in pruned.items():
+        for folder in (case, f"{case}-again"):
+            loaded = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+            tiny.assert_same(tiny.snapshot(loaded), state)
+        zeros = state["model.layers.0.mlp.up_proj.weight"] == 0
+        assert 0.1 < zeros.float().mean() < 0.9

@@ -127,21 +127,23 @@ def test_a_gain_within_its_standard_error_is_no_gain() -> None:
     np.testing.assert_array_equal(found.sparsity, UNIFORM)
 
 
-def test_rounds_start_where_the_last_one_ended_with_smaller_steps() -> None:
+def test_rounds_start_where_the_last_one_ended() -> None:
+    """A round that does not take the largest strength is followed by half of all."""
     measured: list[np.ndarray] = []
 
     def measure(allocation: np.ndarray) -> np.ndarray:
         measured.append(allocation)
         return UP
 
-    target = step(step(BASE, 0.2), 0.1)
-    found = search_strength(
-        BASE, SIZES, S, CAP, measure, Text(distance_from(target)), 2
-    )
-    assert [entry.chosen for entry in found.rounds] == [0.2, 0.1]
-    np.testing.assert_allclose(measured, [BASE, step(BASE, 0.2)])
+    first = step(BASE, 0.2)
+    target = step(first, 0.1)
+    text = Text(distance_from(target))
+    found = search_strength(BASE, SIZES, S, CAP, measure, text, 5)
+    assert [entry.chosen for entry in found.rounds] == [0.2, 0.1, 0.0]
+    np.testing.assert_allclose(measured, [BASE, first, target])
     np.testing.assert_allclose(found.sparsity, target)
-    assert max(found.rounds[1].strengths) == max(STRENGTHS) / 2
+    largest = [max(entry.strengths) for entry in found.rounds]
+    assert largest == [0.2, 0.2, 0.1]
     for entry in found.rounds:
         assert entry.strengths == sorted(entry.strengths)
         assert len(entry.losses) == len(entry.strengths) == len(STRENGTHS) + 1
@@ -224,6 +226,51 @@ def test_held_out_samples_serve_nothing_else(
     assert seen.keys() >= {"Input statistics"} and len(seen) == 2
     for what, rows in seen.items():
         assert rows and not rows & out, what
+
+
+def test_every_round_is_measured_on_other_samples(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibration = calibration_of(
+        llama, 8, signal="gradient", strength=0.1, signal_samples=3
+    )
+    seen = spied(calibration, monkeypatch)
+    statistics, blocks = calibration.statistics(), find_blocks(llama)
+    allocator = build_allocator("uniform", {})
+    base = base_allocation(allocator, blocks, statistics, 0.5, "block", 0.9)
+    rounds = []
+    for _ in range(3):
+        calibration.direction(base.sparsity, base, None, statistics)
+        rounds.append(seen.pop("Loss slope"))
+        assert len(rounds[-1]) == 3
+    assert not rounds[0] & rounds[1]
+    assert len(rounds[0] | rounds[1] | rounds[2]) == 8
+
+
+@pytest.mark.parametrize("blocks, signal", [(3, "response"), (7, "gradient")])
+def test_auto_takes_the_cheaper_signal(blocks: int, signal: str) -> None:
+    model = tiny.make_model("llama", num_hidden_layers=blocks)
+    assert calibration_of(model, 2, signal="auto").signal == signal
+
+
+def test_probes_see_the_first_tokens_alone(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibration = calibration_of(
+        llama, 4, signal="response", strength="auto", probe_tokens=5
+    )
+    seen = spied(calibration, monkeypatch)
+    statistics, blocks = calibration.statistics(), find_blocks(llama)
+    allocator = build_allocator("uniform", {})
+    base = base_allocation(allocator, blocks, statistics, 0.5, "block", 0.9)
+    calibration.direction(base.sparsity, base, None, statistics)
+    calibration.score([base.sparsity], base, statistics)
+    lengths = {what: {len(row) for row in rows} for what, rows in seen.items()}
+    assert lengths == {
+        "Input statistics": {12},
+        "Response probe": {5},
+        "Held-out loss": {5},
+    }
 
 
 def test_one_sample_cannot_be_held_out(llama: PreTrainedModel) -> None:

@@ -119,7 +119,7 @@ def cells(options: argparse.Namespace) -> list[dict]:
 
 
 def table(lines: list[dict]) -> str:
-    """Markdown: one row per pruner, sparsity and allocator; mean (± spread) of seeds."""
+    """Markdown, one row per pruner, sparsity and allocator: mean (± spread) of seeds."""
 
     def of(pruner: str, sparsity: float, method: str, allocator: str) -> list[float]:
         return [
@@ -149,9 +149,9 @@ def table(lines: list[dict]) -> str:
         base = of(pruner, sparsity, "base", allocator)
         ours = of(pruner, sparsity, "ours", allocator)
         change = f"{mean(ours) / mean(base) - 1:+.1%}" if base and ours else "–"
+        uniform = of(pruner, sparsity, "uniform", "-")
         out.append(
-            f"| {pruner} | {sparsity:.0%} | {shown(of(pruner, sparsity, 'uniform', '-'))} "
-            f"| {shown(atp)} | {allocator} | {shown(base)} "
+            f"| {pruner} | {sparsity:.0%} | {shown(uniform)} | {shown(atp)} | {allocator} | {shown(base)} "
             f"| {shown(of(pruner, sparsity, 'paper', allocator))} | {shown(ours)} "
             f"| {change} |"
         )
