@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from llmcompressor.core import Event, State
@@ -105,10 +105,10 @@ class AbsorptionAllocationModifier(Modifier):
     granularity: Literal["block", "linear"] = "block"
     signal: Literal["auto", "gradient", "response", "noise"] = "auto"
     rounds: int = Field(default=4, ge=1)
-    strength: float | Literal["auto"] = "auto"
-    noise_magnitude: float = Field(default=1e-2, gt=0)
+    strength: Annotated[float, Field(ge=-1, le=1)] | Literal["auto"] = "auto"
+    noise_magnitude: float = Field(default=1e-2, gt=0, allow_inf_nan=False)
     noise_samples: int = Field(default=8, ge=1)
-    noise_seed: int = 0
+    noise_seed: int = Field(default=0, ge=0, lt=2**63)
     sink_tokens: Literal["perturb", "spare", "auto"] = "auto"
     statistics_samples: int = Field(default=32, ge=1)
     signal_samples: int = Field(default=8, ge=1)

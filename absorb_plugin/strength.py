@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from loguru import logger
 
 from absorb_plugin.budget import meet_budget
 from absorb_plugin.correction import corrected
@@ -85,7 +86,7 @@ def search_strength(
     uniform = meet_budget(
         np.full_like(base, sparsity), parameters, sparsity, max_sparsity
     )
-    sums, tokens = score([base, uniform])
+    sums, tokens = _finite(*score([base, uniform]))
     base_loss, uniform_loss = (sums.sum(axis=1) / tokens.sum()).tolist()
     start = "uniform" if uniform_loss < base_loss else "base"
     current = uniform if start == "uniform" else base
@@ -102,7 +103,7 @@ def search_strength(
             )
             for beta in strengths
         ]
-        sums, tokens = score(candidates)
+        sums, tokens = _finite(*score(candidates))
         best = _choose(own, sums, tokens, strengths)
         losses = {0.0: float(own.sum() / tokens.sum())}
         losses |= dict(
@@ -123,7 +124,16 @@ def search_strength(
         if strengths[best] < max(strengths):
             scale /= 2
     loss = float(own.sum() / tokens.sum())
+    logger.info(
+        f"Held-out loss {base_loss:.3f} (base), {uniform_loss:.3f} (uniform) -> "
+        f"{loss:.3f}: started from {start}, took {[entry.chosen for entry in done]}"
+    )
     return Search(current, start, base_loss, uniform_loss, loss, done)
+
+
+def _finite(sums: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """An overflow is the worst of losses, not none."""
+    return np.where(np.isnan(sums), np.inf, sums), tokens
 
 
 def _choose(
@@ -131,6 +141,8 @@ def _choose(
 ) -> int | None:
     """Index of the strength to take, None for none."""
     means = sums.sum(axis=1) / tokens.sum()
+    if np.isinf(means).all():
+        return None
     tied = [i for i, mean in enumerate(means) if mean <= means.min() + TIE]
     best = min(tied, key=lambda i: (abs(strengths[i]), -strengths[i]))
     gain = own - sums[best]

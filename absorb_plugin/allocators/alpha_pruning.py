@@ -12,9 +12,12 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
+from compressed_tensors.distributed import greedy_bin_packing, is_distributed
 from pydantic import Field
+from torch import distributed
 
 from .base import Allocator, BaseAllocation, Granularity, LinearGroup, Needs
+from .base import LinearStatistics as Linear
 
 __all__ = ["AlphaPruning", "TailFit", "fit_tail", "spectrum", "tail_exponent"]
 
@@ -81,13 +84,9 @@ class AlphaPruning(Allocator):
     def allocate(
         self, groups: Sequence[LinearGroup], sparsity: float
     ) -> BaseAllocation:
-        alphas = [
-            {
-                name: tail_exponent(linear.weight, self.variant)
-                for name, linear in group.linears.items()
-            }
-            for group in groups
-        ]
+        linears = [x for group in groups for x in group.linears.values()]
+        found = iter(_exponents(linears, self.variant))
+        alphas = [{name: next(found) for name in group.linears} for group in groups]
         metric = np.array([_mean(list(group.values())) for group in alphas])
         metric = _fill(metric)
         linear_metrics = tuple(
@@ -106,6 +105,34 @@ class AlphaPruning(Allocator):
         if spread == 0:
             base = np.full_like(metric, sparsity)
         return BaseAllocation(metric, np.clip(base, 0.0, 1.0), linear_metrics)
+
+
+def _exponents(linears: list[Linear], variant: Variant) -> list[float]:
+    """
+    α of every Linear. Under torch.distributed each is computed by one rank and told to
+    the others: ranks of unequal hardware must not prune by unequal α.
+    """
+    if not is_distributed():
+        return [tail_exponent(linear.weight, variant) for linear in linears]
+    ranks = distributed.get_world_size()
+    # every rank packs the same sizes, and so comes to the same shares
+    _, shares, _ = greedy_bin_packing(
+        list(range(len(linears))), ranks, lambda i: _work(linears[i])
+    )
+    mine = {
+        i: tail_exponent(linears[i].weight, variant)
+        for i in shares[distributed.get_rank()]
+    }
+    parts: list[dict[int, float]] = [{} for _ in range(ranks)]
+    distributed.all_gather_object(parts, mine)
+    every = {i: alpha for part in parts for i, alpha in part.items()}
+    return [every[i] for i in range(len(linears))]
+
+
+def _work(linear: Linear) -> int:
+    """Multiplications of a Gram matrix, which go before its eigenvalues' in growth."""
+    rows, columns = linear.module.weight.shape
+    return rows * columns * min(rows, columns)
 
 
 def tail_exponent(weight: torch.Tensor, variant: Variant = "peak") -> float:

@@ -1,6 +1,7 @@
 """The figure of a run: drift over depth, ratio per block, base and final sparsity."""
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,10 @@ def draw(profile: dict[str, Any]) -> bytes:
 
 
 def _column(profile: dict[str, Any], key: str) -> np.ndarray:
-    values = [block[key] for block in profile["blocks"]]
+    return _floats([block[key] for block in profile["blocks"]])
+
+
+def _floats(values: Sequence[float | None]) -> np.ndarray:
     return np.array([np.nan if v is None else v for v in values], dtype=float)
 
 
@@ -75,8 +79,7 @@ def _drift(ax: Axes, profile: dict[str, Any]) -> None:
     rows = [block["drift"] for block in profile["blocks"]]
     shades = 0.25 + 0.75 * np.arange(len(rows)) / max(1, len(rows) - 1)
     for row, shade in zip(rows, shades, strict=True):
-        values = np.array([np.nan if v is None else v for v in row])
-        ax.plot(values, color=FINAL, alpha=float(shade), linewidth=1)
+        ax.plot(_floats(row), color=FINAL, alpha=float(shade), linewidth=1)
     ax.set(
         yscale="log",
         xlabel="block $k$",
@@ -91,7 +94,7 @@ def _search(ax: Axes, profile: dict[str, Any]) -> None:
     for number, entry in enumerate(search["rounds"]):
         (line,) = ax.plot(
             entry["strengths"],
-            entry["losses"],
+            _floats(entry["losses"]),
             "o-",
             markersize=4,
             label=f"round {number + 1}",
@@ -105,10 +108,15 @@ def _search(ax: Axes, profile: dict[str, Any]) -> None:
             markerfacecolor="none",
             color=line.get_color(),
         )
-    ax.axhline(search["base_loss"], color=BASE, linewidth=1, label="base")
-    ax.axhline(
-        search["uniform_loss"], color=BASE, linewidth=1, linestyle=":", label="uniform"
-    )
+    for name, style in (("base", "-"), ("uniform", ":")):
+        if search[f"{name}_loss"] is not None:
+            ax.axhline(
+                search[f"{name}_loss"],
+                color=BASE,
+                linewidth=1,
+                linestyle=style,
+                label=name,
+            )
     ax.set(
         xlabel="strength β",
         ylabel="held-out loss [nats]",

@@ -113,14 +113,14 @@ class Report:
         if search is not None:
             profile["search"] = {
                 "start": search.start,
-                "base_loss": search.base_loss,
-                "uniform_loss": search.uniform_loss,
-                "loss": search.loss,
+                "base_loss": _plain([search.base_loss])[0],
+                "uniform_loss": _plain([search.uniform_loss])[0],
+                "loss": _plain([search.loss])[0],
                 "rounds": [
                     {
                         "direction": entry.direction.tolist(),
                         "strengths": entry.strengths,
-                        "losses": entry.losses,
+                        "losses": _plain(entry.losses),
                         "chosen": entry.chosen,
                     }
                     for entry in search.rounds
@@ -174,23 +174,15 @@ class Report:
 
     def _log(self) -> None:
         profile = self.profile()
-        search = profile["search"]
         logger.info(
             f"{self._peer.name}: sparsity {profile['realised']:.4f} realised, "
             f"{profile['budget']:.4f} asked for; blocks "
             f"{min(self._realised.values()):.3f} … {max(self._realised.values()):.3f}"
         )
-        if search is not None:
-            chosen = [entry["chosen"] for entry in search["rounds"]]
-            logger.info(
-                f"strength: started from {search['start']}, chose {chosen}; held-out "
-                f"loss {search['base_loss']:.3f} (base), "
-                f"{search['uniform_loss']:.3f} (uniform) -> {search['loss']:.3f}"
-            )
 
 
 def _plain(values: Any) -> list[float | None]:
-    return [None if math.isnan(value) else float(value) for value in values]
+    return [float(value) if math.isfinite(value) else None for value in values]
 
 
 def _replace(path: Path, content: bytes) -> None:

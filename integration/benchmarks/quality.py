@@ -12,7 +12,8 @@ not repeated. `--table` prints the Markdown table of a file of results and runs 
 Methods: `uniform`; `atp`, the depth-only ramp at the best of a small grid of β, chosen
 on the very text that it is judged by, which favours it; `base`, the allocator alone;
 `paper`, the noise ratio at η = 1e-2 with noise on every token and strength 0.1; `ours`,
-the defaults of the modifier.
+the defaults of the modifier; `gradient`, `response` and `noise`, the same with that
+signal (not in the table, but in the results).
 """
 
 import argparse
@@ -51,6 +52,9 @@ def allocation(method: str, allocator: str) -> AbsorptionAllocationModifier | No
         "base": {"strength": 0},
         "paper": {"signal": "noise", "strength": 0.1, "sink_tokens": "perturb"},
         "ours": {},
+        "gradient": {"signal": "gradient"},
+        "response": {"signal": "response"},
+        "noise": {"signal": "noise"},
     }[method]
     return AbsorptionAllocationModifier(allocator=allocator, **settings)
 
@@ -119,7 +123,7 @@ def cells(options: argparse.Namespace) -> list[dict]:
 
 
 def table(lines: list[dict]) -> str:
-    """Markdown, one row per pruner, sparsity and allocator: mean (± spread) of seeds."""
+    """Markdown: a row per pruner, sparsity, allocator; mean (± spread) of seeds."""
 
     def of(pruner: str, sparsity: float, method: str, allocator: str) -> list[float]:
         return [
@@ -150,11 +154,10 @@ def table(lines: list[dict]) -> str:
         ours = of(pruner, sparsity, "ours", allocator)
         change = f"{mean(ours) / mean(base) - 1:+.1%}" if base and ours else "–"
         uniform = of(pruner, sparsity, "uniform", "-")
-        out.append(
-            f"| {pruner} | {sparsity:.0%} | {shown(uniform)} | {shown(atp)} | {allocator} | {shown(base)} "
-            f"| {shown(of(pruner, sparsity, 'paper', allocator))} | {shown(ours)} "
-            f"| {change} |"
-        )
+        paper = of(pruner, sparsity, "paper", allocator)
+        row = [pruner, f"{sparsity:.0%}", shown(uniform), shown(atp), allocator]
+        row += [shown(base), shown(paper), shown(ours), change]
+        out.append(f"| {' | '.join(row)} |")
     return "\n".join(out)
 
 
