@@ -103,6 +103,26 @@ class Allocation:
             )
         return dict(zip(names, targets.tolist(), strict=True))
 
+    def block_sparsities(self) -> list[float]:
+        """
+        Mean target of every prunable block: `sparsity`, but for what single Linears at
+        the cap had to leave to others.
+        """
+        if not self.base.offsets:
+            return self.sparsity.tolist()
+        targets = self.linear_sparsities()
+        means = []
+        for index in self.blocks.prunable:
+            block = self.blocks.blocks[index]
+            total = sum(
+                targets[block.full_name(name)]
+                * linear.in_features
+                * linear.out_features
+                for name, linear in block.linears.items()
+            )
+            means.append(total / block.parameters)
+        return means
+
     def achieved(self) -> float:
         """Mean target sparsity over all prunable weights."""
         targets = self.linear_sparsities()
@@ -323,6 +343,7 @@ def allocate_model(
 def as_dict(allocation: Allocation, allocator: str) -> dict[str, Any]:
     """What `absorb allocate --json` prints."""
     base, targets = allocation.base, allocation.linear_sparsities()
+    sparsities = allocation.block_sparsities()
     blocks = []
     for row, index in enumerate(allocation.blocks.prunable):
         block = allocation.blocks.blocks[index]
@@ -331,7 +352,7 @@ def as_dict(allocation: Allocation, allocator: str) -> dict[str, Any]:
             "parameters": block.parameters,
             "metric": float(base.metric[row]),
             "base": float(base.sparsity[row]),
-            "sparsity": float(allocation.sparsity[row]),
+            "sparsity": sparsities[row],
         }
         names = {name: block.full_name(name) for name in block.linears}
         if any(full in base.linear_metrics for full in names.values()):
@@ -362,6 +383,7 @@ def render(allocation: Allocation, file: TextIO) -> None:
     table = Table()
     for column in ("block", "weights", "metric", "base", "sparsity"):
         table.add_column(column, justify="left" if column == "block" else "right")
+    sparsities = allocation.block_sparsities()
     for row, index in enumerate(allocation.blocks.prunable):
         block = allocation.blocks.blocks[index]
         table.add_row(
@@ -369,7 +391,7 @@ def render(allocation: Allocation, file: TextIO) -> None:
             f"{block.parameters:,}",
             f"{allocation.base.metric[row]:.4g}",
             f"{allocation.base.sparsity[row]:.4f}",
-            f"{allocation.sparsity[row]:.4f}",
+            f"{sparsities[row]:.4f}",
         )
     table.caption = f"{allocation.achieved():.4f} of {allocation.budget} over all"
     Console(file=file).print(table)

@@ -206,6 +206,7 @@ def allocate(
     with command(debug) as stdout:
         from absorb_plugin import prune as pruning
         from absorb_plugin.allocation import allocate_model, as_dict, render
+        from absorb_plugin.budget import check_budget
         from absorb_plugin.modifier import AbsorptionAllocationModifier
         from absorb_plugin.text import calibration_samples, read_documents
 
@@ -217,6 +218,7 @@ def allocate(
             **({} if correction else {"strength": 0}),
         )
         settings.base_allocator()
+        check_budget(sparsity, settings.max_sparsity)
         documents = read_documents(text, dataset, split)
         config = pruning.load_config(model)
         pruning.check_length(config, seq_len)

@@ -55,10 +55,17 @@ def noise_profile(
     batch: Batch,
     magnitude: float,
     seed: int,
+    spared: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Drift R (L, L), ratio r (L,) and realignment (L, L), noise on all tokens."""
-    noise = unit_noise(batch, model.config.hidden_size, seed)
+    """
+    Drift R (L, L), ratio r (L,) and realignment (L, L).
+
+    :param spared: id of the token that gets no noise and does not count
+    """
     kept = batch["attention_mask"].bool()
+    if spared is not None:
+        kept &= batch["input_ids"] != spared
+    noise = unit_noise(batch, model.config.hidden_size, seed) * kept.unsqueeze(-1)
     clean = states(model, blocks, batch)
     count = len(blocks)
     drift, cosine = np.full((2, count, count), np.nan)

@@ -116,8 +116,12 @@ def test_planted_sink_is_spared_and_reported(llama: PreTrainedModel) -> None:
     assert profile.tokens == 2 * 12 - 2
     perturbed = measured(model, batch, sink_tokens="perturb")
     assert perturbed.spared == {} and perturbed.tokens == 24
-    # noise on the sink reaches all tokens behind it; theirs alone is what counts
     assert profile.drift[0, 0] == pytest.approx(ETA, rel=1e-4)
+    # the sink itself stays without noise, which would reach all tokens behind it
+    blocks = find_blocks(model).modules
+    drift, ratio, _ = naive.noise_profile(model, blocks, batch, ETA, SEED, spared=3)
+    np.testing.assert_allclose(profile.drift, drift, rtol=1e-4)
+    np.testing.assert_allclose(profile.ratio, ratio, rtol=1e-4)
     assert not np.allclose(perturbed.ratio[:2], profile.ratio[:2], rtol=1e-2)
 
 

@@ -1,11 +1,17 @@
 """One contract for every registered allocator, then parity, one by one."""
 
+import json
+import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from allocator_references import (
     importances,
@@ -16,12 +22,16 @@ from allocator_references import (
     reference_owl,
     reference_tail,
 )
+from compressed_tensors.offload import offload_module, set_onload_device
+from compressed_tensors.offload.cache import OffloadCache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from absorb_plugin import AbsorptionAllocationModifier
+from absorb_plugin.allocation import Base, allocate_model
 from absorb_plugin.allocators import (
     Allocator,
     AlphaPruning,
@@ -37,6 +47,7 @@ from absorb_plugin.allocators.alpha_pruning import fit_tail, spectrum, tail_expo
 from absorb_plugin.budget import meet_budget
 from absorb_plugin.plugins import allocators, build_allocator, run_allocator
 
+ROOT = Path(__file__).parents[1]
 NAMES = sorted(allocators())
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 SHAPES = {"attn.q": (24, 16), "attn.o": (16, 24), "mlp.up": (40, 16)}
@@ -188,6 +199,41 @@ def test_dead_weights_are_no_division_by_zero(name: str) -> None:
         assert result.sparsity.tolist() == [0.7, 0.7]
 
 
+@pytest.mark.parametrize("device", ["cpu", "disk"])
+@pytest.mark.parametrize("name", NAMES)
+def test_offloaded_weights(name: str, device: str, tmp_path: Path) -> None:
+    """A weight comes back as a new tensor at every access; the answer is the same."""
+    allocator = build_allocator(name, {})
+    expected = run_allocator(allocator, model((1, 2)), 0.6)
+    groups = model((1, 2))
+    where = {"offload_dir": str(tmp_path)} if device == "disk" else {}
+    for linear in (x for one in groups for x in one.linears.values()):
+        offload_module(linear.module, "cpu", device, **where)
+    result = run_allocator(allocator, groups, 0.6)
+    assert np.array_equal(result.metric, expected.metric)
+    assert np.array_equal(result.sparsity, expected.sparsity)
+    assert result.linear_metrics == expected.linear_metrics
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_offloaded_model(name: str) -> None:
+    """As above, with the statistics gathered from the offloaded model as well."""
+
+    def allocate(offload: bool) -> Base:
+        whole = tiny.make_model("llama", num_hidden_layers=2)
+        if offload:
+            set_onload_device(whole, "cpu")
+            weight = whole.model.layers[0].mlp.up_proj._parameters
+            assert isinstance(weight, OffloadCache)
+        modifier = AbsorptionAllocationModifier(allocator=name, strength=0)
+        return allocate_model(whole, tiny.make_dataset(2), 0.6, modifier).base
+
+    resident, offloaded = allocate(False), allocate(True)
+    assert np.array_equal(resident.metric, offloaded.metric)
+    assert np.array_equal(resident.sparsity, offloaded.sparsity)
+    assert resident.linear_metrics == offloaded.linear_metrics
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_allocator_says_where_it_comes_from(name: str) -> None:
     allocator = allocators()[name].allocator
@@ -270,6 +316,81 @@ def test_alpha_pruning_clips_what_the_authors_do_not() -> None:
     assert max(theirs) > 1
     result = AlphaPruning().allocate(groups, 0.9)
     np.testing.assert_allclose(result.sparsity, np.clip(theirs, 0, 1))
+
+
+TWO_RANKS = """
+import json, sys
+import torch
+from torch import distributed
+from absorb_plugin.allocators import AlphaPruning, LinearGroup, LinearStatistics
+from absorb_plugin.allocators import alpha_pruning as tail
+
+torch.set_num_threads(1)
+folder = sys.argv[1]
+modules = torch.load(f"{folder}/modules.pt", weights_only=False)
+names = {linear.weight.data_ptr(): name for name, linear in modules.items()}
+computed = []
+
+
+def counting(weight, variant):
+    computed.append(names[weight.data_ptr()])
+    return tail_exponent(weight, variant)
+
+
+tail_exponent, tail.tail_exponent = tail.tail_exponent, counting
+
+
+def rank(number):
+    store = f"file://{folder}/store"
+    distributed.init_process_group("gloo", store, rank=number, world_size=2)
+    groups = {}
+    for name, linear in modules.items():
+        block, _, inner = name.partition("/")
+        groups.setdefault(block, {})[inner] = LinearStatistics(linear)
+    result = AlphaPruning().allocate(
+        [
+            LinearGroup(name, group, sum(x.weight.numel() for x in group.values()))
+            for name, group in groups.items()
+        ],
+        0.6,
+    )
+    found = [computed, list(result.linear_metrics), result.sparsity.tolist()]
+    with open(f"{folder}/rank{number}.json", "w") as file:
+        json.dump(found, file)
+    distributed.destroy_process_group()
+
+
+# forked, so that one import serves both
+torch.multiprocessing.start_processes(rank, nprocs=2, start_method="fork")
+"""
+
+
+def test_alpha_pruning_shares_the_linears_among_ranks(tmp_path: Path) -> None:
+    groups = model((1, 3, 2))
+    modules = {
+        f"{one.name}/{name}": linear.module
+        for one in groups
+        for name, linear in one.linears.items()
+    }
+    torch.save(modules, tmp_path / "modules.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_RANKS, str(tmp_path)],
+        env=dict(os.environ, PYTHONPATH=str(ROOT), GLOO_SOCKET_IFNAME="lo"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    ranks = [json.loads((tmp_path / f"rank{i}.json").read_text()) for i in (0, 1)]
+    (first, *result), (second, *other) = ranks
+    assert result == other
+    assert first and second
+    assert sorted(first + second) == sorted(modules)
+    alone = AlphaPruning().allocate(groups, 0.6)
+    alphas, sparsity = result
+    for mine, theirs in zip(alphas, alone.linear_metrics, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-9)
+    np.testing.assert_allclose(sparsity, alone.sparsity, rtol=1e-9)
 
 
 class LiveBytes(TorchDispatchMode):

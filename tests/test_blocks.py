@@ -68,6 +68,15 @@ def test_block_class_named_by_the_user(llama: PreTrainedModel) -> None:
         find_blocks(llama, "OtherLayer")
 
 
+def test_the_largest_stack_is_the_decoder(llama: PreTrainedModel) -> None:
+    """Some models carry further blocks of the same class, to predict more tokens."""
+    block_class, config = type(llama.model.layers[0]), llama.config
+    llama.model.extra = torch.nn.ModuleList([block_class(config, 0)])
+    assert [b.name for b in find_blocks(llama).blocks] == [
+        f"model.layers.{index}" for index in range(3)
+    ]
+
+
 def test_encoder_decoder_is_refused() -> None:
     config = T5Config(
         vocab_size=64, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2

@@ -32,7 +32,7 @@ def assert_budget_met(
         assert len(set(found[wished == value])) == 1
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=120)
 @given(blocks, budgets())
 def test_any_base_meets_any_budget(
     given_blocks: list[tuple[float, int]], budget: tuple[float, float]
@@ -41,7 +41,7 @@ def test_any_base_meets_any_budget(
     assert_budget_met(meet_budget(wished, sizes, *budget), wished, sizes, *budget)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=120)
 @given(
     st.lists(
         st.tuples(st.floats(0, 1), finite, st.integers(1, 10**9)),

@@ -116,8 +116,9 @@ TARGETS: list[tuple[str, Any, int]] = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["wanda", "sparsegpt"])
-@pytest.mark.parametrize("ignore", [["lm_head"], ["re:.*lm_head$"]], ids=str)
+@pytest.mark.parametrize(
+    "kind, ignore", [("wanda", ["re:.*lm_head$"]), ("sparsegpt", ["lm_head"])]
+)
 @pytest.mark.parametrize(
     "targets, count", [case[1:] for case in TARGETS], ids=[case[0] for case in TARGETS]
 )

@@ -350,7 +350,11 @@ def test_entry_points_are_loaded_once(loaded_from: Callable[..., None]) -> None:
 
 CHECK = """
 import sys
+from pathlib import Path
+import runs
+import tiny
 import torch
+from llmcompressor.core import active_session
 from absorb_plugin import plugins
 from absorb_plugin.allocators import LinearGroup, LinearStatistics
 from absorb_plugin.plugins import allocators, build_allocator, run_allocator
@@ -366,12 +370,34 @@ allocator = build_allocator("weight_norm", {"width": 0.2})
 result = run_allocator(allocator, groups, 0.5)
 print(*result.metric.tolist(), "|", *(round(s, 6) for s in result.sparsity.tolist()))
 
+folder = Path(sys.argv[2])  # a recipe that names it, through oneshot
+model = tiny.make_model("llama", num_hidden_layers=2)
+with torch.no_grad():
+    for parameter in model.model.layers[1].parameters():
+        parameter.mul_(2)
+runs.run(model, str(folder / "recipe.yaml"), folder, samples=2)
+(pruner,) = active_session().lifecycle.recipe.modifiers
+zeros = [(layer.mlp.up_proj.weight == 0).float().mean() for layer in model.model.layers]
+print(*pruner.sparsity, "|", *(float(share) for share in zeros))
+
 sys.path.append(sys.argv[1])  # the same allocator from a second distribution
 plugins._load.cache_clear()
 try:
     allocators()
 except plugins.PluginError as error:
     print(error)
+"""
+
+RECIPE = """
+test_stage:
+  test_modifiers:
+    AbsorptionAllocationModifier:
+      allocator: weight_norm
+      allocator_args: {width: 0.25}
+      strength: 0  # the base allocation and no more
+    WandaPruningModifier:
+      sparsity: 0.5
+      targets: ["LlamaDecoderLayer"]
 """
 
 
@@ -403,18 +429,23 @@ def test_the_documented_allocator_installed_from_its_own_distribution(
     (other / "entry_points.txt").write_text("[absorb_plugin]\ncopycat = copycat\n")
     (other.parent / "copycat.py").write_text(module)
 
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    path = [str(site), str(ROOT), str(ROOT / "tests")]
     done = subprocess.run(
-        [sys.executable, "-c", CHECK, str(other.parent)],
-        env=dict(os.environ, PYTHONPATH=os.pathsep.join([str(site), str(ROOT)])),
+        [sys.executable, "-c", CHECK, str(other.parent), str(tmp_path)],
+        env=dict(os.environ, PYTHONPATH=os.pathsep.join(path)),
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    # before these, llm-compressor may log to stdout while it is imported
-    source_line, answer_line, clash = done.stdout.splitlines()[-3:]
-    assert source_line == "weightnorm | absorb-weightnorm 0.1"
-    assert answer_line == "1.0 2.0 3.0 | 0.7 0.5 0.3"
+    # among others: llm-compressor logs to stdout
+    lines = done.stdout.splitlines()
+    assert "weightnorm | absorb-weightnorm 0.1" in lines
+    assert "1.0 2.0 3.0 | 0.7 0.5 0.3" in lines
+    # the block of larger weights is pruned less; the second pair was counted
+    assert "0.75 0.25 | 0.75 0.25" in lines
+    clash = lines[-1]
     for part in (
         "two allocators are called 'weight_norm'",
         "'weightnorm' (absorb-weightnorm 0.1)",
@@ -431,7 +462,7 @@ def test_the_documented_observer_runs(capsys: pytest.CaptureFixture[str]) -> Non
     observer = SimpleNamespace(allocation_finished=namespace["allocation_finished"])
     manager().register(observer, name="observer")
     try:
-        profile = {"allocator": "owl", "achieved": 0.5}
+        profile = {"settings": {"allocator": "owl"}, "achieved": 0.5}
         manager().hook.allocation_finished(profile=profile)
     finally:
         manager().unregister(name="observer")

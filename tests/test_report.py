@@ -184,6 +184,7 @@ def test_files_are_replaced_whole_or_not_at_all(
         with pytest.raises(OSError, match="no space"):
             report_profile._replace(path, b"new")
     assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["profile.json"]
     report_profile._replace(path, b"new")
     assert path.read_bytes() == b"new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["profile.json"]

@@ -9,14 +9,16 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_sweep import ride
 from transformers import PreTrainedModel
 
-from absorb_plugin.allocation import Calibration, base_allocation
+from absorb_plugin.allocation import Base, Calibration, base_allocation
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.budget import meet_budget
-from absorb_plugin.correction import corrected
+from absorb_plugin.correction import corrected, direction_from_response
 from absorb_plugin.modifier import AbsorptionAllocationModifier
 from absorb_plugin.plugins import build_allocator
+from absorb_plugin.response import ResponseProbe
 from absorb_plugin.strength import STRENGTHS, TIE, Search, search_strength
 
 SIZES = np.array([100, 200, 100, 200])
@@ -245,6 +247,28 @@ def test_every_round_is_measured_on_other_samples(
         assert len(rounds[-1]) == 3
     assert not rounds[0] & rounds[1]
     assert len(rounds[0] | rounds[1] | rounds[2]) == 8
+
+
+def test_response_counts_per_weight(llama: PreTrainedModel) -> None:
+    """The budget is one of weights: a small block that helps as much helps more."""
+    whole = find_blocks(llama)
+    small = [name for name in whole.linears() if "layers.0.self_attn" in name]
+    blocks = whole.restrict(
+        [name for name in whole.linears() if "layers.0" not in name] + small
+    )
+    settings = AbsorptionAllocationModifier(signal="response", strength=0.1)
+    batch = tiny.make_batch(4)
+    calibration = Calibration(llama, blocks, [batch], settings)
+    statistics = calibration.statistics(True)
+    base = Base(np.full(3, 0.5), np.zeros(3), {}, {})
+    found = calibration.direction(base.sparsity, base, None, statistics)
+    probe = ResponseProbe(blocks, statistics, base.sparsity, settings.response_step)
+    ride(llama, [batch], probe)
+    per_weight = probe.response().response / blocks.parameters
+    expected = direction_from_response(per_weight)
+    np.testing.assert_allclose(
+        found / np.abs(found).max(), expected / np.abs(expected).max(), rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("blocks, signal", [(3, "response"), (7, "gradient")])

@@ -130,8 +130,10 @@ def _exponents(linears: list[Linear], variant: Variant) -> list[float]:
 
 
 def _work(linear: Linear) -> int:
-    """Multiplications of a Gram matrix, which go before its eigenvalues' in growth."""
-    rows, columns = linear.module.weight.shape
+    """Multiplications of the Gram matrix, as a measure of the time α takes."""
+    # not weight.shape: reading a weight may onload it
+    assert isinstance(linear.module, torch.nn.Linear)
+    rows, columns = linear.module.out_features, linear.module.in_features
     return rows * columns * min(rows, columns)
 
 
