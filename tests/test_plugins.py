@@ -456,6 +456,14 @@ def test_the_documented_allocator_installed_from_its_own_distribution(
     assert len(lines) <= 45, "the documentation promises about 40 lines"
 
 
+@pytest.mark.parametrize("name", BUILTINS)
+def test_the_documented_defaults(name: str) -> None:
+    """The second table: one row per allocator, with all its arguments."""
+    _, row = re.findall(rf"^\| `{name}` \|.*$", DOC.read_text(), re.M)
+    for key, field in allocators()[name].allocator.model_fields.items():
+        assert f"`{key}: {field.default}`" in row
+
+
 def test_the_documented_observer_runs(capsys: pytest.CaptureFixture[str]) -> None:
     namespace: dict[str, Any] = {}
     exec(code_block("python", "from absorb_plugin.hookspecs"), namespace)

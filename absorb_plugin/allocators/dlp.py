@@ -25,7 +25,7 @@ class Dlp(Allocator):
     needs: ClassVar[Needs] = "activations"
     granularities: ClassVar[tuple[Granularity, ...]] = ("block", "linear")
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.23807"
-    cost: ClassVar[str] = "one forward per calibration batch, one read of the weights"
+    cost: ClassVar[str] = "one forward pass, one read of the weights"
 
     alpha: float = Field(default=0.15, ge=0.0, le=0.5, allow_inf_nan=False)
 

@@ -27,7 +27,7 @@ class Owl(Allocator):
     needs: ClassVar[Needs] = "activations"
     granularities: ClassVar[tuple[Granularity, ...]] = ("block", "linear")
     paper: ClassVar[str] = "https://arxiv.org/abs/2310.05175"
-    cost: ClassVar[str] = "one forward per calibration batch, two reads of the weights"
+    cost: ClassVar[str] = "one forward pass, two reads of the weights"
 
     m: float = Field(default=5.0, gt=0.0, allow_inf_nan=False)
     lmbda: float = Field(default=0.08, ge=0.0, le=0.5, allow_inf_nan=False)

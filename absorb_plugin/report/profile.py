@@ -72,6 +72,7 @@ class Report:
         allocation, settings = self._allocation, self._settings
         absorption, search = allocation.absorption, allocation.search
         targets = allocation.linear_sparsities()
+        sparsities = allocation.block_sparsities()
         parameters = allocation.blocks.parameters
         realised = None
         if self._realised:
@@ -138,7 +139,7 @@ class Report:
                 "ratio": None,
                 "ratio_error": None,
                 "direction": float(allocation.direction[row]),
-                "sparsity": float(allocation.sparsity[row]),
+                "sparsity": float(sparsities[row]),
                 "realised_sparsity": self._realised.get(block.name),
                 "linears": {},
             }
