@@ -12,6 +12,8 @@ from llmcompressor.utils.helpers import (
 )
 from torch.utils.data import DataLoader
 
+from absorb_plugin.cpu import fast_bfloat16
+
 __all__ = [
     "Batch",
     "cache_batches",
@@ -38,6 +40,7 @@ def calibrating(model: torch.nn.Module) -> Iterator[None]:
         stack.enter_context(calibration_forward_context(model))
         stack.enter_context(DisableQuantization(model))
         stack.enter_context(HooksMixin.disable_hooks())
+        stack.enter_context(fast_bfloat16())
         yield
 
 

@@ -22,6 +22,15 @@ def test_linear_is_the_rounded_float32_product(slow, bias):
     assert torch.equal(fast, exact.bfloat16())
 
 
+def test_matmul_is_the_rounded_float32_product(slow):
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 7, 300).bfloat16(), torch.randn(2, 300, 5).bfloat16()
+    exact = (a.float() @ b.float()).bfloat16()
+    with cpu.fast_bfloat16():
+        for fast in (torch.matmul(a, b), a.matmul(b), a @ b):
+            assert torch.equal(fast, exact)
+
+
 def test_float32_is_left_alone(slow):
     torch.manual_seed(0)
     linear = torch.nn.Linear(30, 20)

@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from absorb_plugin import AbsorptionAllocationModifier
 from absorb_plugin.allocation import Calibration
-from absorb_plugin.cpu import fast_bfloat16
 from absorb_plugin.prune import prune
 from absorb_plugin.text import calibration_samples, read_text
 
@@ -74,8 +73,7 @@ def main() -> None:
     )
     modifier = AbsorptionAllocationModifier(allocator=options.allocator)
     begin = time.perf_counter()
-    with fast_bfloat16():
-        prune(model, tokenizer, [modifier, pruner], samples)
+    prune(model, tokenizer, [modifier, pruner], samples)
     total = time.perf_counter() - begin
     print(
         json.dumps(

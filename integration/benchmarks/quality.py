@@ -30,7 +30,6 @@ from loguru import logger
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from absorb_plugin import AbsorptionAllocationModifier
-from absorb_plugin.cpu import fast_bfloat16
 from absorb_plugin.evaluate import linear_sparsity, perplexity
 from absorb_plugin.prune import prune
 from absorb_plugin.text import calibration_samples, evaluation_windows, read_text
@@ -74,16 +73,15 @@ def run(cell: dict, options: argparse.Namespace, tokenizer, windows) -> dict:
     dtype = getattr(torch, options.dtype)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
     begin = time.perf_counter()
-    with fast_bfloat16():
-        pruned = prune(
-            model,
-            tokenizer,
-            [pruner] if modifier is None else [modifier, pruner],
-            samples,
-            seed=cell["seed"],
-        )
-        seconds = time.perf_counter() - begin
-        value, tokens = perplexity(pruned, windows)
+    pruned = prune(
+        model,
+        tokenizer,
+        [pruner] if modifier is None else [modifier, pruner],
+        samples,
+        seed=cell["seed"],
+    )
+    seconds = time.perf_counter() - begin
+    value, tokens = perplexity(pruned, windows)
     return cell | {
         "perplexity": value,
         "tokens": tokens,
