@@ -16,7 +16,7 @@ demo: $(DEMO_STAMP)
 	$(BIN)/absorb demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 quality: $(STAMP)
 	$(BIN)/ruff check $(CODE)

@@ -243,11 +243,12 @@ class Calibration:
         settings = self._settings
         if settings.strength == 0:
             return None
-        count = settings.noise_samples
+        samples = spread(self._samples, settings.noise_samples)
         if self.signal != "noise":
             if settings.report_dir is None:
                 return None
-            count = min(count, REPORT_SAMPLES)
+            few = samples[:REPORT_SAMPLES]
+            samples = [cut_tokens(sample, settings.probe_tokens) for sample in few]
         probe = NoiseProbe(
             self._blocks.prunable,
             len(self._blocks),
@@ -255,7 +256,7 @@ class Calibration:
             settings.noise_seed,
             settings.sink_tokens,
         )
-        self._sweep(spread(self._samples, count), probe, "Noise probe")
+        self._sweep(samples, probe, "Noise probe")
         return probe.profile()
 
     def direction(

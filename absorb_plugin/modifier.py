@@ -87,7 +87,8 @@ class AbsorptionAllocationModifier(Modifier):
     :param statistics_samples: calibration samples for the inputs' statistics
     :param signal_samples: calibration samples for "gradient" and "response"
     :param holdout_samples: calibration samples held out to judge strengths
-    :param probe_tokens: tokens of each of these samples that are used
+    :param probe_tokens: so many tokens of a sample are used by "gradient" and
+        "response", to judge strengths, and by a noise probe for the report
     :param response_step: δ, by how much "response" relaxes a block; "gradient" looks at
         weights within ± δ/2 of the threshold
     :param max_sparsity: no block is pruned beyond it
