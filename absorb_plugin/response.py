@@ -23,6 +23,7 @@ from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch
 from absorb_plugin.loss import check_predicted, cross_entropy_sums
 from absorb_plugin.masks import BlockMasks
+from absorb_plugin.sampling import standard_error
 from absorb_plugin.sweep import Passenger, RunBlock, Tail
 
 __all__ = ["CandidateScores", "MaskedPassenger", "Response", "ResponseProbe"]
@@ -151,11 +152,7 @@ class ResponseProbe(MaskedPassenger):
         total = check_predicted(int(tokens.sum()))
         gains = losses[:, :1] - losses[:, 1:]
         mean = gains.sum(axis=0) / total
-        count = len(tokens)
-        error = np.full_like(mean, np.nan)
-        if count > 1:
-            deviation = gains - tokens[:, None] * mean
-            error = np.sqrt(count / (count - 1) * (deviation**2).sum(axis=0)) / total
+        error = standard_error(gains, tokens[:, None])
         return Response(mean, error, float(losses[:, 0].sum() / total), total)
 
 

@@ -11,6 +11,7 @@ from loguru import logger
 
 from absorb_plugin.budget import meet_budget
 from absorb_plugin.correction import corrected
+from absorb_plugin.sampling import standard_error
 
 __all__ = ["Round", "Search", "search_strength"]
 
@@ -146,12 +147,8 @@ def _choose(
     tied = [i for i, mean in enumerate(means) if mean <= means.min() + TIE]
     best = min(tied, key=lambda i: (abs(strengths[i]), -strengths[i]))
     gain = own - sums[best]
-    if gain.sum() <= TIE * tokens.sum():
+    mean = gain.sum() / tokens.sum()
+    # with one sample the error is NaN, and any gain beyond a tie is taken
+    if mean <= TIE or mean <= standard_error(gain, tokens):
         return None
-    count = len(tokens)
-    if count > 1:
-        deviation = gain - tokens * (gain.sum() / tokens.sum())
-        error = np.sqrt(count / (count - 1) * (deviation**2).sum())
-        if gain.sum() <= error:
-            return None
     return best
