@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from absorb_plugin.absorption import AbsorptionProfile, NoiseProbe
 from absorb_plugin.allocators.base import Allocator, BaseAllocation, LinearGroup
-from absorb_plugin.blocks import BlockMap, find_blocks
+from absorb_plugin.blocks import BlockMap, find_blocks, linear_parameters
 from absorb_plugin.budget import check_budget, meet_budget
 from absorb_plugin.calibration import cut_tokens, join_samples, split_samples, spread
 from absorb_plugin.correction import direction_from_ratio, direction_from_response
@@ -94,7 +94,7 @@ class Allocation:
             for name, linear in block.linears.items():
                 full = block.full_name(name)
                 names.append(full)
-                sizes.append(linear.in_features * linear.out_features)
+                sizes.append(linear_parameters(linear))
                 wished.append(self.sparsity[row] + self.base.offsets.get(full, 0.0))
         targets = np.array(wished)
         if self.base.offsets:
@@ -115,9 +115,7 @@ class Allocation:
         for index in self.blocks.prunable:
             block = self.blocks.blocks[index]
             total = sum(
-                targets[block.full_name(name)]
-                * linear.in_features
-                * linear.out_features
+                targets[block.full_name(name)] * linear_parameters(linear)
                 for name, linear in block.linears.items()
             )
             means.append(total / block.parameters)
@@ -127,7 +125,7 @@ class Allocation:
         """Mean target sparsity over all prunable weights."""
         targets = self.linear_sparsities()
         sizes = {
-            name: linear.in_features * linear.out_features
+            name: linear_parameters(linear)
             for name, linear in self.blocks.linears().items()
         }
         total = sum(sizes.values())
@@ -160,7 +158,7 @@ def base_allocation(
         block = blocks.blocks[index]
         names = [block.full_name(name) for name in block.linears]
         shares = [
-            linear.in_features * linear.out_features / block.parameters
+            linear_parameters(linear) / block.parameters
             for linear in block.linears.values()
         ]
         mean = float(np.dot(shares, [targets[name] for name in names]))
@@ -357,12 +355,12 @@ def as_dict(allocation: Allocation, allocator: str) -> dict[str, Any]:
         }
         names = {name: block.full_name(name) for name in block.linears}
         if any(full in base.linear_metrics for full in names.values()):
+            unique = _unique_ends(list(names))
             entry["linears"] = {
                 name.rpartition(".")[2] if unique else name: {
                     "metric": float(base.linear_metrics[full]),
                     "sparsity": targets[full],
                 }
-                for unique in [_unique_ends(list(names))]
                 for name, full in names.items()
             }
         blocks.append(entry)

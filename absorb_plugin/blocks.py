@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-__all__ = ["Block", "BlockMap", "find_blocks"]
+__all__ = ["Block", "BlockMap", "find_blocks", "linear_parameters"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,6 @@ class Block:
     @property
     def parameters(self) -> int:
         """Number of prunable weights, p_b."""
-        # not weight.numel(): reading a weight may onload it
         return sum(linear_parameters(linear) for linear in self.linears.values())
 
     def full_name(self, linear: str) -> str:
@@ -90,6 +89,8 @@ class BlockMap:
 
 
 def linear_parameters(linear: torch.nn.Linear) -> int:
+    """Number of weights of a Linear."""
+    # not weight.numel(): reading a weight may onload it
     return linear.in_features * linear.out_features
 
 

@@ -61,6 +61,8 @@ DatasetName = Annotated[
     ),
 ]
 Split = Annotated[str, typer.Option(help="Split of --dataset.")]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of all random choices.")]
 SeqLen = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
 DtypeOption = Annotated[
     Dtype, typer.Option("--dtype", help="Weights' dtype; auto: as they were saved.")
@@ -84,9 +86,9 @@ def prune(
     text: Text = None,
     dataset: DatasetName = None,
     split: Split = "train",
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    samples: Samples = 128,
     seq_len: SeqLen = 512,
-    seed: Annotated[int, typer.Option(min=0, help="Of all random choices.")] = 0,
+    seed: Seed = 0,
     pipeline: Annotated[
         Pipeline, typer.Option(help="llm-compressor's calibration pipeline.")
     ] = Pipeline.independent,
@@ -101,17 +103,13 @@ def prune(
     with command(debug) as stdout:
         from absorb_plugin import prune as pruning
         from absorb_plugin.evaluate import linear_sparsity
-        from absorb_plugin.text import calibration_samples, read_documents
+        from absorb_plugin.text import calibration_samples
 
         start = time.perf_counter()
         # All that can be wrong with the arguments comes before the model is loaded.
         pruning.check_output(out, overwrite)
         parsed = pruning.load_recipe(recipe)
-        documents = read_documents(text, dataset, split)
-        config = pruning.load_config(model)
-        pruning.check_length(config, seq_len)
-        warn_if_slow(config, dtype)
-        tokenizer = load_tokenizer(model)
+        documents, tokenizer = read_inputs(model, text, dataset, split, seq_len, dtype)
         data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
         with pruning.staged_directory(out) as staging:
             pruned = pruning.prune(
@@ -158,16 +156,10 @@ def evaluate(
     """Perplexity of MODEL over windows of a text."""
     with command(debug) as stdout:
         from absorb_plugin.evaluate import perplexity
-        from absorb_plugin.prune import check_length, load_config
-        from absorb_plugin.text import evaluation_windows, read_documents
+        from absorb_plugin.text import evaluation_windows
 
-        documents = read_documents(text, dataset, split)
-        config = load_config(model)
-        check_length(config, seq_len)
-        warn_if_slow(config, dtype)
-        tokens = evaluation_windows(
-            documents, load_tokenizer(model), seq_len, count=windows
-        )
+        documents, tokenizer = read_inputs(model, text, dataset, split, seq_len, dtype)
+        tokens = evaluation_windows(documents, tokenizer, seq_len, count=windows)
         value, count = perplexity(load_model(model, dtype.value), tokens)
         show(
             stdout,
@@ -189,9 +181,9 @@ def allocate(
     text: Text = None,
     dataset: DatasetName = None,
     split: Split = "train",
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    samples: Samples = 128,
     seq_len: SeqLen = 512,
-    seed: Annotated[int, typer.Option(min=0, help="Of all random choices.")] = 0,
+    seed: Seed = 0,
     granularity: Annotated[
         Granularity, typer.Option(help="What the base allocator ranks.")
     ] = Granularity.block,
@@ -204,11 +196,10 @@ def allocate(
 ) -> None:
     """Compute the sparsity of every block of MODEL, without pruning."""
     with command(debug) as stdout:
-        from absorb_plugin import prune as pruning
         from absorb_plugin.allocation import allocate_model, as_dict, render
         from absorb_plugin.budget import check_budget
         from absorb_plugin.modifier import AbsorptionAllocationModifier
-        from absorb_plugin.text import calibration_samples, read_documents
+        from absorb_plugin.text import calibration_samples
 
         settings = AbsorptionAllocationModifier(
             allocator=allocator,
@@ -219,13 +210,8 @@ def allocate(
         )
         settings.base_allocator()
         check_budget(sparsity, settings.max_sparsity)
-        documents = read_documents(text, dataset, split)
-        config = pruning.load_config(model)
-        pruning.check_length(config, seq_len)
-        warn_if_slow(config, dtype)
-        data = calibration_samples(
-            documents, load_tokenizer(model), samples, seq_len, seed
-        )
+        documents, tokenizer = read_inputs(model, text, dataset, split, seq_len, dtype)
+        data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
         found = allocate_model(load_model(model, dtype.value), data, sparsity, settings)
         if as_json:
             show(stdout, as_dict(found, allocator), as_json)
@@ -344,6 +330,28 @@ def parse_argument(argument: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except json.JSONDecodeError:
         return key, value
+
+
+def read_inputs(
+    model: str,
+    text: Path | None,
+    dataset: str | None,
+    split: str,
+    seq_len: int,
+    dtype: Dtype,
+) -> tuple[list[str], Any]:
+    """
+    Documents and tokenizer. All that can be wrong with either, or with the length of a
+    window, is found here, before the model's weights are loaded.
+    """
+    from absorb_plugin.prune import check_length, load_config
+    from absorb_plugin.text import read_documents
+
+    documents = read_documents(text, dataset, split)
+    config = load_config(model)
+    check_length(config, seq_len)
+    warn_if_slow(config, dtype)
+    return documents, load_tokenizer(model)
 
 
 def load_tokenizer(model: str) -> Any:

@@ -13,6 +13,7 @@ from loguru import logger
 from transformers import PreTrainedModel
 
 from absorb_plugin.allocation import Allocation
+from absorb_plugin.blocks import linear_parameters
 from absorb_plugin.calibration import Batch, token_mask
 from absorb_plugin.peers import Peer
 from absorb_plugin.report.figure import draw
@@ -153,7 +154,7 @@ class Report:
             for name, linear in block.linears.items():
                 full = block.full_name(name)
                 entry["linears"][name] = {
-                    "parameters": linear.in_features * linear.out_features,
+                    "parameters": linear_parameters(linear),
                     "sparsity": targets[full],
                 }
                 if full in allocation.base.linear_metrics:
