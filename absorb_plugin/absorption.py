@@ -10,24 +10,35 @@ direction, and the noisy state runs on through blocks l+1 … L:
     ratio  r_l     = E[R_{l→L} / R_{l→l}]          (r_L = 1)
 
 r_l < 1: the rest of the network absorbs the perturbation; r_l > 1: it amplifies it.
+
+Beside it runs the rounding floor, the drift that arithmetic alone makes: of a 16-bit
+run from a float32 run of the same weights, or, where the probe itself computes in
+float32, the drift of a perturbation of one rounding unit behind the first block.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from loguru import logger
 
 from absorb_plugin.calibration import Batch, token_mask
 from absorb_plugin.sampling import standard_error
 from absorb_plugin.sweep import Passenger, RunBlock, Tail
 
-__all__ = ["AbsorptionProfile", "NoiseProbe", "unit_noise"]
+__all__ = ["AbsorptionProfile", "NoiseProbe", "unit_noise", "until_known"]
+
+# Every ratio should be known to this, relative to itself.
+KNOWN = 0.05
+# Noise shorter than so many times the rounding floor measures arithmetic.
+FLOOR_MARGIN = 5.0
 
 # A token whose norm is so many times the sample's median is a sink: noise relative to
 # its own norm would break what the other tokens attend to.
 SINK_NORM = 20.0
+FLOAT32_UNIT = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,7 @@ class AbsorptionProfile:
     :param samples: number of calibration samples
     :param tokens: number of tokens that got noise, at most over the injections
     :param spared: injection block -> positions of tokens that got none (sinks)
+    :param floor: drift behind every block that rounding alone makes, shape (L,)
     """
 
     drift: np.ndarray
@@ -52,13 +64,31 @@ class AbsorptionProfile:
     samples: int
     tokens: int
     spared: dict[int, list[int]]
+    floor: np.ndarray
+
+    def uncertainty(self) -> float:
+        """Largest standard error of a ratio, relative to it; NaN for one sample."""
+        return float((self.ratio_error / self.ratio).max())
+
+    def drowned(self, magnitude: float) -> bool:
+        """Whether noise of relative length η is too near to the rounding floor."""
+        return bool(magnitude < FLOOR_MARGIN * self.floor[-1])
+
+    def warn_if_drowned(self, magnitude: float) -> None:
+        if self.drowned(magnitude):
+            logger.warning(
+                f"noise_magnitude={magnitude:g} is below {FLOOR_MARGIN:g} times the "
+                f"rounding floor of {self.floor[-1]:.1e}: the ratios are partly "
+                "arithmetic. Set noise_dtype: float32, or a larger noise_magnitude"
+            )
 
 
 class NoiseProbe(Passenger):
     """
     Passenger of a sweep that measures drift behind every injection block.
 
-    Costs L(L−1)/2 block passes beside the model's own L.
+    Costs L(L−1)/2 block passes beside the model's own L, and L for the rounding floor;
+    in float32 another L for a clean run of its own.
 
     :param injections: indices of the blocks behind which noise is put
     :param blocks: L, number of all blocks
@@ -66,6 +96,7 @@ class NoiseProbe(Passenger):
     :param seed: seed of the noise
     :param sink_tokens: "perturb", "spare" or "auto": which tokens stay without noise;
         they are left out of all means
+    :param dtype: "model", or "float32": what the trajectories are computed in
     """
 
     def __init__(
@@ -75,14 +106,17 @@ class NoiseProbe(Passenger):
         magnitude: float,
         seed: int,
         sink_tokens: str = "auto",
+        dtype: str = "model",
     ) -> None:
         self._rows = {block: row for row, block in enumerate(injections)}
         self._blocks = blocks
         self._magnitude, self._seed, self._sinks = magnitude, seed, sink_tokens
-        self.trajectories = len(injections)
+        self._dtype = dtype
+        self.trajectories = len(injections) + 2
         # One entry per sample: sums over its tokens, divided only at the end.
         self._sums: list[np.ndarray] = []  # (3, injections, blocks): R, cos, R/R_{l→l}
         self._counts: list[np.ndarray] = []  # (injections,): tokens with noise
+        self._floors: list[np.ndarray] = []  # (2, blocks): sum over tokens, number
         self._spared: set[tuple[int, int]] = set()  # (injection, position)
 
     def start(self, batch: Batch) -> None:
@@ -92,22 +126,25 @@ class NoiseProbe(Passenger):
         self._mask = token_mask(batch)
         self._batch = batch
         self._noise: torch.Tensor | None = None
+        self._clean: torch.Tensor | None = None
+        self._reference: torch.Tensor | None = None  # of the rounding floor
         shape = (3, len(self._rows), self._blocks)
         self._sums += [np.full(shape, np.nan) for _ in self._mask]
         self._counts += [np.zeros(shape[1]) for _ in self._mask]
+        self._floors += [np.zeros((2, self._blocks)) for _ in self._mask]
 
     def leave(
         self, index: int, before: torch.Tensor, after: torch.Tensor, run: RunBlock
     ) -> None:
-        for source, hidden in self._noisy.items():
-            self._noisy[source] = run(hidden)
+        clean = self._advance(before, after, run)
         if index in self._rows:
-            self._inject(index, after)
-        clean = after.float()
+            self._inject(index, clean)
+        clean = clean.float()
         norm = clean.norm(dim=-1)
+        self._record_floor(index, clean, norm)
         for source, hidden in self._noisy.items():
             noisy = hidden.float()
-            drift = torch.where(norm > 0, (noisy - clean).norm(dim=-1) / norm, 0.0)
+            drift = _drift(noisy, clean, norm)
             injected = self._injected.setdefault(source, drift)
             ratio = torch.where(injected > 0, drift / injected, 0.0)
             cosine = torch.cosine_similarity(noisy, clean, dim=-1)
@@ -115,6 +152,7 @@ class NoiseProbe(Passenger):
 
     def finish(self, batch: Batch, tail: Tail) -> None:
         del self._noisy, self._injected, self._counted, self._noise, self._batch
+        del self._clean, self._reference
 
     def profile(self) -> AbsorptionProfile:
         """
@@ -132,24 +170,74 @@ class NoiseProbe(Passenger):
         drift, realignment, ratios = sums.sum(axis=0) / total[:, None]
         ratio, samples = ratios[:, -1], len(counts)
         error = standard_error(sums[:, 2, :, -1], counts)
+        floor, counted = np.array(self._floors).sum(axis=0)
         spared: dict[int, list[int]] = {}
         for source, position in sorted(self._spared):
             spared.setdefault(source, []).append(position)
         return AbsorptionProfile(
-            drift, ratio, error, realignment, samples, int(total.max()), spared
+            drift=drift,
+            ratio=ratio,
+            ratio_error=error,
+            realignment=realignment,
+            samples=samples,
+            tokens=int(total.max()),
+            spared=spared,
+            floor=floor / counted,
         )
 
-    def _inject(self, index: int, hidden: torch.Tensor) -> None:
+    def _advance(
+        self, before: torch.Tensor, after: torch.Tensor, run: RunBlock
+    ) -> torch.Tensor:
+        """All trajectories through the block; the clean state behind it."""
+        if after.dtype == torch.float32:
+            self._run_all(run)
+            return after
+        if self._dtype == "model":
+            self._noisy = {source: run(h) for source, h in self._noisy.items()}
+            with run.in_float32() as exact:
+                start = self._reference
+                self._reference = exact(before.float() if start is None else start)
+            return after
+        with run.in_float32() as exact:
+            start = self._clean
+            self._clean = exact(before.float() if start is None else start)
+            self._run_all(exact)
+        return self._clean
+
+    def _run_all(self, run: RunBlock) -> None:
+        self._noisy = {source: run(h) for source, h in self._noisy.items()}
+        if self._reference is not None:
+            self._reference = run(self._reference)
+
+    def _record_floor(
+        self, index: int, clean: torch.Tensor, norm: torch.Tensor
+    ) -> None:
+        counted = self._mask & ~self._is_sink(norm)
+        if self._reference is None:  # computing in float32: one rounding unit
+            self._reference = self._perturbed(clean, counted, FLOAT32_UNIT)
+        drift = _drift(self._reference, clean, norm)
+        sums = torch.where(counted, drift.double(), 0.0).sum(dim=1).tolist()
+        start = len(self._floors) - len(sums)
+        for sample, pair in enumerate(zip(sums, counted.sum(dim=1).tolist())):
+            self._floors[start + sample][:, index] = pair
+
+    def _perturbed(
+        self, hidden: torch.Tensor, counted: torch.Tensor, magnitude: float
+    ) -> torch.Tensor:
+        """Noise of relative length `magnitude` on the tokens that count."""
         if self._noise is None:
             # One direction per token for all injection blocks: blocks are compared
             # under the same noise, which takes its share out of their differences.
             self._noise = unit_noise(self._batch, hidden.shape[-1], self._seed)
-            self._noise = self._noise.to(hidden.device)
+        self._noise = self._noise.to(hidden.device)
         full = hidden.float()
-        norm = full.norm(dim=-1)
-        counted = self._mask & ~self._is_sink(norm)
-        size = torch.where(counted, self._magnitude * norm, 0.0).unsqueeze(-1)
-        self._noisy[index] = (full + size * self._noise).to(hidden.dtype)
+        size = magnitude * full.norm(dim=-1)
+        size = torch.where(counted, size, 0.0).unsqueeze(-1)
+        return (full + size * self._noise).to(hidden.dtype)
+
+    def _inject(self, index: int, hidden: torch.Tensor) -> None:
+        counted = self._mask & ~self._is_sink(hidden.float().norm(dim=-1))
+        self._noisy[index] = self._perturbed(hidden, counted, self._magnitude)
         self._counted[index] = counted
         start = len(self._counts) - len(counted)
         for sample, count in enumerate(counted.sum(dim=1).tolist()):
@@ -174,6 +262,41 @@ class NoiseProbe(Passenger):
         start = len(self._sums) - sums.shape[1]
         for sample, triple in enumerate(sums.T.tolist()):
             self._sums[start + sample][:, self._rows[source], index] = triple
+
+
+def until_known(
+    sweep: Callable[[list[dict]], None],
+    probe: NoiseProbe,
+    samples: Sequence[dict],
+    first: int,
+) -> AbsorptionProfile:
+    """
+    Run the probe on the first few samples, and on as many again until every ratio is
+    known to 5 % (standard error over samples) or none is left.
+
+    :param sweep: runs the probe over samples
+    :param first: number of samples to begin with
+    """
+    done = 0
+    while True:
+        sweep(list(samples[done:first]))
+        profile = probe.profile()
+        done, first = first, 2 * first
+        if done >= len(samples) or profile.uncertainty() <= KNOWN:
+            break
+    if profile.uncertainty() > KNOWN:
+        logger.info(
+            f"After {profile.samples} samples a ratio is known to "
+            f"{profile.uncertainty():.0%} only"
+        )
+    return profile
+
+
+def _drift(
+    state: torch.Tensor, clean: torch.Tensor, norm: torch.Tensor
+) -> torch.Tensor:
+    """R per token, shape (batch, tokens)."""
+    return torch.where(norm > 0, (state - clean).norm(dim=-1) / norm, 0.0)
 
 
 def unit_noise(batch: Batch, hidden_size: int, seed: int) -> torch.Tensor:

@@ -12,11 +12,17 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from absorb_plugin.absorption import AbsorptionProfile, NoiseProbe
+from absorb_plugin.absorption import AbsorptionProfile, NoiseProbe, until_known
 from absorb_plugin.allocators.base import Allocator, BaseAllocation, LinearGroup
 from absorb_plugin.blocks import BlockMap, find_blocks, linear_parameters
 from absorb_plugin.budget import check_budget, meet_budget
-from absorb_plugin.calibration import cut_tokens, join_samples, split_samples, spread
+from absorb_plugin.calibration import (
+    cut_tokens,
+    interleaved,
+    join_samples,
+    split_samples,
+    spread,
+)
 from absorb_plugin.correction import direction_from_ratio, direction_from_response
 from absorb_plugin.gradient import GradientProbe
 from absorb_plugin.plugins import run_allocator
@@ -241,7 +247,7 @@ class Calibration:
         settings = self._settings
         if settings.strength == 0:
             return None
-        samples = spread(self._samples, settings.noise_samples)
+        samples, count = interleaved(self._samples), settings.noise_samples
         if self.signal != "noise":
             if settings.report_dir is None:
                 return None
@@ -253,9 +259,17 @@ class Calibration:
             settings.noise_magnitude,
             settings.noise_seed,
             settings.sink_tokens,
+            settings.noise_dtype,
         )
-        self._sweep(samples, probe, "Noise probe")
-        return probe.profile()
+        most = max(count, settings.noise_samples_limit)
+        profile = until_known(
+            lambda chunk: self._sweep(chunk, probe, "Noise probe"),
+            probe,
+            samples[:most],
+            count,
+        )
+        profile.warn_if_drowned(settings.noise_magnitude)
+        return profile
 
     def direction(
         self,
@@ -289,9 +303,7 @@ class Calibration:
         """Other samples in every round, as far as there are any."""
         count = min(count, len(self._samples))
         start, self._measured = self._measured, self._measured + count
-        # at even distances, then the ones between them: loaders may sort by length
-        stride = max(1, len(self._samples) // count)
-        order = [x for offset in range(stride) for x in self._samples[offset::stride]]
+        order = interleaved(self._samples)
         chosen = [order[(start + i) % len(order)] for i in range(count)]
         return [cut_tokens(x, self._settings.probe_tokens) for x in chosen]
 

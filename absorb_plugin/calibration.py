@@ -19,6 +19,7 @@ __all__ = [
     "cache_batches",
     "calibrating",
     "cut_tokens",
+    "interleaved",
     "join_samples",
     "split_samples",
     "spread",
@@ -116,6 +117,12 @@ def spread(items: Sequence[T], count: int) -> list[T]:
     """`count` items at even distances: loaders may sort samples by length."""
     count = min(count, len(items))
     return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
+
+
+def interleaved(items: Sequence[T], stride: int = 8) -> list[T]:
+    """All items, reordered so that the first few are spread over the whole."""
+    stride = max(1, len(items) // stride)
+    return [item for offset in range(stride) for item in items[offset::stride]]
 
 
 def cut_tokens(sample: Batch, length: int) -> dict:

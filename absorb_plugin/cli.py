@@ -47,6 +47,17 @@ class Granularity(str, Enum):
     linear = "linear"
 
 
+class SinkTokens(str, Enum):
+    auto = "auto"
+    spare = "spare"
+    perturb = "perturb"
+
+
+class NoiseDtype(str, Enum):
+    model = "model"
+    float32 = "float32"
+
+
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Model directory or hub id.")
 ]
@@ -217,6 +228,59 @@ def allocate(
             show(stdout, as_dict(found, allocator), as_json)
         else:
             render(found, stdout)
+
+
+@app.command()
+def profile(
+    model: Model,
+    eta: Annotated[
+        str, typer.Option(help="Lengths η of the noise, with commas between them.")
+    ] = "1e-4,1e-3,1e-2,0.1,0.3,1",
+    text: Text = None,
+    dataset: DatasetName = None,
+    split: Split = "train",
+    samples: Samples = 8,
+    seq_len: SeqLen = 128,
+    seed: Seed = 0,
+    sink_tokens: Annotated[
+        SinkTokens, typer.Option(help="Tokens that get no noise.")
+    ] = SinkTokens.auto,
+    noise_dtype: Annotated[
+        NoiseDtype, typer.Option(help="What the probe computes in.")
+    ] = NoiseDtype.model,
+    figure: Annotated[
+        Path | None, typer.Option(help="PNG file to draw the result into.")
+    ] = None,
+    dtype: DtypeOption = Dtype.auto,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how MODEL absorbs or amplifies noise, over depth and over η."""
+    with command(debug) as stdout:
+        from absorb_plugin import dose
+        from absorb_plugin.files import write_whole
+        from absorb_plugin.report.dose_figure import draw_doses
+        from absorb_plugin.text import calibration_samples
+
+        magnitudes = dose.parse_magnitudes(eta)
+        if figure is not None and not figure.absolute().parent.is_dir():
+            raise ValueError(f"--figure {figure}: its directory does not exist")
+        documents, tokenizer = read_inputs(model, text, dataset, split, seq_len, dtype)
+        data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
+        found = dose.measure_doses(
+            load_model(model, dtype.value),
+            data,
+            magnitudes,
+            seed=seed,
+            sink_tokens=sink_tokens.value,
+            noise_dtype=noise_dtype.value,
+        )
+        if figure is not None:
+            write_whole(figure, draw_doses(found, Path(model).name))
+        if as_json:
+            show(stdout, dose.as_dict(found), as_json)
+        else:
+            dose.render(found, stdout)
 
 
 @app.command()

@@ -79,8 +79,12 @@ class AbsorptionAllocationModifier(Modifier):
         or than uniform. A number takes one round of just that strength; 0 keeps the
         base allocation and measures nothing
     :param noise_magnitude: η, length of the noise relative to the hidden state
-    :param noise_samples: calibration samples the noise probe runs on; where noise is
-        not the signal it serves the report only and runs on one
+    :param noise_dtype: what the noise probe computes in, "model" or "float32"; in 16
+        bits a small η drowns in rounding, whose floor is measured and reported
+    :param noise_samples: calibration samples the noise probe begins with; it takes as
+        many again until every ratio is known to 5 %. Where noise is not the signal it
+        serves the report only and runs on one
+    :param noise_samples_limit: it stops there
     :param noise_seed: seed of the noise
     :param sink_tokens: "perturb" puts noise on all tokens, "spare" leaves out the first
         of every sample, "auto" those whose norm is beyond 20 times the median
@@ -108,7 +112,9 @@ class AbsorptionAllocationModifier(Modifier):
     rounds: int = Field(default=4, ge=1)
     strength: Annotated[float, Field(ge=-1, le=1)] | Literal["auto"] = "auto"
     noise_magnitude: float = Field(default=1e-2, gt=0, allow_inf_nan=False)
+    noise_dtype: Literal["model", "float32"] = "model"
     noise_samples: int = Field(default=8, ge=1)
+    noise_samples_limit: int = Field(default=64, ge=1)
     noise_seed: int = Field(default=0, ge=0, lt=2**63)
     sink_tokens: Literal["perturb", "spare", "auto"] = "auto"
     statistics_samples: int = Field(default=32, ge=1)

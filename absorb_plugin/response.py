@@ -159,7 +159,7 @@ class ResponseProbe(MaskedPassenger):
 class CandidateScores(MaskedPassenger):
     """
     Passenger of a sweep that scores whole allocations: each is a trajectory of its own
-    from the first block on, L block passes each.
+    from the first block on, L block passes each. The first is the model's own pass.
 
     :param candidates: allocations, each one sparsity per prunable block
     """
@@ -172,26 +172,35 @@ class CandidateScores(MaskedPassenger):
         offsets: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(blocks, input_square_sums, offsets)
-        self._candidates = candidates
-        self.trajectories = len(candidates)
+        self._own, *self._others = candidates
+        self.trajectories = len(self._others)
         self._losses: list[list[float]] = []
         self._tokens: list[int] = []
 
     def start(self, batch: Batch) -> None:
         self._hidden: list[torch.Tensor] = []
 
+    def enter(self, index: int, block: Module) -> None:
+        if index in self._rows:
+            self._current = self._masks(index)
+            self._in_force.enter_context(
+                self._current.applied(self._at(index, self._own))
+            )
+
     def leave(
         self, index: int, before: torch.Tensor, after: torch.Tensor, run: RunBlock
     ) -> None:
-        states = self._hidden or [before] * len(self._candidates)
-        if index not in self._rows:
-            self._hidden = [run(hidden) for hidden in states]
-            return
-        masks = self._masks(index)
-        self._hidden = []
-        for candidate, hidden in zip(self._candidates, states, strict=True):
-            with masks.applied(self._at(index, candidate)):
+        self._in_force.close()
+        states = self._hidden[1:] or [before] * len(self._others)
+        self._hidden = [after]
+        for candidate, hidden in zip(self._others, states, strict=True):
+            with ExitStack() as stack:
+                if index in self._rows:
+                    sparsities = self._at(index, candidate)
+                    stack.enter_context(self._current.applied(sparsities))
                 self._hidden.append(run(hidden))
+        if index in self._rows:
+            del self._current
 
     def finish(self, batch: Batch, tail: Tail) -> None:
         scored = [cross_entropy_sums(tail, batch, hidden) for hidden in self._hidden]

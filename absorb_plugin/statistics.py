@@ -13,6 +13,10 @@ from absorb_plugin.sweep import Passenger, RunBlock
 __all__ = ["InputStatistics", "groups_of"]
 
 
+# Tokens squared at a time: what stays in a CPU's cache.
+ROWS = 1024
+
+
 class InputStatistics(Passenger):
     """
     Passenger of a sweep that adds up Σ x_j² over the tokens that enter each Linear.
@@ -29,6 +33,7 @@ class InputStatistics(Passenger):
         self._sums: dict[str, torch.Tensor] = {}
         self._samples = 0
         self._handles: list = []
+        self._seen: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def start(self, batch: Batch) -> None:
         self._mask = token_mask(batch)
@@ -47,6 +52,7 @@ class InputStatistics(Passenger):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._seen = None
 
     def input_square_sums(self) -> dict[str, torch.Tensor]:
         """Full name of a Linear -> a_j, mean over samples of Σ_tokens x_j²."""
@@ -54,20 +60,30 @@ class InputStatistics(Passenger):
 
     def _watch(self, name: str, linear: torch.nn.Linear) -> None:
         def add(module: Module, args: tuple[torch.Tensor, ...]) -> None:
-            x = args[0].float()
+            x = args[0]
             if not x.numel():  # an expert that no token was routed to
                 return
-            square_sums = x.flatten(0, -2).square()
-            if len(square_sums) == self._mask.numel():
-                # A whole batch, flattened or not. Experts of a mixture get fewer
-                # tokens, and padding among them cannot be told apart.
-                square_sums *= self._mask.reshape(-1, 1)
-            square_sum = square_sums.sum(dim=0)
+            if self._seen is None or self._seen[0] is not x:
+                # queries, keys and values are made of one input
+                self._seen = (x, self._square_sum(x))
+            square_sum = self._seen[1]
             if name in self._sums:
-                square_sum += self._sums[name]
+                square_sum = square_sum + self._sums[name]
             self._sums[name] = square_sum
 
         self._handles.append(linear.register_forward_pre_hook(add))
+
+    def _square_sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Σ x² over tokens that are no padding, float32 of shape (in_features,)."""
+        rows, mask = x.flatten(0, -2), self._mask.flatten().to(x.device)
+        # Experts of a mixture get fewer tokens, and padding among them cannot be told
+        # apart.
+        if len(rows) != len(mask):
+            mask = mask.new_ones(len(rows))
+        total = torch.zeros(x.shape[-1], dtype=torch.float32, device=x.device)
+        for part, kept in zip(rows.split(ROWS), mask.split(ROWS), strict=True):
+            total += kept.float() @ part.float().square()
+        return total
 
 
 def groups_of(

@@ -15,9 +15,10 @@ from absorb_plugin.sampling import standard_error
 
 __all__ = ["Round", "Search", "search_strength"]
 
-# Tried in the first round. The negative side is there because a signal can point the
-# wrong way: the noise ratio does on some models. A round that does not take the largest
-# is near the optimum along its direction, and the next one tries half of everything.
+# The negative side is there because a signal can point the wrong way: the noise ratio
+# does on some models. Whether it does shows in the first round, so later ones leave it
+# out. A round that does not take the largest is near the optimum along its direction,
+# and the next one tries half of everything.
 STRENGTHS = (-0.05, 0.05, 0.1, 0.2)
 # Losses closer than this, in nats per token, are a tie: the smaller strength wins.
 TIE = 1e-3
@@ -95,9 +96,9 @@ def search_strength(
 
     done: list[Round] = []
     scale = 1.0
-    for _ in range(rounds):
+    for number in range(rounds):
         direction = measure(current)
-        strengths = [beta * scale for beta in STRENGTHS]
+        strengths = [beta * scale for beta in STRENGTHS if beta > 0 or number == 0]
         candidates = [
             meet_budget(
                 corrected(current, direction, beta), parameters, sparsity, max_sparsity

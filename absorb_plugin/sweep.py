@@ -7,8 +7,9 @@ has come this far: noisy copies, or copies that met other weights on their way. 
 block is onloaded once per batch, whatever the number of trajectories.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from compressed_tensors.offload import disable_offloading, get_execution_device
@@ -27,11 +28,69 @@ __all__ = [
     "sweep",
 ]
 
-RunBlock = Callable[[torch.Tensor], torch.Tensor]
-
 
 class NonFiniteHiddenState(ValueError):
     """A block's output holds NaN or infinity."""
+
+
+class RunBlock:
+    """
+    Takes other hidden states through a block that the model has just run, with the
+    block's own mask and rotary embedding.
+
+    :param args: positional arguments of the model's own call
+    :param kwargs: keyword arguments of the same
+    """
+
+    def __init__(self, block: Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        self._block, self._args, self._kwargs = block, args, kwargs
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """:param hidden: shape (batch, tokens, hidden)"""
+        if self._args:
+            output = self._block(hidden, *self._args[1:], **self._kwargs)
+        else:
+            output = self._block(**{**self._kwargs, "hidden_states": hidden})
+        return _hidden_state(output)
+
+    @contextmanager
+    def in_float32(self) -> Iterator["RunBlock"]:
+        """
+        Within the context the block's parameters are float32, and so is what the
+        yielded runner computes. One block's copy; the weights come back as they were.
+        """
+        wide = {name: _widened(value) for name, value in self._kwargs.items()}
+        with _float32_parameters(self._block):
+            yield RunBlock(self._block, tuple(map(_widened, self._args)), wide)
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.float()
+    if isinstance(value, tuple):  # cosines and sines
+        return tuple(map(_widened, value))
+    return value
+
+
+@contextmanager
+def _float32_parameters(block: Module) -> Iterator[None]:
+    narrow = [
+        tensor
+        # getattr, for an offloaded tensor is fetched that way; _enter keeps it onloaded
+        for module in block.modules()
+        for name in (*module._parameters, *module._buffers)
+        if isinstance(tensor := getattr(module, name), torch.Tensor)
+        and tensor.is_floating_point()
+        and tensor.dtype != torch.float32
+    ]
+    originals = [tensor.data for tensor in narrow]
+    try:
+        for tensor in narrow:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, original in zip(narrow, originals, strict=True):
+            tensor.data = original
 
 
 class Passenger:
@@ -261,11 +320,7 @@ class _Ride:
                     "overflows in some models, use bfloat16)"
                 )
 
-            def run(hidden: torch.Tensor) -> torch.Tensor:
-                if args:
-                    return _hidden_state(block(hidden, *args[1:], **kwargs))
-                return _hidden_state(block(**{**kwargs, "hidden_states": hidden}))
-
+            run = RunBlock(block, args, kwargs)
             self._listening = False
             try:
                 for passenger in self._passengers:

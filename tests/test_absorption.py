@@ -1,14 +1,27 @@
-"""The noise probe: drift and ratio against whole forwards, sinks, sameness of noise."""
+"""
+The noise probe: drift and ratio against whole forwards, sinks, sameness of noise, the
+rounding floor.
+"""
+
+import copy
 
 import naive
 import numpy as np
 import pytest
 import tiny
 import torch
+from loguru import logger
 from test_sweep import ride
 from transformers import PreTrainedModel
 
-from absorb_plugin.absorption import AbsorptionProfile, NoiseProbe, unit_noise
+from absorb_plugin.absorption import (
+    FLOOR_MARGIN,
+    KNOWN,
+    AbsorptionProfile,
+    NoiseProbe,
+    unit_noise,
+    until_known,
+)
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.correction import direction_from_ratio
 
@@ -16,10 +29,13 @@ SEED, ETA = 7, 1e-2
 
 
 def measured(
-    model: PreTrainedModel, *batches: dict, sink_tokens: str = "perturb"
+    model: PreTrainedModel,
+    *batches: dict,
+    sink_tokens: str = "perturb",
+    dtype: str = "model",
 ) -> AbsorptionProfile:
     count = len(find_blocks(model))
-    probe = NoiseProbe(range(count), count, ETA, SEED, sink_tokens)
+    probe = NoiseProbe(range(count), count, ETA, SEED, sink_tokens, dtype)
     ride(model, list(batches), probe)
     return probe.profile()
 
@@ -168,3 +184,116 @@ def test_planted_amplifier_gets_a_ratio_above_one_and_is_protected() -> None:
     assert loud.ratio[2] == pytest.approx(1.0, abs=0.05)
     direction = direction_from_ratio(loud.ratio)
     assert (direction[:2] < 0).all() and (direction[2:] > 0).all()
+
+
+def test_floor_in_16_bits_is_the_drift_from_a_float32_run() -> None:
+    for name, dtype in (("llama", torch.bfloat16), ("gpt_neox", torch.float16)):
+        model = tiny.make_model(name).to(dtype)
+        batch = tiny.make_batch(padding="right")
+        before = tiny.snapshot(model)
+        profile = measured(model, batch)
+        tiny.assert_untouched(model, before)
+        kept = batch["attention_mask"].bool()
+        narrow = naive.states(model, find_blocks(model).modules, batch)
+        wide_model = copy.deepcopy(model).float()
+        wide = naive.states(wide_model, find_blocks(wide_model).modules, batch)
+        expected = [
+            ((n.float() - w).norm(dim=-1) / n.float().norm(dim=-1))[kept].mean()
+            for n, w in zip(narrow, wide)
+        ]
+        np.testing.assert_allclose(profile.floor, expected, rtol=0.1)
+        unit = torch.finfo(dtype).eps
+        assert unit / 10 < profile.floor[0] < profile.floor[-1] < 10 * unit
+
+
+def test_floor_in_float32_is_the_drift_of_one_rounding_unit(
+    any_model: PreTrainedModel,
+) -> None:
+    profile = measured(any_model, tiny.make_batch())
+    unit = torch.finfo(torch.float32).eps
+    assert profile.floor.shape == (3,)
+    assert (profile.floor > unit / 10).all() and (profile.floor < 100 * unit).all()
+    assert not profile.drowned(ETA)
+
+
+def test_float32_noise_in_a_16_bit_model_is_that_of_a_float32_model(
+    any_model: PreTrainedModel,
+) -> None:
+    """But for the embedding and the rotary embedding, which stay in 16 bits."""
+    batch = tiny.make_batch(padding="left")
+    narrow = any_model.bfloat16()
+    before = tiny.snapshot(narrow)
+    profile = measured(narrow, batch, dtype="float32")
+    tiny.assert_untouched(narrow, before)
+    wide = copy.deepcopy(narrow).float()
+    drift, ratio, _ = naive.noise_profile(
+        wide, find_blocks(wide).modules, batch, ETA, SEED
+    )
+    np.testing.assert_allclose(profile.ratio, ratio, rtol=0.05)
+    np.testing.assert_allclose(profile.drift, drift, rtol=0.05)
+    # what is left of rounding is that of float32
+    assert profile.floor[-1] < 1e-4 < measured(narrow, batch).floor[-1]
+
+
+def test_eta_below_the_floor_is_warned_of() -> None:
+    model, batch = tiny.make_model("llama").bfloat16(), tiny.make_batch()
+    profile = measured(model, batch)
+    limit = FLOOR_MARGIN * profile.floor[-1]
+    assert profile.drowned(0.99 * limit) and not profile.drowned(1.01 * limit)
+    lines: list[str] = []
+    handler = logger.add(lines.append, level="WARNING", format="{message}")
+    try:
+        profile.warn_if_drowned(1.01 * limit)
+        assert lines == []
+        profile.warn_if_drowned(0.99 * limit)
+    finally:
+        logger.remove(handler)
+    assert len(lines) == 1
+    assert "noise_magnitude=" in lines[0] and "noise_dtype: float32" in lines[0]
+
+
+class Sums:
+    """A probe whose ratio is the mean of what its samples say."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def sweep(self, samples: list[dict]) -> None:
+        self.seen += [sample["ratio"] for sample in samples]
+
+    def profile(self) -> AbsorptionProfile:
+        values = np.array(self.seen)
+        error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+        empty = np.zeros((1, 1))
+        return AbsorptionProfile(
+            empty,
+            np.array([values.mean()]),
+            np.array([error]),
+            empty,
+            len(values),
+            len(values),
+            {},
+            np.zeros(1),
+        )
+
+
+@pytest.mark.parametrize(
+    "spread, first, available, used",
+    [
+        (0.0, 2, 64, 2),
+        (0.08, 2, 64, 4),  # the error is spread·√(n/(n−1))/√n
+        (0.2, 2, 64, 32),
+        (0.2, 2, 10, 10),
+        (0.9, 4, 3, 3),
+        (0.9, 1, 1, 1),
+    ],
+)
+def test_samples_are_added_until_every_ratio_is_known(
+    spread: float, first: int, available: int, used: int
+) -> None:
+    samples = [{"ratio": 1 + spread * (-1) ** i} for i in range(available)]
+    probe = Sums()
+    profile = until_known(probe.sweep, probe, samples, first)
+    assert profile.samples == used
+    assert probe.seen == [sample["ratio"] for sample in samples[:used]]
+    assert profile.uncertainty() <= KNOWN or used == available

@@ -10,6 +10,7 @@ import runs
 import tiny
 from matplotlib.image import imread
 
+from absorb_plugin import files
 from absorb_plugin.report import profile as report_profile
 from absorb_plugin.report.figure import draw
 
@@ -182,9 +183,9 @@ def test_files_are_replaced_whole_or_not_at_all(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full_disk)
         with pytest.raises(OSError, match="no space"):
-            report_profile._replace(path, b"new")
+            files.write_whole(path, b"new")
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["profile.json"]
-    report_profile._replace(path, b"new")
+    files.write_whole(path, b"new")
     assert path.read_bytes() == b"new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["profile.json"]

@@ -149,7 +149,10 @@ def test_rounds_start_where_the_last_one_ended() -> None:
     assert largest == [0.2, 0.2, 0.1]
     for entry in found.rounds:
         assert entry.strengths == sorted(entry.strengths)
-        assert len(entry.losses) == len(entry.strengths) == len(STRENGTHS) + 1
+        assert len(entry.losses) == len(entry.strengths)
+    # whether the signal points the wrong way shows in the first round
+    assert found.rounds[0].strengths == sorted([0.0, *STRENGTHS])
+    assert [min(entry.strengths) for entry in found.rounds] == [-0.05, 0.0, 0.0]
 
 
 def test_the_search_stops_after_a_round_of_zero() -> None:

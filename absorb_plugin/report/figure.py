@@ -80,6 +80,9 @@ def _drift(ax: Axes, profile: dict[str, Any]) -> None:
     shades = 0.25 + 0.75 * np.arange(len(rows)) / max(1, len(rows) - 1)
     for row, shade in zip(rows, shades, strict=True):
         ax.plot(_floats(row), color=FINAL, alpha=float(shade), linewidth=1)
+    floor = _floats(profile["noise"]["floor"])
+    ax.plot(floor, "--", color=BASE, linewidth=1, label="rounding floor")
+    ax.legend(frameon=False)
     ax.set(
         yscale="log",
         xlabel="block $k$",

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from absorb_plugin.allocation import Allocation
 from absorb_plugin.blocks import linear_parameters
 from absorb_plugin.calibration import Batch, token_mask
+from absorb_plugin.files import write_whole
 from absorb_plugin.peers import Peer
 from absorb_plugin.report.figure import draw
 
@@ -104,6 +104,8 @@ class Report:
         if absorption is not None:
             profile["noise"] = {
                 "magnitude": settings.noise_magnitude,
+                "dtype": settings.noise_dtype,
+                "floor": _plain(absorption.floor),
                 "seed": settings.noise_seed,
                 "samples": absorption.samples,
                 "tokens": absorption.tokens,
@@ -171,8 +173,8 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         profile = self.profile()
         text = json.dumps(profile, indent=1, allow_nan=False)
-        _replace(folder / f"{self._name}.json", text.encode())
-        _replace(folder / f"{self._name}.png", draw(profile))
+        write_whole(folder / f"{self._name}.json", text.encode())
+        write_whole(folder / f"{self._name}.png", draw(profile))
 
     def _log(self) -> None:
         profile = self.profile()
@@ -185,13 +187,3 @@ class Report:
 
 def _plain(values: Any) -> list[float | None]:
     return [float(value) if math.isfinite(value) else None for value in values]
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write under a temporary name, then rename: no reader sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
