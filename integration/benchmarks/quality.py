@@ -4,12 +4,14 @@ Perplexity of every allocation on held-out text, through the real `oneshot`.
     python integration/benchmarks/quality.py MODEL --text CALIBRATION \
         --eval-text HELD_OUT [--allocators owl alpha_pruning] \
         [--pruners wanda sparsegpt] [--sparsities 0.5 0.6 0.7] [--seeds 0 1 2] \
-        [--methods uniform atp base paper ours] --out results.jsonl
+        [--methods dense uniform atp base paper ours] --out results.jsonl
 
 One line of JSON per run, appended as it completes; a run whose line is there already is
-not repeated. `--table` prints the Markdown table of a file of results and runs nothing.
+not repeated. `--table` prints the Markdown tables of files of results and runs nothing:
 
-Methods: `uniform`; `atp`, the depth-only ramp at the best of a small grid of β, chosen
+    python integration/benchmarks/quality.py --table --out one.jsonl other.jsonl
+
+Methods: `dense`; `uniform`; `atp`, the depth-only ramp at the best of a few β, chosen
 on the very text that it is judged by, which favours it; `base`, the allocator alone;
 `paper`, the noise ratio at η = 1e-2 with noise on every token and strength 0.1; `ours`,
 the defaults of the modifier; `gradient`, `response` and `noise`, the same with that
@@ -22,7 +24,7 @@ import logging
 import sys
 import time
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import geometric_mean, mean, stdev
 
 import torch
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
@@ -38,7 +40,9 @@ PRUNERS = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}
 ATP_BETAS = (0.0025, 0.005, 0.01)
 
 
-def allocation(method: str, allocator: str) -> AbsorptionAllocationModifier | None:
+def allocation(
+    method: str, allocator: str, cache: Path | None
+) -> AbsorptionAllocationModifier | None:
     if method == "uniform":
         return None
     if method.startswith("atp:"):
@@ -55,6 +59,8 @@ def allocation(method: str, allocator: str) -> AbsorptionAllocationModifier | No
         "response": {"signal": "response"},
         "noise": {"signal": "noise"},
     }[method]
+    if cache is not None and method != "base":
+        settings["profile_cache"] = str(cache)
     return AbsorptionAllocationModifier(allocator=allocator, **settings)
 
 
@@ -66,20 +72,18 @@ def run(cell: dict, options: argparse.Namespace, tokenizer, windows) -> dict:
         options.seq_len,
         cell["seed"],
     )
-    modifier = allocation(cell["method"], cell["allocator"])
-    pruner = PRUNERS[cell["pruner"]](
-        sparsity=cell["sparsity"], targets=["Linear"], ignore=["re:.*lm_head"]
-    )
     dtype = getattr(torch, options.dtype)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
     begin = time.perf_counter()
-    pruned = prune(
-        model,
-        tokenizer,
-        [pruner] if modifier is None else [modifier, pruner],
-        samples,
-        seed=cell["seed"],
-    )
+    if cell["method"] == "dense":
+        pruned = model.eval()
+    else:
+        modifier = allocation(cell["method"], cell["allocator"], options.cache)
+        pruner = PRUNERS[cell["pruner"]](
+            sparsity=cell["sparsity"], targets=["Linear"], ignore=["re:.*lm_head"]
+        )
+        recipe = [pruner] if modifier is None else [modifier, pruner]
+        pruned = prune(model, tokenizer, recipe, samples, seed=cell["seed"])
     seconds = time.perf_counter() - begin
     value, tokens = perplexity(pruned, windows)
     return cell | {
@@ -91,11 +95,19 @@ def run(cell: dict, options: argparse.Namespace, tokenizer, windows) -> dict:
 
 
 def cells(options: argparse.Namespace) -> list[dict]:
-    methods = []
-    for method in options.methods:
-        betas = [f"atp:{beta}" for beta in ATP_BETAS]
-        methods += betas if method == "atp" else [method]
-    result = []
+    fixed = {
+        "model": Path(options.model).name,
+        "text": Path(options.text).name,
+        "eval_text": Path(options.eval_text).name,
+        "samples": options.samples,
+        "seq_len": options.seq_len,
+        "dtype": options.dtype,
+    }
+    methods = [method for method in options.methods if method not in ("dense", "atp")]
+    if "atp" in options.methods:
+        methods += [f"atp:{beta}" for beta in ATP_BETAS]
+    none = {"pruner": "-", "sparsity": 0.0, "allocator": "-", "seed": 0}
+    result = [fixed | none | {"method": "dense"}] if "dense" in options.methods else []
     for seed in options.seeds:
         for sparsity in options.sparsities:
             for pruner in options.pruners:
@@ -103,13 +115,8 @@ def cells(options: argparse.Namespace) -> list[dict]:
                     free = method == "uniform" or method.startswith("atp:")
                     for allocator in ["-"] if free else options.allocators:
                         result.append(
-                            {
-                                "model": Path(options.model).name,
-                                "text": Path(options.text).name,
-                                "eval_text": Path(options.eval_text).name,
-                                "samples": options.samples,
-                                "seq_len": options.seq_len,
-                                "dtype": options.dtype,
+                            fixed
+                            | {
                                 "pruner": pruner,
                                 "sparsity": sparsity,
                                 "method": method,
@@ -120,43 +127,122 @@ def cells(options: argparse.Namespace) -> list[dict]:
     return result
 
 
-def table(lines: list[dict]) -> str:
-    """Markdown: a row per pruner, sparsity, allocator; mean (± spread) of seeds."""
+class Results:
+    """Perplexities of one model by cell."""
 
-    def of(pruner: str, sparsity: float, method: str, allocator: str) -> list[float]:
-        return [
-            line["perplexity"]
-            for line in lines
-            if (line["pruner"], line["sparsity"]) == (pruner, sparsity)
-            and (line["method"], line["allocator"]) == (method, allocator)
-        ]
+    def __init__(self, lines: list[dict]) -> None:
+        self.lines = lines
+        self.keys = sorted(
+            {
+                (line["pruner"], line["sparsity"], line["allocator"])
+                for line in lines
+                if line["allocator"] != "-"
+            }
+        )
 
-    def shown(values: list[float]) -> str:
-        if not values:
-            return "–"
-        spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-        return f"{mean(values):.1f}{spread}"
+    def of(self, method: str, pruner: str, sparsity: float, allocator: str) -> dict:
+        """Seed -> perplexity."""
+        wanted = (method, pruner, sparsity, allocator)
+        return {
+            line["seed"]: line["perplexity"]
+            for line in self.lines
+            if tuple(
+                line[name] for name in ("method", "pruner", "sparsity", "allocator")
+            )
+            == wanted
+        }
 
+    def best_atp(self, pruner: str, sparsity: float) -> dict:
+        betas = [self.of(f"atp:{b}", pruner, sparsity, "-") for b in ATP_BETAS]
+        return min(filter(None, betas), key=lambda x: mean(x.values()), default={})
+
+    def row(self, pruner: str, sparsity: float, allocator: str) -> dict[str, dict]:
+        return {
+            "uniform": self.of("uniform", pruner, sparsity, "-"),
+            "atp": self.best_atp(pruner, sparsity),
+            "base": self.of("base", pruner, sparsity, allocator),
+            "paper": self.of("paper", pruner, sparsity, allocator),
+            "ours": self.of("ours", pruner, sparsity, allocator),
+        }
+
+
+def change(ours: dict, other: dict) -> float:
+    """Mean over seeds of the relative change in perplexity, as a geometric mean."""
+    seeds = ours.keys() & other.keys()
+    if not seeds:
+        return float("nan")
+    return geometric_mean(ours[seed] / other[seed] for seed in seeds) - 1
+
+
+def shown(values: dict) -> str:
+    """Mean and sample standard deviation over seeds."""
+    if not values:
+        return "–"
+    numbers = list(values.values())
+    spread = f" ± {stdev(numbers):.1f}" if len(numbers) > 1 else ""
+    return f"{mean(numbers):.1f}{spread}"
+
+
+def table(results: Results) -> str:
+    """Markdown: a row per pruner, sparsity, allocator."""
     out = [
         "| pruner | sparsity | uniform | ATP, best β | base | its perplexity "
-        "| paper's setting | ours | ours vs base |",
+        "| paper's setting | ours | vs base | vs uniform | vs ATP |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for pruner, sparsity, allocator in results.keys:
+        row = results.row(pruner, sparsity, allocator)
+        cells = [pruner, f"{sparsity:.0%}", shown(row["uniform"]), shown(row["atp"])]
+        cells += [allocator, *(shown(row[name]) for name in ("base", "paper", "ours"))]
+        others = [row[name] for name in ("base", "uniform", "atp")]
+        cells += [f"{change(row['ours'], other):+.1%}" for other in others]
+        out.append(f"| {' | '.join(cells)} |")
+    return "\n".join(out)
+
+
+def summary(models: dict[str, Results]) -> str:
+    """Markdown: the mean over models and seeds, and the worst cell."""
+    out = [
+        "| pruner | sparsity | base | models | vs base | vs uniform | vs ATP "
+        "| worst vs base | worst vs uniform |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    keys = {(x["pruner"], x["sparsity"], x["allocator"]) for x in lines}
-    for pruner, sparsity, allocator in sorted(keys):
-        if allocator == "-":
+    for key in sorted({key for results in models.values() for key in results.keys}):
+        rows = [results.row(*key) for results in models.values()]
+        rows = [row for row in rows if row["ours"]]
+        changes = {
+            name: [change(row["ours"], row[name]) for row in rows if row[name]]
+            for name in ("base", "uniform", "atp")
+        }
+        if not all(changes.values()):
             continue
-        atp = [of(pruner, sparsity, f"atp:{beta}", "-") for beta in ATP_BETAS]
-        atp = min((values for values in atp if values), key=mean, default=[])
-        base = of(pruner, sparsity, "base", allocator)
-        ours = of(pruner, sparsity, "ours", allocator)
-        change = f"{mean(ours) / mean(base) - 1:+.1%}" if base and ours else "–"
-        uniform = of(pruner, sparsity, "uniform", "-")
-        paper = of(pruner, sparsity, "paper", allocator)
-        row = [pruner, f"{sparsity:.0%}", shown(uniform), shown(atp), allocator]
-        row += [shown(base), shown(paper), shown(ours), change]
-        out.append(f"| {' | '.join(row)} |")
+        pruner, sparsity, allocator = key
+        means = [
+            geometric_mean(1 + value for value in changes[name]) - 1
+            for name in ("base", "uniform", "atp")
+        ]
+        worst = [max(changes[name]) for name in ("base", "uniform")]
+        cells = [pruner, f"{sparsity:.0%}", allocator, str(len(rows))]
+        cells += [f"{value:+.1%}" for value in (*means, *worst)]
+        out.append(f"| {' | '.join(cells)} |")
     return "\n".join(out)
+
+
+def print_tables(lines: list[dict]) -> None:
+    models: dict[str, Results] = {}
+    for name in dict.fromkeys(line["model"] for line in lines):
+        models[name] = Results([line for line in lines if line["model"] == name])
+    for name, results in models.items():
+        first = results.lines[0]
+        dense = results.of("dense", "-", 0.0, "-")
+        print(
+            f"### {name}\n\nDense {shown(dense)}; {first['samples']} × "
+            f"{first['seq_len']} tokens of {first['text']}, perplexity on "
+            f"{max(line['tokens'] for line in results.lines):,} tokens of "
+            f"{first['eval_text']}.\n\n{table(results)}\n"
+        )
+    if len(models) > 1:
+        print(f"### All models\n\n{summary(models)}")
 
 
 def main() -> None:
@@ -171,19 +257,27 @@ def main() -> None:
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.6, 0.7])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
-        "--methods", nargs="+", default=["uniform", "atp", "base", "paper", "ours"]
+        "--methods",
+        nargs="+",
+        default=["dense", "uniform", "atp", "base", "paper", "ours"],
     )
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--cache", type=Path, help="profile_cache: one allocation serves both pruners"
+    )
+    parser.add_argument("--out", type=Path, nargs="+", required=True)
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
 
-    done = []
-    if options.out.exists():
-        done = [json.loads(line) for line in options.out.read_text().splitlines()]
+    done = [
+        json.loads(line)
+        for path in options.out
+        if path.exists()
+        for line in path.read_text().splitlines()
+    ]
     if not options.table:
         logging.disable(logging.WARNING)
         logger.remove()
@@ -197,10 +291,10 @@ def main() -> None:
                 continue
             line = run(cell, options, tokenizer, windows)
             done.append(line)
-            with options.out.open("a") as file:
+            with options.out[0].open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(json.dumps(line), file=sys.stderr, flush=True)
-    print(table(done))
+    print_tables(done)
 
 
 if __name__ == "__main__":
