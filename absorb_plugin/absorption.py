@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from absorb_plugin import distributed
 from absorb_plugin.calibration import Batch, token_mask
 from absorb_plugin.sampling import standard_error
 from absorb_plugin.sweep import Passenger, RunBlock, Tail
@@ -122,7 +123,8 @@ class NoiseProbe(Passenger):
 
         :raises ValueError: if behind some block no token got noise
         """
-        sums, counts = np.array(self._sums), np.array(self._counts)
+        sums = np.array(distributed.gather_shares(self._sums))
+        counts = np.array(distributed.gather_shares(self._counts))
         total = counts.sum(axis=0)
         if not total.all():
             raise ValueError(
@@ -133,7 +135,7 @@ class NoiseProbe(Passenger):
         ratio, samples = ratios[:, -1], len(counts)
         error = standard_error(sums[:, 2, :, -1], counts)
         spared: dict[int, list[int]] = {}
-        for source, position in sorted(self._spared):
+        for source, position in sorted(set().union(*distributed.gather(self._spared))):
             spared.setdefault(source, []).append(position)
         return AbsorptionProfile(
             drift, ratio, error, realignment, samples, int(total.max()), spared
