@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from loguru import logger
 
+from absorb_plugin import distributed
 from absorb_plugin.calibration import Batch, token_mask
 from absorb_plugin.sampling import standard_error
 from absorb_plugin.sweep import Passenger, RunBlock, Tail
@@ -160,7 +161,8 @@ class NoiseProbe(Passenger):
 
         :raises ValueError: if behind some block no token got noise
         """
-        sums, counts = np.array(self._sums), np.array(self._counts)
+        sums = np.array(distributed.gather_shares(self._sums))
+        counts = np.array(distributed.gather_shares(self._counts))
         total = counts.sum(axis=0)
         if not total.all():
             raise ValueError(
@@ -170,9 +172,10 @@ class NoiseProbe(Passenger):
         drift, realignment, ratios = sums.sum(axis=0) / total[:, None]
         ratio, samples = ratios[:, -1], len(counts)
         error = standard_error(sums[:, 2, :, -1], counts)
-        floor, counted = np.array(self._floors).sum(axis=0)
+        floors = distributed.gather_shares(self._floors)
+        floor, counted = np.array(floors).sum(axis=0)
         spared: dict[int, list[int]] = {}
-        for source, position in sorted(self._spared):
+        for source, position in sorted(set().union(*distributed.gather(self._spared))):
             spared.setdefault(source, []).append(position)
         return AbsorptionProfile(
             drift=drift,

@@ -1,5 +1,6 @@
 """The stations of the method between calibration batches and targets per Linear."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
@@ -12,12 +13,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from absorb_plugin import distributed
 from absorb_plugin.absorption import AbsorptionProfile, NoiseProbe, until_known
 from absorb_plugin.allocators.base import Allocator, BaseAllocation, LinearGroup
 from absorb_plugin.blocks import BlockMap, find_blocks, linear_parameters
 from absorb_plugin.budget import check_budget, meet_budget
 from absorb_plugin.calibration import (
     cut_tokens,
+    in_fixed_order,
     interleaved,
     join_samples,
     split_samples,
@@ -148,7 +151,7 @@ def base_allocation(
 ) -> Base:
     """Ask the allocator, and meet the budget."""
     groups = groups_of(blocks, statistics, granularity)
-    found = run_allocator(allocator, groups, sparsity)
+    found = distributed.from_first(run_allocator(allocator, groups, sparsity))
     sizes = np.array([group.parameters for group in groups])
     met = meet_budget(found.sparsity, sizes, sparsity, max_sparsity)
     if granularity == "block":
@@ -191,6 +194,10 @@ class Calibration:
     The calibration samples and what is run on them. With `strength: auto` some are
     held out: at even distances, at most half, and used for nothing but `score`.
 
+    Under torch.distributed every rank holds all samples, makes the same choices, and
+    runs its share of the samples chosen; the passengers put the results together.
+
+    :param batches: the same on all ranks
     :param settings: the modifier, for its fields
     :raises ValueError: if strength is "auto" and there is but one sample
     """
@@ -207,8 +214,9 @@ class Calibration:
         if settings.signal == "auto":
             few = len(blocks) <= RESPONSE_BLOCKS
             self.signal = "response" if few else "gradient"
-        samples = list(split_samples(batches, 1))
+        samples = in_fixed_order(split_samples(batches, 1))
         self.samples = len(samples)
+        _check_alike(samples)
         self._held_out: list[dict] = []
         if settings.strength == "auto":
             if self.samples < 2:
@@ -280,6 +288,7 @@ class Calibration:
     ) -> np.ndarray:
         """Δ of the signal chosen, in the network under `allocation`."""
         settings = self._settings
+        allocation = distributed.from_first(allocation)
         if self.signal == "noise":
             assert absorption is not None
             return direction_from_ratio(absorption.ratio)
@@ -314,6 +323,7 @@ class Calibration:
         statistics: Mapping[str, torch.Tensor],
     ) -> tuple[np.ndarray, np.ndarray]:
         """Held-out loss sums (candidates, samples) and tokens (samples,)."""
+        candidates = distributed.from_first(candidates)
         scores = CandidateScores(self._blocks, statistics, candidates, base.offsets)
         self._sweep(self._held_out, scores, "Held-out loss")
         return scores.losses()
@@ -321,14 +331,26 @@ class Calibration:
     def _sweep(self, samples: list[dict], passenger: Passenger, what: str) -> None:
         tokens = sum(sample["input_ids"].numel() for sample in samples)
         logger.info(f"{what}: {len(samples)} samples, {tokens} tokens")
-        sweep(
-            self._model,
-            self._blocks.modules,
-            [block.name for block in self._blocks.blocks],
-            join_samples(samples),
-            [passenger],
-            memory=self._settings.sweep_memory,
-            description=what,
+        with distributed.fail_together():
+            sweep(
+                self._model,
+                self._blocks.modules,
+                [block.name for block in self._blocks.blocks],
+                join_samples(distributed.share(samples)),
+                [passenger],
+                memory=self._settings.sweep_memory,
+                description=what,
+            )
+
+
+def _check_alike(samples: list[dict]) -> None:
+    content = str([sample["input_ids"].tolist() for sample in samples])
+    digest = hashlib.sha256(content.encode()).digest()
+    if len(set(distributed.gather(digest))) > 1:
+        raise ValueError(
+            "the ranks of torch.distributed were given different calibration samples: "
+            "pass what absorb_plugin.calibration.cache_batches(loader) returns, which "
+            "collects those of all ranks"
         )
 
 

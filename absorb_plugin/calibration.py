@@ -1,5 +1,6 @@
 """Calibration batches: read once, checked, cut to size, moved where the model runs."""
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TypeVar
@@ -12,6 +13,7 @@ from llmcompressor.utils.helpers import (
 )
 from torch.utils.data import DataLoader
 
+from absorb_plugin import distributed
 from absorb_plugin.cpu import fast_bfloat16
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "cache_batches",
     "calibrating",
     "cut_tokens",
+    "in_fixed_order",
     "interleaved",
     "join_samples",
     "split_samples",
@@ -50,7 +53,8 @@ def cache_batches(loader: DataLoader | Iterable[Batch] | None) -> list[dict]:
     Read the calibration loader once. The random state is put back afterwards, so that
     a shuffling loader gives the pruner the very samples that it would give without us.
 
-    :return: batches of CPU tensors, each with "input_ids" of shape (batch, tokens)
+    :return: batches of CPU tensors, each with "input_ids" of shape (batch, tokens);
+        under torch.distributed those of all ranks, the same on every rank
     :raises ValueError: if there is no data, or batches have no input_ids
     """
     if loader is None:
@@ -58,6 +62,18 @@ def cache_batches(loader: DataLoader | Iterable[Batch] | None) -> list[dict]:
             "no calibration data: absorption needs text to run the model on. Pass "
             "oneshot(dataset=..., num_calibration_samples=...)"
         )
+    with distributed.fail_together():
+        own = _read(loader)
+    batches = [batch for part in distributed.gather(own) for batch in part]
+    if not batches:
+        raise ValueError(
+            "no calibration data: the calibration set has no token. Check the dataset "
+            "and num_calibration_samples"
+        )
+    return batches
+
+
+def _read(loader: DataLoader | Iterable[Batch]) -> list[dict]:
     batches = []
     with torch.random.fork_rng(devices=[]), _keep_generator(loader):
         for batch in loader:
@@ -69,11 +85,6 @@ def cache_batches(loader: DataLoader | Iterable[Batch] | None) -> list[dict]:
                 )
             if tensors["input_ids"].numel():
                 batches.append(tensors)
-    if not batches:
-        raise ValueError(
-            "no calibration data: the calibration set has no token. Check the dataset "
-            "and num_calibration_samples"
-        )
     return batches
 
 
@@ -111,6 +122,22 @@ def join_samples(samples: Iterable[Batch], size: int = 8) -> list[dict]:
         else:
             batches.append(dict(sample))
     return batches
+
+
+def in_fixed_order(samples: Iterable[Batch]) -> list[dict]:
+    """
+    Longest first, then by a hash of the tokens: an order that depends on the samples
+    alone. So the ones that are held out, or chosen for a signal, are the same whether a
+    loader shuffles or not, and however ranks and batches share the samples out.
+
+    :param samples: batches of one sample
+    """
+
+    def key(sample: Batch) -> tuple[int, bytes]:
+        tokens = sample["input_ids"][token_mask(sample)].cpu().to(torch.int64)
+        return -tokens.numel(), hashlib.sha256(tokens.numpy().tobytes()).digest()
+
+    return sorted((dict(sample) for sample in samples), key=key)
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:

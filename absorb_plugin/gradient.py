@@ -22,6 +22,7 @@ import torch
 from compressed_tensors.offload import disable_offloading
 from torch.nn import Module
 
+from absorb_plugin import distributed
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch
 from absorb_plugin.loss import check_predicted, cross_entropy_sums
@@ -87,11 +88,15 @@ class GradientProbe(MaskedPassenger):
 
     def slope(self) -> np.ndarray:
         """∂loss/∂s_l per weight, nats per token, shape (prunable blocks,)."""
-        return np.sum(self._slopes, axis=0) / check_predicted(sum(self._tokens))
+        slopes = distributed.gather_shares(self._slopes)
+        tokens = sum(distributed.gather(sum(self._tokens)))
+        return np.sum(slopes, axis=0) / check_predicted(tokens)
 
     def loss(self) -> float:
         """Cross-entropy under the allocation itself, nats per token."""
-        return self._loss / sum(self._tokens)
+        return sum(distributed.gather(self._loss)) / sum(
+            distributed.gather(sum(self._tokens))
+        )
 
     def _backward(
         self, index: int, before: torch.Tensor, run: RunBlock, gradient: torch.Tensor

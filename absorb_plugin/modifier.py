@@ -11,13 +11,14 @@ from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator
 from transformers import PreTrainedModel
 
-from absorb_plugin import peers
+from absorb_plugin import distributed, peers
 from absorb_plugin.allocation import Allocation, Calibration, base_allocation
 from absorb_plugin.allocators.base import Allocator
 from absorb_plugin.blocks import BlockMap, find_blocks
 from absorb_plugin.budget import meet_budget
 from absorb_plugin.calibration import cache_batches
 from absorb_plugin.correction import corrected
+from absorb_plugin.peer_statistics import leave_statistics, reduce_statistics
 from absorb_plugin.plugins import build_allocator, manager
 from absorb_plugin.report import Report
 from absorb_plugin.strength import search_strength
@@ -101,6 +102,9 @@ class AbsorptionAllocationModifier(Modifier):
     :param report_dir: where to write profile.json and profile.png; None for no report
     :param ignore: modules to leave dense and out of the budget, beside those that the
         pruning modifiers ignore
+    :param reduce_peer_statistics: under torch.distributed, have the pruning modifiers
+        prune by the calibration samples of all ranks; llm-compressor has each rank
+        prune by its own. Without effect on one rank
     """
 
     requires_calibration_data: bool = False  # True would cost a calibration of its own
@@ -126,6 +130,7 @@ class AbsorptionAllocationModifier(Modifier):
     sweep_memory: int = Field(default=4 * 2**30, gt=0)
     report_dir: str | None = None
     ignore: list[str] = Field(default_factory=list)
+    reduce_peer_statistics: bool = True
 
     _blocks: BlockMap = PrivateAttr()
     _peers: list[peers.Peer] = PrivateAttr(default_factory=list)
@@ -161,6 +166,9 @@ class AbsorptionAllocationModifier(Modifier):
             cache_batches(None)  # says what is missing
         if self.report_dir is not None:
             Path(self.report_dir).mkdir(parents=True, exist_ok=True)
+        if self.reduce_peer_statistics:
+            for peer in self._peers:
+                reduce_statistics(peer.modifier)
         return True
 
     def on_event(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -169,11 +177,12 @@ class AbsorptionAllocationModifier(Modifier):
         batches = cache_batches(state.data.calib)
         for number, peer in enumerate(self._peers):
             allocation = self.allocate(state.model, peer.blocks, batches, peer.sparsity)
-            peer.hand_over(allocation.linear_sparsities())
+            peer.hand_over(distributed.from_first(allocation.linear_sparsities()))
             report = Report(self, state.model, peer, allocation, batches, number)
-            report.write(self.report_dir)
             self._reports.append(report)
-            manager().hook.allocation_finished(profile=report.profile())
+            if distributed.is_first():
+                report.write(self.report_dir)
+                manager().hook.allocation_finished(profile=report.profile())
 
     def allocate(
         self,
@@ -188,7 +197,7 @@ class AbsorptionAllocationModifier(Modifier):
 
         :param model: the dense model; its weights are not touched
         :param blocks: its blocks, with the Linears that will be pruned
-        :param batches: tokenised calibration batches
+        :param batches: tokenised calibration batches, the same on all ranks
         :param sparsity: the budget S
         """
         calibration = Calibration(model, blocks, batches, self)
@@ -241,9 +250,11 @@ class AbsorptionAllocationModifier(Modifier):
         )
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        for report in self._reports:
+        for report in self._reports if distributed.is_first() else ():
             report.measure_realised()
             report.write(self.report_dir)
+        for peer in self._peers:
+            leave_statistics(peer.modifier)
         peers.forget(self)
         logger.info("Allocation handed over; recipe.yaml replays without absorb_plugin")
         return True

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.nn import Module
 
+from absorb_plugin import distributed
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch
 from absorb_plugin.loss import check_predicted, cross_entropy_sums
@@ -147,8 +148,8 @@ class ResponseProbe(MaskedPassenger):
 
     def response(self) -> Response:
         """Means over all samples seen so far."""
-        losses = np.array(self._losses)
-        tokens = np.array(self._tokens, dtype=np.float64)
+        losses = np.array(distributed.gather_shares(self._losses))
+        tokens = np.array(distributed.gather_shares(self._tokens), dtype=np.float64)
         total = check_predicted(int(tokens.sum()))
         gains = losses[:, :1] - losses[:, 1:]
         mean = gains.sum(axis=0) / total
@@ -214,5 +215,7 @@ class CandidateScores(MaskedPassenger):
         Sums of cross-entropy in nats, shape (candidates, samples), and the number of
         predicted tokens, shape (samples,).
         """
-        check_predicted(sum(self._tokens))
-        return np.array(self._losses).T, np.array(self._tokens)
+        losses = distributed.gather_shares(self._losses)
+        tokens = distributed.gather_shares(self._tokens)
+        check_predicted(sum(tokens))
+        return np.array(losses).T, np.array(tokens)

@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 
 import torch
+from compressed_tensors.offload import get_execution_device
 from torch.nn import Module
 
+from absorb_plugin import distributed
 from absorb_plugin.allocators.base import LinearGroup, LinearStatistics
 from absorb_plugin.blocks import BlockMap, linear_parameters
 from absorb_plugin.calibration import Batch, token_mask
@@ -56,7 +58,15 @@ class InputStatistics(Passenger):
 
     def input_square_sums(self) -> dict[str, torch.Tensor]:
         """Full name of a Linear -> a_j, mean over samples of Σ_tokens x_j²."""
-        return {name: total / self._samples for name, total in self._sums.items()}
+        samples = sum(distributed.gather(self._samples))
+        sums = distributed.add(self._sums)
+        means = {name: total / samples for name, total in sums.items()}
+        for full_name, linears in zip(self._names, self._linears, strict=True):
+            for name, linear in linears:
+                full = full_name(name)
+                if full in means and full not in self._sums:  # other ranks saw tokens
+                    means[full] = means[full].to(get_execution_device(linear))
+        return means
 
     def _watch(self, name: str, linear: torch.nn.Linear) -> None:
         def add(module: Module, args: tuple[torch.Tensor, ...]) -> None:

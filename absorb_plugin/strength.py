@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from loguru import logger
 
+from absorb_plugin import distributed
 from absorb_plugin.budget import meet_budget
 from absorb_plugin.correction import corrected
 from absorb_plugin.sampling import standard_error
@@ -90,7 +91,7 @@ def search_strength(
     )
     sums, tokens = _finite(*score([base, uniform]))
     base_loss, uniform_loss = (sums.sum(axis=1) / tokens.sum()).tolist()
-    start = "uniform" if uniform_loss < base_loss else "base"
+    start = distributed.from_first("uniform" if uniform_loss < base_loss else "base")
     current = uniform if start == "uniform" else base
     own = sums[1] if start == "uniform" else sums[0]
 
@@ -106,7 +107,7 @@ def search_strength(
             for beta in strengths
         ]
         sums, tokens = _finite(*score(candidates))
-        best = _choose(own, sums, tokens, strengths)
+        best = distributed.from_first(_choose(own, sums, tokens, strengths))
         losses = {0.0: float(own.sum() / tokens.sum())}
         losses |= dict(
             zip(strengths, (sums.sum(axis=1) / tokens.sum()).tolist(), strict=True)

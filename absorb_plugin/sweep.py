@@ -17,6 +17,7 @@ from torch.nn import Module
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from absorb_plugin import distributed
 from absorb_plugin.calibration import Batch, calibrating, split_samples
 
 __all__ = [
@@ -221,7 +222,9 @@ def sweep(
         ride = stack.enter_context(_Ride(blocks, names, passengers, tail))
         count = 1 + sum(passenger.trajectories for passenger in passengers)
         for batch in tqdm(
-            list(_within_memory(model, batches, count, memory)), desc=description
+            list(_within_memory(model, batches, count, memory)),
+            desc=description,
+            disable=not distributed.is_first(),
         ):
             device = get_execution_device(model)
             batch = {name: tensor.to(device) for name, tensor in batch.items()}

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from absorb_plugin.calibration import (
     cache_batches,
     cut_tokens,
+    in_fixed_order,
     join_samples,
     split_samples,
     spread,
@@ -99,3 +100,18 @@ def test_token_mask() -> None:
     batch = tiny.make_batch(padding="left")
     assert torch.equal(token_mask(batch), batch["attention_mask"].bool())
     assert token_mask({"input_ids": batch["input_ids"]}).all()
+
+
+def test_the_fixed_order_depends_on_the_samples_alone() -> None:
+    samples = [tiny.make_batch(1, tokens, seed=tokens) for tokens in (5, 9, 7)]
+    samples += [tiny.make_batch(1, 7, seed=seed) for seed in range(20)]
+    ordered = [x["input_ids"].tolist() for x in in_fixed_order(samples)]
+    lengths = [len(ids[0]) for ids in ordered]
+    assert lengths == sorted(lengths, reverse=True)
+    assert ordered != [x["input_ids"].tolist() for x in samples]
+    padded = [
+        {name: torch.nn.functional.pad(x, (3, 0)) for name, x in sample.items()}
+        for sample in samples[::-1]
+    ]
+    again = [x["input_ids"][:, 3:].tolist() for x in in_fixed_order(padded)]
+    assert again == ordered

@@ -1,0 +1,233 @@
+"""
+What test_distributed.py compares: the same work on one, two and three ranks.
+
+Run as a script, with a folder as its argument: it forks the ranks, so that one import
+of llm-compressor serves all of them, and each writes what it found.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import runs
+import tiny
+import torch
+from compressed_tensors.offload.convert import from_accelerate
+from llmcompressor.core import reset_session
+from torch import distributed
+from torch.utils.data import DataLoader
+
+from absorb_plugin.blocks import find_blocks
+from absorb_plugin.calibration import cache_batches
+from absorb_plugin.hookspecs import hookimpl
+from absorb_plugin.plugins import manager
+
+WORLDS = (1, 2, 3)
+Batches = list[dict[str, torch.Tensor]]
+
+# name -> fields of the modifier
+ALLOCATIONS: dict[str, dict[str, Any]] = {
+    "gradient": {"signal": "gradient"},
+    "response": {"signal": "response"},
+    "noise": {"signal": "noise", "noise_samples": 7, "strength": 0.1},
+    "auto": {"strength": "auto", "rounds": 2, "report_dir": "for the noise probe"},
+    "linear": {"granularity": "linear"},
+    "alpha": {"allocator": "alpha_pruning"},
+    "experts": {"architecture": "qwen3_moe", "statistics_samples": 3},
+}
+# how the samples are shared out: number of ranks -> bounds of contiguous shards
+SHARDS: dict[str, dict[int, tuple[int, ...]]] = {
+    "unequal": {1: (0, 13), 2: (0, 10, 13), 3: (0, 3, 4, 13)},
+    "one empty": {1: (0, 13), 2: (0, 0, 13), 3: (0, 5, 5, 13)},
+}
+# name -> pruner, whether its statistics are reduced
+PRUNINGS = {
+    f"{kind}, {'reduced' if reduced else 'as they are'}": (kind, reduced)
+    for kind in runs.PRUNERS
+    for reduced in (True, False)
+}
+WIDE = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 192}
+
+
+class Observer:
+    """What the hook of outsiders is told."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    @hookimpl
+    def allocation_finished(self, profile: dict[str, Any]) -> None:
+        self.calls += 1
+
+
+def samples() -> Batches:
+    """13 samples of 9 to 16 tokens, in no order of length."""
+    lengths = [16, 12, 16, 9, 14, 16, 16, 11, 16, 10, 16, 13, 16]
+    return [
+        tiny.make_batch(1, length, seed=seed) for seed, length in enumerate(lengths)
+    ]
+
+
+def shard(scheme: str, world: int, rank: int) -> Batches:
+    """This rank's samples; "dealt" gives every n-th, last first, two in a batch."""
+    every = samples()
+    if scheme in SHARDS:
+        start, stop = SHARDS[scheme][world][rank : rank + 2]
+        return every[start:stop]
+    mine = every[rank::world][::-1]
+    return [_padded(mine[i : i + 2]) for i in range(0, len(mine), 2)]
+
+
+def _padded(batch: Batches) -> dict[str, torch.Tensor]:
+    width = max(sample["input_ids"].shape[1] for sample in batch)
+    return {
+        name: torch.cat(
+            [
+                torch.nn.functional.pad(x[name], (0, width - x[name].shape[1]))
+                for x in batch
+            ]
+        )
+        for name in batch[0]
+    }
+
+
+def allocate(fields: dict[str, Any], loader: Sequence[Any]) -> dict[str, Any]:
+    fields = dict(fields)
+    model = tiny.make_model(fields.pop("architecture", "llama"))
+    settings = runs.absorption(**{"signal_samples": 5, "holdout_samples": 4} | fields)
+    found = settings.allocate(model, find_blocks(model), cache_batches(loader), 0.6)
+    noise, search = found.absorption, found.search
+    return {
+        "targets": list(found.linear_sparsities().values()),
+        "direction": found.direction.tolist(),
+        "noise": None
+        if noise is None
+        else [*noise.ratio, *noise.ratio_error, noise.samples, noise.tokens],
+        "search": None
+        if search is None
+        else [
+            search.start,
+            *(x for entry in search.rounds for x in (*entry.losses, entry.chosen)),
+        ],
+    }
+
+
+def allocations(world: int, rank: int) -> dict[str, Any]:
+    found = {}
+    for name, fields in ALLOCATIONS.items():
+        schemes = ["unequal", "one empty", "dealt"] if name == "auto" else ["unequal"]
+        for scheme in schemes:
+            found[f"{name}, {scheme}"] = allocate(fields, shard(scheme, world, rank))
+    return found
+
+
+def failures(world: int, rank: int) -> dict[str, str]:
+    """What every rank says when one of them fails."""
+    poisoned = shard("unequal", world, rank)
+    if rank == world - 1:
+        poisoned[-1] = {"text": ["no tokens"]}
+    found = {"no input_ids": _error(lambda: cache_batches(poisoned))}
+    found["no data"] = _error(lambda: cache_batches([]))
+
+    model = tiny.make_model("llama")
+    model.get_input_embeddings().weight.data[1] = torch.inf
+    batches = samples()[:2]
+    batches[1]["input_ids"][:] = 1  # no other sample has this token
+    found["infinity"] = _error(
+        lambda: runs.absorption().allocate(model, find_blocks(model), batches, 0.6)
+    )
+    unlike = samples()[rank:]
+    found["not alike"] = _error(
+        lambda: runs.absorption().allocate(model, find_blocks(model), unlike, 0.6)
+    )
+    return found
+
+
+def _error(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
+def prunings(world: int, rank: int, folder: Path) -> dict[str, Any]:
+    """Weights after `oneshot`; llm-compressor shards the data set itself."""
+    found: dict[str, Any] = {}
+    for name, (kind, reduced) in PRUNINGS.items():
+        if world < 3 and (world > 1 or reduced):
+            found[name] = prune(kind, folder, rank, reduce_peer_statistics=reduced)
+    if world == 2:
+        found["offloaded"] = prune("sparsegpt", folder, rank, offload=True)
+    # Only the basic pipeline stands a rank without samples.
+    scheme = DataLoader(shard("one empty", world, rank), collate_fn=lambda x: x[0])
+    found["one empty"] = prune(
+        "wanda", folder, rank, dataset=scheme, pipeline="basic", samples=13
+    )
+    return found
+
+
+def prune(
+    kind: str,
+    folder: Path,
+    rank: int,
+    offload: bool = False,
+    reduce_peer_statistics: bool = True,
+    **fields: Any,
+) -> dict[str, Any]:
+    model = tiny.make_model("llama", **WIDE)
+    directory = folder / f"rank{rank}"
+    ours = runs.absorption(
+        report_dir=directory / "report", reduce_peer_statistics=reduce_peer_statistics
+    )
+    if offload:  # as load_offloaded_model does, which wants an accelerator
+        model = model.to("meta") if rank else model
+        from_accelerate(model)
+    peer = runs.pruner(kind)
+    observer = Observer()
+    manager().register(observer)
+    fields.setdefault("dataset", tiny.make_dataset(8))
+    try:
+        runs.run(model, [ours, peer], directory, **{"samples": 8} | fields)
+    finally:
+        manager().unregister(observer)
+        reset_session()
+    assert "compress_modules" not in peer.__dict__
+    return {
+        "weights": {
+            name: linear.weight.detach().clone()
+            for name, linear in find_blocks(model).linears().items()
+        },
+        "targets": peer.sparsity,
+        "reports": sorted(path.name for path in directory.glob("report/*")),
+        "hooks": observer.calls,
+    }
+
+
+def run_rank(rank: int, world: int, folder: Path) -> None:
+    if world > 1:
+        store = f"file://{folder}/store{world}"
+        distributed.init_process_group("gloo", store, rank=rank, world_size=world)
+    found = {"allocations": allocations(world, rank)}
+    if world > 1:
+        found["failures"] = failures(world, rank)
+    (folder / f"{world}-{rank}.json").write_text(json.dumps(found))
+    torch.save(prunings(world, rank, folder), folder / f"{world}-{rank}.pt")
+    if world > 1:
+        distributed.destroy_process_group()
+
+
+def ranks_of(world: int) -> Iterator[str]:
+    return (f"{world}-{rank}" for rank in range(world))
+
+
+if __name__ == "__main__":
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    for world in WORLDS:
+        torch.multiprocessing.start_processes(
+            run_rank, (world, Path(sys.argv[1])), nprocs=world, start_method="fork"
+        )

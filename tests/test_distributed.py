@@ -1,0 +1,155 @@
+"""Two and three ranks of torch.distributed against one process, see ranks.py."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ranks
+import torch
+
+ROOT = Path(__file__).parent.parent
+SEVERAL = [world for world in ranks.WORLDS if world > 1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where ranks.py has left its findings; it runs once for all workers of xdist."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run is None:
+        path = tmp_path_factory.mktemp("ranks")
+    else:
+        path = tmp_path_factory.getbasetemp().parent / f"ranks-{run}"
+        try:
+            path.mkdir()
+        except FileExistsError:
+            return _awaited(path)
+    done = subprocess.run(
+        [sys.executable, ranks.__file__, str(path)],
+        env=dict(os.environ, PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+    )
+    (path / ".said").write_text(done.stderr[-5000:] if done.returncode else "")
+    (path / ".said").rename(path / "said")
+    return _awaited(path)
+
+
+def _awaited(path: Path) -> Path:
+    while not (path / "said").exists():
+        time.sleep(0.5)
+    assert (path / "said").read_text() == ""
+    return path
+
+
+def found(folder: Path, what: str, world: int) -> list[dict[str, Any]]:
+    """What every rank found."""
+    paths = [folder / f"{name}.json" for name in ranks.ranks_of(world)]
+    return [json.loads(path.read_text())[what] for path in paths]
+
+
+def pruned(folder: Path, world: int) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"{name}.pt") for name in ranks.ranks_of(world)]
+
+
+def flat(entry: dict[str, Any]) -> np.ndarray:
+    """All numbers of an allocation."""
+    parts = [entry["targets"], entry["direction"], entry["noise"] or []]
+    return np.concatenate([*parts, (entry["search"] or [0])[1:]]).astype(float)
+
+
+@pytest.mark.parametrize("world", SEVERAL)
+def test_the_allocation_of_one_process(folder: Path, world: int) -> None:
+    (alone,) = found(folder, "allocations", 1)
+    several = found(folder, "allocations", world)
+    for case, reference in alone.items():
+        assert np.ptp(reference["targets"]) > 1e-3, case
+        for entry in several:
+            # every rank the identical list
+            assert entry[case]["targets"] == several[0][case]["targets"], case
+            np.testing.assert_allclose(
+                flat(entry[case]), flat(reference), rtol=0, atol=1e-6, err_msg=case
+            )
+            start = [(x["search"] or [None])[0] for x in (entry[case], reference)]
+            assert start[0] == start[1]
+
+
+def test_the_choice_of_samples_does_not_depend_on_the_shards(folder: Path) -> None:
+    (alone,) = found(folder, "allocations", 1)
+    schemes = [entry for case, entry in alone.items() if case.startswith("auto")]
+    assert len(schemes) == 3
+    for entry in schemes:
+        np.testing.assert_allclose(flat(entry), flat(schemes[0]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("world", SEVERAL)
+def test_what_fails_on_one_rank_fails_on_all(folder: Path, world: int) -> None:
+    said = found(folder, "failures", world)
+    last = world - 1
+    for number, entry in enumerate(said):
+        assert "has no 'input_ids' but ['text']" in entry["no input_ids"]
+        if number != last:
+            assert f"rank {last} of torch.distributed" in entry["no input_ids"]
+        assert entry["no data"].startswith("ValueError: no calibration data")
+        assert "NonFiniteHiddenState: block model.layers.0" in entry["infinity"]
+        assert "given different calibration samples" in entry["not alike"]
+    culprits = [x["infinity"].startswith("NonFinite") for x in said]
+    assert sum(culprits) == 1
+
+
+def agreement(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """Share of weights that are zero in both or in neither."""
+    weights = one["weights"]
+    assert weights.keys() == other["weights"].keys()
+    same = [((w == 0) == (other["weights"][name] == 0)) for name, w in weights.items()]
+    return sum(int(x.sum()) for x in same) / sum(x.numel() for x in same)
+
+
+def assert_identical(entries: list[dict[str, Any]]) -> None:
+    for entry in entries:
+        for name, weight in entry["weights"].items():
+            assert torch.equal(weight, entries[0]["weights"][name])
+
+
+@pytest.mark.parametrize("kind", list(ranks.runs.PRUNERS))
+def test_pruners_see_the_samples_of_all_ranks(folder: Path, kind: str) -> None:
+    (alone,), two = pruned(folder, 1), pruned(folder, 2)
+    alone = alone[f"{kind}, reduced"]
+    reduced = [entry[f"{kind}, reduced"] for entry in two]
+    left = [entry[f"{kind}, as they are"] for entry in two]
+    np.testing.assert_allclose(
+        reduced[0]["targets"], alone["targets"], rtol=0, atol=1e-6
+    )
+    assert_identical(reduced)
+    assert agreement(reduced[0], alone) >= 0.999
+    assert agreement(left[0], alone) < 0.99
+    assert agreement(left[0], left[1]) < 0.99
+    assert left[0]["targets"] == left[1]["targets"] == reduced[0]["targets"]
+
+
+def test_weights_in_memory_that_the_ranks_share(folder: Path) -> None:
+    (alone,), two = pruned(folder, 1), pruned(folder, 2)
+    shared = [entry["offloaded"] for entry in two]
+    assert_identical(shared)
+    assert agreement(shared[0], alone["sparsegpt, reduced"]) >= 0.999
+
+
+@pytest.mark.parametrize("world", SEVERAL)
+def test_a_rank_without_samples_prunes_as_the_others(folder: Path, world: int) -> None:
+    (alone,), several = pruned(folder, 1), pruned(folder, world)
+    entries = [entry["one empty"] for entry in several]
+    assert_identical(entries)
+    assert agreement(entries[0], alone["one empty"]) >= 0.999
+
+
+@pytest.mark.parametrize("world", ranks.WORLDS)
+def test_the_first_rank_alone_writes_and_tells(folder: Path, world: int) -> None:
+    first, *others = (entry["one empty"] for entry in pruned(folder, world))
+    assert first["reports"] == ["profile.json", "profile.png"]
+    assert first["hooks"] == 1
+    assert all(entry["reports"] == [] and entry["hooks"] == 0 for entry in others)
