@@ -68,6 +68,8 @@ class NoiseProbe(Passenger):
         they are left out of all means
     """
 
+    kept = ("_sums", "_counts", "_spared")
+
     def __init__(
         self,
         injections: Sequence[int],

@@ -67,6 +67,14 @@ SeqLen = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
 DtypeOption = Annotated[
     Dtype, typer.Option("--dtype", help="Weights' dtype; auto: as they were saved.")
 ]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        "--profile-cache",
+        metavar="DIRECTORY",
+        help="Keep measurements here, for a run that repeats or resumes this one.",
+    ),
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout.")
 ]
@@ -96,6 +104,7 @@ def prune(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the model in --out.")
     ] = False,
+    profile_cache: Cache = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -109,6 +118,8 @@ def prune(
         # All that can be wrong with the arguments comes before the model is loaded.
         pruning.check_output(out, overwrite)
         parsed = pruning.load_recipe(recipe)
+        if profile_cache is not None:
+            pruning.keep_profiles(parsed, profile_cache)
         documents, tokenizer = read_inputs(model, text, dataset, split, seq_len, dtype)
         data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
         with pruning.staged_directory(out) as staging:
@@ -191,6 +202,7 @@ def allocate(
         bool, typer.Option(help="Correct the base allocation by absorption.")
     ] = True,
     dtype: DtypeOption = Dtype.auto,
+    profile_cache: Cache = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -198,6 +210,7 @@ def allocate(
     with command(debug) as stdout:
         from absorb_plugin.allocation import allocate_model, as_dict, render
         from absorb_plugin.budget import check_budget
+        from absorb_plugin.files import check_writable
         from absorb_plugin.modifier import AbsorptionAllocationModifier
         from absorb_plugin.text import calibration_samples
 
@@ -206,10 +219,13 @@ def allocate(
             allocator_args=dict(map(parse_argument, arguments or [])),
             granularity=granularity.value,
             noise_seed=seed,
+            profile_cache=profile_cache,
             **({} if correction else {"strength": 0}),
         )
         settings.base_allocator()
         check_budget(sparsity, settings.max_sparsity)
+        if profile_cache is not None:
+            check_writable("--profile-cache", str(profile_cache))
         documents, tokenizer = read_inputs(model, text, dataset, split, seq_len, dtype)
         data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
         found = allocate_model(load_model(model, dtype.value), data, sparsity, settings)

@@ -18,6 +18,7 @@ from absorb_plugin.blocks import BlockMap, find_blocks
 from absorb_plugin.budget import meet_budget
 from absorb_plugin.calibration import cache_batches
 from absorb_plugin.correction import corrected
+from absorb_plugin.files import check_writable
 from absorb_plugin.plugins import build_allocator, manager
 from absorb_plugin.report import Report
 from absorb_plugin.strength import search_strength
@@ -95,6 +96,9 @@ class AbsorptionAllocationModifier(Modifier):
     :param sweep_memory: bytes that the hidden states of a probe may take; batches are
         split to stay below
     :param report_dir: where to write profile.json and profile.png; None for no report
+    :param profile_cache: directory where measurements are kept as they complete, for a
+        run that repeats this one after an interruption, or at another sparsity; None
+        to keep nothing
     :param ignore: modules to leave dense and out of the budget, beside those that the
         pruning modifiers ignore
     """
@@ -119,6 +123,7 @@ class AbsorptionAllocationModifier(Modifier):
     max_sparsity: float = Field(default=0.95, gt=0, lt=1)
     sweep_memory: int = Field(default=4 * 2**30, gt=0)
     report_dir: str | None = None
+    profile_cache: str | None = None
     ignore: list[str] = Field(default_factory=list)
 
     _blocks: BlockMap = PrivateAttr()
@@ -137,8 +142,8 @@ class AbsorptionAllocationModifier(Modifier):
             )
         return allocator
 
-    @field_validator("report_dir", mode="before")
-    def validate_report_dir(cls, value: str | Path | None) -> str | None:
+    @field_validator("report_dir", "profile_cache", mode="before")
+    def validate_directory(cls, value: str | Path | None) -> str | None:
         return None if value is None else str(value)
 
     @field_validator("ignore", mode="before")
@@ -153,8 +158,9 @@ class AbsorptionAllocationModifier(Modifier):
         )
         if state.data.calib is None:
             cache_batches(None)  # says what is missing
-        if self.report_dir is not None:
-            Path(self.report_dir).mkdir(parents=True, exist_ok=True)
+        for field in ("report_dir", "profile_cache"):
+            if (directory := getattr(self, field)) is not None:
+                check_writable(field, directory)
         return True
 
     def on_event(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -195,6 +201,7 @@ class AbsorptionAllocationModifier(Modifier):
             sparsity,
             self.granularity,
             self.max_sparsity,
+            calibration.cache,
         )
         absorption = calibration.absorption()
 

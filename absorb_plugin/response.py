@@ -100,6 +100,8 @@ class ResponseProbe(MaskedPassenger):
     :param step: δ, by how much a block is relaxed
     """
 
+    kept = ("_losses", "_tokens")
+
     def __init__(
         self,
         blocks: BlockMap,
@@ -163,6 +165,8 @@ class CandidateScores(MaskedPassenger):
 
     :param candidates: allocations, each one sparsity per prunable block
     """
+
+    kept = ("_losses", "_tokens")
 
     def __init__(
         self,

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from absorb_plugin.allocation import Allocation
 from absorb_plugin.blocks import linear_parameters
 from absorb_plugin.calibration import Batch, token_mask
+from absorb_plugin.files import replace_file
 from absorb_plugin.peers import Peer
 from absorb_plugin.report.figure import draw
 
@@ -164,15 +164,24 @@ class Report:
         return profile
 
     def write(self, directory: str | None) -> None:
-        """Write NAME.json and NAME.png, whole or not at all."""
+        """
+        Write NAME.json and NAME.png, whole or not at all. Where that fails, a warning:
+        hours of pruning must not be lost for want of room for a report.
+        """
         if directory is None:
             return
         folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
         profile = self.profile()
         text = json.dumps(profile, indent=1, allow_nan=False)
-        _replace(folder / f"{self._name}.json", text.encode())
-        _replace(folder / f"{self._name}.png", draw(profile))
+        try:
+            replace_file(folder / f"{self._name}.json", text.encode())
+            replace_file(folder / f"{self._name}.png", draw(profile))
+        except OSError as error:
+            logger.warning(
+                f"report_dir: the report could not be written to {directory} "
+                f"({error.strerror or error}); the run goes on without it. Make room, "
+                "or name another directory"
+            )
 
     def _log(self) -> None:
         profile = self.profile()
@@ -185,13 +194,3 @@ class Report:
 
 def _plain(values: Any) -> list[float | None]:
     return [float(value) if math.isfinite(value) else None for value in values]
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write under a temporary name, then rename: no reader sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
