@@ -100,6 +100,8 @@ class NoiseProbe(Passenger):
     :param dtype: "model", or "float32": what the trajectories are computed in
     """
 
+    kept = ("_sums", "_counts", "_floors", "_spared")
+
     def __init__(
         self,
         injections: Sequence[int],

@@ -18,6 +18,7 @@ from absorb_plugin.absorption import AbsorptionProfile, NoiseProbe, until_known
 from absorb_plugin.allocators.base import Allocator, BaseAllocation, LinearGroup
 from absorb_plugin.blocks import BlockMap, find_blocks, linear_parameters
 from absorb_plugin.budget import check_budget, meet_budget
+from absorb_plugin.cache import ProfileCache
 from absorb_plugin.calibration import (
     cut_tokens,
     in_fixed_order,
@@ -28,7 +29,7 @@ from absorb_plugin.calibration import (
 )
 from absorb_plugin.correction import direction_from_ratio, direction_from_response
 from absorb_plugin.gradient import GradientProbe
-from absorb_plugin.plugins import run_allocator
+from absorb_plugin.plugins import owner_of, run_allocator
 from absorb_plugin.response import CandidateScores, ResponseProbe
 from absorb_plugin.statistics import InputStatistics, groups_of
 from absorb_plugin.strength import Search
@@ -148,9 +149,11 @@ def base_allocation(
     sparsity: float,
     granularity: str,
     max_sparsity: float,
+    cache: ProfileCache | None = None,
 ) -> Base:
     """Ask the allocator, and meet the budget."""
-    groups = groups_of(blocks, statistics, granularity)
+    remember = None if cache is None else cache.numbers_for(owner_of(allocator))
+    groups = groups_of(blocks, statistics, granularity, remember)
     found = distributed.from_first(run_allocator(allocator, groups, sparsity))
     sizes = np.array([group.parameters for group in groups])
     met = meet_budget(found.sparsity, sizes, sparsity, max_sparsity)
@@ -232,6 +235,9 @@ class Calibration:
             self._held_out = [cut_tokens(x, settings.probe_tokens) for x in held_out]
         self._samples = samples
         self._measured = 0
+        self.cache: ProfileCache | None = None
+        if settings.profile_cache is not None:
+            self.cache = ProfileCache(settings.profile_cache, model)
 
     def statistics(self, for_allocator: bool) -> dict[str, torch.Tensor]:
         """
@@ -331,16 +337,24 @@ class Calibration:
     def _sweep(self, samples: list[dict], passenger: Passenger, what: str) -> None:
         tokens = sum(sample["input_ids"].numel() for sample in samples)
         logger.info(f"{what}: {len(samples)} samples, {tokens} tokens")
-        with distributed.fail_together():
+        mine, memory = distributed.share(samples), self._settings.sweep_memory
+
+        def run() -> None:
             sweep(
                 self._model,
                 self._blocks.modules,
                 [block.name for block in self._blocks.blocks],
-                join_samples(distributed.share(samples)),
+                join_samples(mine),
                 [passenger],
-                memory=self._settings.sweep_memory,
+                memory=memory,
                 description=what,
             )
+
+        with distributed.fail_together():
+            if self.cache is None:
+                run()
+            else:
+                self.cache.ride(what, mine, passenger, memory, run)
 
 
 def _check_alike(samples: list[dict]) -> None:

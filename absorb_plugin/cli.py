@@ -78,6 +78,14 @@ SeqLen = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
 DtypeOption = Annotated[
     Dtype, typer.Option("--dtype", help="Weights' dtype; auto: as they were saved.")
 ]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        "--profile-cache",
+        metavar="DIRECTORY",
+        help="Keep measurements here, for a run that repeats or resumes this one.",
+    ),
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout.")
 ]
@@ -107,6 +115,7 @@ def prune(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the model in --out.")
     ] = False,
+    profile_cache: Cache = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -120,6 +129,8 @@ def prune(
         # All that can be wrong with the arguments comes before the model is loaded.
         pruning.check_output(out, overwrite)
         parsed = pruning.load_recipe(recipe)
+        if profile_cache is not None:
+            pruning.keep_profiles(parsed, profile_cache)
         documents, tokenizer = read_inputs(model, text, dataset, split, seq_len, dtype)
         data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
         with pruning.staged_directory(out) as staging:
@@ -202,6 +213,7 @@ def allocate(
         bool, typer.Option(help="Correct the base allocation by absorption.")
     ] = True,
     dtype: DtypeOption = Dtype.auto,
+    profile_cache: Cache = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -209,6 +221,7 @@ def allocate(
     with command(debug) as stdout:
         from absorb_plugin.allocation import allocate_model, as_dict, render
         from absorb_plugin.budget import check_budget
+        from absorb_plugin.files import check_writable
         from absorb_plugin.modifier import AbsorptionAllocationModifier
         from absorb_plugin.text import calibration_samples
 
@@ -217,10 +230,13 @@ def allocate(
             allocator_args=dict(map(parse_argument, arguments or [])),
             granularity=granularity.value,
             noise_seed=seed,
+            profile_cache=profile_cache,
             **({} if correction else {"strength": 0}),
         )
         settings.base_allocator()
         check_budget(sparsity, settings.max_sparsity)
+        if profile_cache is not None:
+            check_writable("--profile-cache", str(profile_cache))
         documents, tokenizer = read_inputs(model, text, dataset, split, seq_len, dtype)
         data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
         found = allocate_model(load_model(model, dtype.value), data, sparsity, settings)
@@ -258,7 +274,7 @@ def profile(
     """Measure how MODEL absorbs or amplifies noise, over depth and over η."""
     with command(debug) as stdout:
         from absorb_plugin import dose
-        from absorb_plugin.files import write_whole
+        from absorb_plugin.files import replace_file
         from absorb_plugin.report.dose_figure import draw_doses
         from absorb_plugin.text import calibration_samples
 
@@ -276,7 +292,7 @@ def profile(
             noise_dtype=noise_dtype.value,
         )
         if figure is not None:
-            write_whole(figure, draw_doses(found, Path(model).name))
+            replace_file(figure, draw_doses(found, Path(model).name))
         if as_json:
             show(stdout, dose.as_dict(found), as_json)
         else:

@@ -41,6 +41,8 @@ class GradientProbe(MaskedPassenger):
     :param step: δ, half-width of the band of weights around the threshold
     """
 
+    kept = ("_slopes", "_tokens", "_loss")
+
     def __init__(
         self,
         blocks: BlockMap,

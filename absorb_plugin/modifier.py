@@ -18,6 +18,7 @@ from absorb_plugin.blocks import BlockMap, find_blocks
 from absorb_plugin.budget import meet_budget
 from absorb_plugin.calibration import cache_batches
 from absorb_plugin.correction import corrected
+from absorb_plugin.files import check_writable
 from absorb_plugin.peer_statistics import leave_statistics, reduce_statistics
 from absorb_plugin.plugins import build_allocator, manager
 from absorb_plugin.report import Report
@@ -100,6 +101,9 @@ class AbsorptionAllocationModifier(Modifier):
     :param sweep_memory: bytes that the hidden states of a probe may take; batches are
         split to stay below
     :param report_dir: where to write profile.json and profile.png; None for no report
+    :param profile_cache: directory where measurements are kept as they complete, for a
+        run that repeats this one after an interruption, or at another sparsity; None
+        to keep nothing
     :param ignore: modules to leave dense and out of the budget, beside those that the
         pruning modifiers ignore
     :param reduce_peer_statistics: under torch.distributed, have the pruning modifiers
@@ -129,6 +133,7 @@ class AbsorptionAllocationModifier(Modifier):
     max_sparsity: float = Field(default=0.95, gt=0, lt=1)
     sweep_memory: int = Field(default=4 * 2**30, gt=0)
     report_dir: str | None = None
+    profile_cache: str | None = None
     ignore: list[str] = Field(default_factory=list)
     reduce_peer_statistics: bool = True
 
@@ -148,8 +153,8 @@ class AbsorptionAllocationModifier(Modifier):
             )
         return allocator
 
-    @field_validator("report_dir", mode="before")
-    def validate_report_dir(cls, value: str | Path | None) -> str | None:
+    @field_validator("report_dir", "profile_cache", mode="before")
+    def validate_directory(cls, value: str | Path | None) -> str | None:
         return None if value is None else str(value)
 
     @field_validator("ignore", mode="before")
@@ -164,8 +169,9 @@ class AbsorptionAllocationModifier(Modifier):
         )
         if state.data.calib is None:
             cache_batches(None)  # says what is missing
-        if self.report_dir is not None:
-            Path(self.report_dir).mkdir(parents=True, exist_ok=True)
+        for field in ("report_dir", "profile_cache"):
+            if (directory := getattr(self, field)) is not None:
+                check_writable(field, directory)
         if self.reduce_peer_statistics:
             for peer in self._peers:
                 reduce_statistics(peer.modifier)
@@ -210,6 +216,7 @@ class AbsorptionAllocationModifier(Modifier):
             sparsity,
             self.granularity,
             self.max_sparsity,
+            calibration.cache,
         )
         absorption = calibration.absorption()
 

@@ -144,13 +144,14 @@ def _add_up(
 
 def _take_over(module: Module, owner: int) -> None:
     """Give the module the weight that its owner has."""
-    parameters = module._parameters
-    weight = distributed.broadcast(module.weight.detach(), owner)
+    parameters, mine = module._parameters, module.weight
+    assert isinstance(mine, torch.Tensor)
+    weight = distributed.broadcast(mine.detach(), owner)
     if distributed.rank() == owner:
         return
     if isinstance(parameters, DistributedCPUCache | DistributedDiskCache):
         # the owner has written what the ranks share: renew what is onloaded here
         with torch.no_grad():
-            module.weight.copy_(weight)
+            mine.copy_(weight)
     else:
         update_offload_parameter(module, "weight", weight)

@@ -28,6 +28,7 @@ __all__ = [
     "allocators",
     "build_allocator",
     "manager",
+    "owner_of",
     "run_allocator",
 ]
 
@@ -172,7 +173,7 @@ def run_allocator(
     """
     if not groups:
         raise ValueError("there is nothing to allocate: no prunable Linear was found")
-    owner = _owner(allocator)
+    owner = owner_of(allocator)
     try:
         result = allocator.allocate(groups, sparsity)
     except Exception as error:
@@ -264,7 +265,8 @@ def _problem(allocator: type[Allocator], error: Mapping[str, Any]) -> str:
     return f"{field}={error['input']!r}: {reason}. Defaults: {takes}."
 
 
-def _owner(allocator: Allocator) -> str:
+def owner_of(allocator: Allocator) -> str:
+    """Which allocator it is, of which plugin, and that plugin's version."""
     for entry in allocators().values():
         if entry.allocator is type(allocator):
             return str(entry)

@@ -13,11 +13,13 @@ from llmcompressor.modifiers import Modifier
 from llmcompressor.recipe import Recipe
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, set_seed
 
-import absorb_plugin  # noqa: F401  registers the modifier that a recipe may name
+import absorb_plugin  # registers the modifier that a recipe may name
+from absorb_plugin.files import check_writable
 
 __all__ = [
     "check_length",
     "check_output",
+    "keep_profiles",
     "load_config",
     "load_recipe",
     "prune",
@@ -43,6 +45,28 @@ def load_recipe(path: Path) -> Recipe:
             "`NAME_stage:` > `NAME_modifiers:` > class name > fields"
         )
     return recipe
+
+
+def keep_profiles(recipe: Recipe, directory: Path) -> None:
+    """
+    Set `profile_cache` in the recipe.
+
+    :raises ValueError: if no modifier of the recipe has it, or the directory cannot be
+        written to
+    """
+    ours = [
+        modifier
+        for modifier in recipe.modifiers
+        if isinstance(modifier, absorb_plugin.AbsorptionAllocationModifier)
+    ]
+    if not ours:
+        raise ValueError(
+            "--profile-cache is for recipes with an AbsorptionAllocationModifier, and "
+            "this one has none: leave it out"
+        )
+    check_writable("--profile-cache", str(directory))
+    for modifier in ours:
+        modifier.profile_cache = str(directory)
 
 
 def load_config(model: str) -> PretrainedConfig:

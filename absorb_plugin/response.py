@@ -101,6 +101,8 @@ class ResponseProbe(MaskedPassenger):
     :param step: δ, by how much a block is relaxed
     """
 
+    kept = ("_losses", "_tokens")
+
     def __init__(
         self,
         blocks: BlockMap,
@@ -164,6 +166,8 @@ class CandidateScores(MaskedPassenger):
 
     :param candidates: allocations, each one sparsity per prunable block
     """
+
+    kept = ("_losses", "_tokens")
 
     def __init__(
         self,

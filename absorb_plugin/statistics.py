@@ -1,13 +1,13 @@
 """Statistics of the Linears' inputs, gathered while a sweep passes by."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from compressed_tensors.offload import get_execution_device
 from torch.nn import Module
 
 from absorb_plugin import distributed
-from absorb_plugin.allocators.base import LinearGroup, LinearStatistics
+from absorb_plugin.allocators.base import LinearGroup, LinearStatistics, Remember
 from absorb_plugin.blocks import BlockMap, linear_parameters
 from absorb_plugin.calibration import Batch, token_mask
 from absorb_plugin.sweep import Passenger, RunBlock
@@ -29,9 +29,10 @@ class InputStatistics(Passenger):
     :param blocks: whose prunable Linears to watch
     """
 
+    kept = ("_sums", "_samples")
+
     def __init__(self, blocks: BlockMap) -> None:
-        self._linears = [list(block.linears.items()) for block in blocks.blocks]
-        self._names = [block.full_name for block in blocks.blocks]
+        self._blocks = blocks
         self._sums: dict[str, torch.Tensor] = {}
         self._samples = 0
         self._handles: list = []
@@ -42,8 +43,9 @@ class InputStatistics(Passenger):
         self._samples += len(self._mask)
 
     def enter(self, index: int, block: Module) -> None:
-        for name, linear in self._linears[index]:
-            self._watch(self._names[index](name), linear)
+        watched = self._blocks.blocks[index]
+        for name, linear in watched.linears.items():
+            self._watch(watched.full_name(name), linear)
 
     def leave(
         self, index: int, before: torch.Tensor, after: torch.Tensor, run: RunBlock
@@ -61,11 +63,9 @@ class InputStatistics(Passenger):
         samples = sum(distributed.gather(self._samples))
         sums = distributed.add(self._sums)
         means = {name: total / samples for name, total in sums.items()}
-        for full_name, linears in zip(self._names, self._linears, strict=True):
-            for name, linear in linears:
-                full = full_name(name)
-                if full in means and full not in self._sums:  # other ranks saw tokens
-                    means[full] = means[full].to(get_execution_device(linear))
+        for name, linear in self._blocks.linears().items():
+            if name in means and name not in self._sums:  # other ranks saw tokens
+                means[name] = means[name].to(get_execution_device(linear))
         return means
 
     def _watch(self, name: str, linear: torch.nn.Linear) -> None:
@@ -100,13 +100,18 @@ def groups_of(
     blocks: BlockMap,
     input_square_sums: Mapping[str, torch.Tensor],
     granularity: str = "block",
+    remember: Callable[[str], Remember] | None = None,
 ) -> list[LinearGroup]:
     """
     What an allocator ranks: one group per prunable block or per prunable Linear.
 
     :param input_square_sums: from `InputStatistics`, or empty; a Linear that saw no
         token (an expert never routed to) has zeros
+    :param remember: full name of a Linear -> what its `LinearStatistics.remember` is
     """
+    remembering = {}
+    if remember is not None:
+        remembering = {name: {"remember": remember(name)} for name in blocks.linears()}
     groups = []
     for index in blocks.prunable:
         block = blocks.blocks[index]
@@ -118,6 +123,7 @@ def groups_of(
                 )
                 if input_square_sums
                 else None,
+                **remembering.get(block.full_name(name), {}),
             )
             for name, linear in block.linears.items()
         }

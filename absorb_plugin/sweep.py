@@ -99,10 +99,13 @@ class Passenger:
     What rides along on a sweep: override what you need.
 
     All hidden states have shape (batch, tokens, hidden). `trajectories` says how many
-    of them the passenger carries at most, which sets the memory of a batch.
+    of them the passenger carries at most, which sets the memory of a batch. `kept`
+    names the attributes that hold what was measured; what the others were set to when
+    it was made tells one measurement from another (`profile_cache`).
     """
 
     trajectories = 0
+    kept: tuple[str, ...] = ()
 
     def start(self, batch: Batch) -> None:
         """A new batch, on the model's device, is about to run."""

@@ -183,9 +183,9 @@ def test_files_are_replaced_whole_or_not_at_all(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full_disk)
         with pytest.raises(OSError, match="no space"):
-            files.write_whole(path, b"new")
+            files.replace_file(path, b"new")
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["profile.json"]
-    files.write_whole(path, b"new")
+    files.replace_file(path, b"new")
     assert path.read_bytes() == b"new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["profile.json"]

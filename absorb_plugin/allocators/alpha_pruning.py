@@ -113,20 +113,23 @@ def _exponents(linears: list[Linear], variant: Variant) -> list[float]:
     the others: ranks of unequal hardware must not prune by unequal α.
     """
     if not is_distributed():
-        return [tail_exponent(linear.weight, variant) for linear in linears]
+        return [_exponent(linear, variant) for linear in linears]
     ranks = distributed.get_world_size()
     # every rank packs the same sizes, and so comes to the same shares
     _, shares, _ = greedy_bin_packing(
         list(range(len(linears))), ranks, lambda i: _work(linears[i])
     )
-    mine = {
-        i: tail_exponent(linears[i].weight, variant)
-        for i in shares[distributed.get_rank()]
-    }
+    mine = {i: _exponent(linears[i], variant) for i in shares[distributed.get_rank()]}
     parts: list[dict[int, float]] = [{} for _ in range(ranks)]
     distributed.all_gather_object(parts, mine)
     every = {i: alpha for part in parts for i, alpha in part.items()}
     return [every[i] for i in range(len(linears))]
+
+
+def _exponent(linear: Linear, variant: Variant) -> float:
+    return linear.remember(
+        f"alpha {variant}", lambda: tail_exponent(linear.weight, variant)
+    )
 
 
 def _work(linear: Linear) -> int:

@@ -1,6 +1,6 @@
 """What an allocator is: arguments, the statistics it needs, and one function."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -8,10 +8,21 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
-__all__ = ["Allocator", "BaseAllocation", "LinearGroup", "LinearStatistics"]
+__all__ = [
+    "Allocator",
+    "BaseAllocation",
+    "LinearGroup",
+    "LinearStatistics",
+    "Remember",
+]
 
 Needs = Literal["none", "weights", "activations"]
 Granularity = Literal["block", "linear"]
+Remember = Callable[[str, Callable[[], float]], float]
+
+
+def _compute(name: str, compute: Callable[[], float]) -> float:
+    return compute()
 
 
 @dataclass(frozen=True)
@@ -24,10 +35,14 @@ class LinearStatistics:
     :param input_square_sum: a_j = mean over calibration samples of Σ_tokens x_j²,
         float32 of shape (in_features,), on the weight's device; None unless the
         allocator needs "activations"
+    :param remember: (name, compute) -> the number that `compute` returns, or returned
+        in an earlier run with the same `profile_cache`. For what takes long and
+        depends on the weight alone; put every argument that it depends on in the name
     """
 
     module: torch.nn.Module
     input_square_sum: torch.Tensor | None = None
+    remember: Remember = _compute
 
     @property
     def weight(self) -> torch.Tensor:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from absorb_plugin.allocation import Allocation
 from absorb_plugin.blocks import linear_parameters
 from absorb_plugin.calibration import Batch, token_mask
-from absorb_plugin.files import write_whole
+from absorb_plugin.files import replace_file
 from absorb_plugin.peers import Peer
 from absorb_plugin.report.figure import draw
 
@@ -166,15 +166,24 @@ class Report:
         return profile
 
     def write(self, directory: str | None) -> None:
-        """Write NAME.json and NAME.png, whole or not at all."""
+        """
+        Write NAME.json and NAME.png, whole or not at all. Where that fails, a warning:
+        hours of pruning must not be lost for want of room for a report.
+        """
         if directory is None:
             return
         folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
         profile = self.profile()
         text = json.dumps(profile, indent=1, allow_nan=False)
-        write_whole(folder / f"{self._name}.json", text.encode())
-        write_whole(folder / f"{self._name}.png", draw(profile))
+        try:
+            replace_file(folder / f"{self._name}.json", text.encode())
+            replace_file(folder / f"{self._name}.png", draw(profile))
+        except OSError as error:
+            logger.warning(
+                f"report_dir: the report could not be written to {directory} "
+                f"({error.strerror or error}); the run goes on without it. Make room, "
+                "or name another directory"
+            )
 
     def _log(self) -> None:
         profile = self.profile()

@@ -1,0 +1,256 @@
+"""
+Measurements kept on disk, so that a run that was interrupted, or one at another
+sparsity, does not take them again.
+
+An entry is one safetensors file: tensors, and beside them JSON with the key, the rest
+of what was measured, and a checksum over all of it. Its name tells the key:
+
+    STATION-MODEL-SAMPLES-MEASUREMENT.safetensors
+
+three shortened digests of the model with the software, of the calibration samples, and
+of all that a passenger was made with. Nothing is unpickled.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from compressed_tensors.distributed import is_distributed
+from loguru import logger
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import distributed
+from transformers import PreTrainedModel
+
+from absorb_plugin.allocators.base import Remember
+from absorb_plugin.files import replace_file
+from absorb_plugin.fingerprint import digest, model_digest
+from absorb_plugin.sweep import Passenger
+
+__all__ = ["ProfileCache", "RefusedEntry", "pack", "unpack"]
+
+FORMAT = "1"
+SHOWN = 12  # digits of a digest in a file name
+
+
+class RefusedEntry(Exception):
+    """A file in the cache that must not be used; the message says why."""
+
+
+class ProfileCache:
+    """
+    :param directory: where entries are; made if missing. Several processes may use it
+    :param model: the dense model; it is hashed once, when it is first needed
+    """
+
+    def __init__(self, directory: str, model: PreTrainedModel) -> None:
+        self._folder, self._model = Path(directory), model
+        self._digest: str | None = None
+
+    def ride(
+        self,
+        what: str,
+        samples: Sequence[Mapping[str, torch.Tensor]],
+        passenger: Passenger,
+        memory: int,
+        sweep: Callable[[], None],
+    ) -> None:
+        """
+        Give the passenger what it measured in an earlier sweep, or run the sweep and
+        keep it.
+
+        :param what: the station, for messages and the file's name
+        :param samples: all that the sweep runs on
+        :param passenger: one that has not ridden yet: all its attributes are the key
+        :param memory: how far batches are split, which rounding depends on
+        :param sweep: runs it
+        """
+        measurement = [type(passenger).__name__, vars(passenger), memory, _share()]
+        key = {
+            "model": self._model_digest(),
+            "samples": digest(samples),
+            "measurement": digest(measurement),
+        }
+        found = self._find(what, key)
+        if found is not None:
+            vars(passenger).update(found)
+            return
+        if not passenger.kept:
+            raise TypeError(f"{type(passenger).__name__}.kept names nothing to keep")
+        sweep()
+        self._keep(what, key, {name: vars(passenger)[name] for name in passenger.kept})
+
+    def numbers_for(self, owner: str) -> Callable[[str], Remember]:
+        """
+        `LinearStatistics.remember` of an allocator, for each Linear's full name.
+
+        :param owner: which allocator, of which version
+        """
+        return lambda linear: partial(self._number, owner, linear)
+
+    def _number(
+        self, owner: str, linear: str, name: str, compute: Callable[[], float]
+    ) -> float:
+        key = {
+            "model": self._model_digest(),
+            "samples": digest([]),
+            "measurement": digest([owner, linear, name]),
+        }
+        what = f"{name} of {linear}"
+        found = self._find(what, key)
+        if found is not None:
+            return float(found["number"])
+        number = float(compute())
+        self._keep(what, key, {"number": number})
+        return number
+
+    def _model_digest(self) -> str:
+        if self._digest is None:
+            self._digest = model_digest(self._model)
+        return self._digest
+
+    def _find(self, what: str, key: Mapping[str, str]) -> dict[str, Any] | None:
+        path = self._path(what, key)
+        if not path.exists():
+            self._explain_missing(what, path)
+            return None
+        try:
+            found = _read(path, key)
+        except RefusedEntry as refused:
+            logger.warning(
+                f"profile_cache: {path} is not used, {refused}. Measuring again"
+            )
+            return None
+        logger.info(f"{what}: taken from {path}")
+        return found
+
+    def _explain_missing(self, what: str, path: Path) -> None:
+        """Where measurements were kept and none fits, a user wonders why."""
+        station, *wanted = path.stem.split("-")
+        kept = [
+            other.stem.split("-")[1:]
+            for other in self._folder.glob(f"{station}-*-*-*.safetensors")
+        ]
+        reasons = {
+            1: "another model (weights, configuration, kind of device, or versions of "
+            "the software)",
+            2: "other calibration samples",
+        }
+        for shared, reason in reasons.items():
+            if kept and not any(k[:shared] == wanted[:shared] for k in kept):
+                logger.info(f"{what}: what profile_cache holds is of {reason}")
+                return
+
+    def _keep(
+        self, what: str, key: Mapping[str, str], values: Mapping[str, Any]
+    ) -> None:
+        """A run does not fail for want of a place to keep what it measured."""
+        path = self._path(what, key)
+        try:
+            replace_file(path, _encode(key, values))
+        except OSError as error:
+            logger.warning(
+                f"profile_cache: {path} could not be written ({error.strerror}), so "
+                f"the next run measures {what!r} again. Make room, or name another "
+                "directory"
+            )
+
+    def _path(self, what: str, key: Mapping[str, str]) -> Path:
+        slug = "".join(c if c.isalnum() else "_" for c in what.lower())
+        shown = "-".join(part[:SHOWN] for part in key.values())
+        return self._folder / f"{slug}-{shown}.safetensors"
+
+
+def _share() -> tuple[int, int]:
+    """Rank and ranks: what a passenger has measured is that of its rank's samples."""
+    if not is_distributed():
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def pack(value: object, tensors: dict[str, torch.Tensor]) -> Any:
+    """
+    A value as JSON; its tensors and arrays go to `tensors`.
+
+    :raises TypeError: for a type that `unpack` would not give back as it was
+    """
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return {"float": float(value).hex()}
+    if isinstance(value, torch.Tensor | np.ndarray):
+        name = str(len(tensors))
+        if isinstance(value, np.ndarray):
+            tensors[name] = torch.from_numpy(np.array(value))
+            return {"tensor": name, "device": None}
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name, "device": str(value.device)}
+    if isinstance(value, list):
+        return [pack(item, tensors) for item in value]
+    if isinstance(value, tuple):
+        return {"tuple": [pack(item, tensors) for item in value]}
+    if isinstance(value, set):
+        return {"set": [pack(item, tensors) for item in sorted(value)]}
+    if isinstance(value, dict):
+        items = [[pack(k, tensors), pack(v, tensors)] for k, v in value.items()]
+        return {"dict": items}
+    raise TypeError(f"cannot keep a {type(value).__name__}")
+
+
+def unpack(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """The value that `pack` was given, bit by bit; tensors on the device they had."""
+    if isinstance(tree, list):
+        return [unpack(item, tensors) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if "float" in tree:
+        return float.fromhex(tree["float"])
+    if "tensor" in tree:
+        tensor = tensors[tree["tensor"]]
+        return tensor.numpy() if tree["device"] is None else tensor.to(tree["device"])
+    if "tuple" in tree:
+        return tuple(unpack(tree["tuple"], tensors))
+    if "set" in tree:
+        return set(unpack(tree["set"], tensors))
+    return {unpack(k, tensors): unpack(v, tensors) for k, v in tree["dict"]}
+
+
+def _encode(key: Mapping[str, str], values: Mapping[str, Any]) -> bytes:
+    tensors: dict[str, torch.Tensor] = {}
+    tree = json.dumps(pack(dict(values), tensors))
+    metadata = {"format": FORMAT, "key": json.dumps(key), "tree": tree}
+    return save(tensors, metadata | {"checksum": digest([metadata, tensors])})
+
+
+def _read(path: Path, key: Mapping[str, str]) -> dict[str, Any]:
+    """
+    :raises RefusedEntry: unless the file is whole, unchanged, and of just this key
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            names = file.keys()  # it is no mapping, only its keys can be walked
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError) as error:
+        raise RefusedEntry(f"it cannot be read: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise RefusedEntry(
+            f"it has format {metadata.get('format')!r}, this version reads {FORMAT!r}"
+        )
+    checksum = metadata.pop("checksum", None)
+    if checksum != digest([metadata, tensors]):
+        raise RefusedEntry("its content does not fit its checksum: it is damaged")
+    recorded = json.loads(metadata["key"])
+    differing = [part for part in key if recorded.get(part) != key[part]]
+    if differing:
+        others = " and another ".join(differing)
+        raise RefusedEntry(f"it was measured with another {others}")
+    try:
+        return unpack(json.loads(metadata["tree"]), tensors)
+    except (RuntimeError, AssertionError) as error:
+        # torch's words for a device that is not there
+        raise RefusedEntry(f"its tensors find no device: {error}") from error

@@ -1,0 +1,151 @@
+"""
+What a measurement depends on, as SHA-256 digests: the weights, the samples, the
+arguments of a passenger, and the code that measures.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from compressed_tensors.offload import disable_onloading, get_execution_device
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from absorb_plugin.blocks import BlockMap
+
+__all__ = ["digest", "model_digest", "tensor_bytes", "weights_digest"]
+
+# Their arithmetic is the measurement's.
+PACKAGES = ("compressed-tensors", "llmcompressor", "numpy", "torch", "transformers")
+# hashlib lets other threads run while it works; so many tensors are in memory at once.
+THREADS = 4
+
+
+def digest(value: object) -> str:
+    """
+    :param value: numbers, strings, tensors, arrays, BlockMaps, and lists, mappings and
+        sets of them
+    :return: hexadecimal; equal exactly where the values are, bit by bit
+    :raises TypeError: for a type whose identity is not known here
+    """
+    hasher = hashlib.sha256()
+    for part in _parts(value):
+        # lengths keep ("ab", "c") and ("a", "bc") apart
+        hasher.update(len(part).to_bytes(8, "big"))
+        hasher.update(part)
+    return hasher.hexdigest()
+
+
+def model_digest(model: PreTrainedModel) -> str:
+    """
+    Everything about the model and the software that a sweep's result depends on: all
+    weights and buffers, configuration, kind of device, versions, this package's code.
+    Neither the model's path nor the number of threads is part of it.
+    """
+    config = model.config.to_dict()
+    config.pop("_name_or_path", None)
+    return digest(
+        {
+            "class": type(model).__name__,
+            # as text: a configuration may hold dtypes and nested configurations
+            "config": repr(sorted(config.items())),
+            "device": torch.device(get_execution_device(model)).type,
+            "weights": weights_digest(model),
+            "versions": [f"{name} {version(name)}" for name in PACKAGES],
+            "code": [path.read_bytes() for path in _sources()],
+        }
+    )
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """
+    Over the bytes of all parameters and buffers; each is read once, offloaded ones
+    where they lie, without a detour through the accelerator.
+
+    :raises ValueError: if weights are on the meta device
+    """
+    found: dict[str, str] = {}
+    with (
+        ThreadPoolExecutor(THREADS) as pool,
+        tqdm(desc="Hashing weights", unit="B", unit_scale=True) as bar,
+    ):
+        tensors = _tensors(model)
+        while window := list(islice(tensors, THREADS)):
+            names, values = zip(*window)
+            found |= dict(zip(names, pool.map(digest, values), strict=True))
+            bar.update(sum(x.numel() * x.element_size() for x in values))
+    return digest(found)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a tensor, in row order."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    if not flat.numel():
+        return memoryview(b"")
+    return flat.view(torch.uint8).numpy().data
+
+
+def _parts(value: object) -> Iterator[bytes | memoryview]:
+    yield type(value).__name__.encode()
+    if isinstance(value, float):
+        yield value.hex().encode()
+    elif value is None or isinstance(value, bool | int | str):
+        yield str(value).encode()
+    elif isinstance(value, bytes):
+        yield value
+    elif isinstance(value, torch.Tensor):
+        yield f"{value.dtype} {tuple(value.shape)}".encode()
+        yield tensor_bytes(value)
+    elif isinstance(value, np.ndarray):
+        yield f"{value.dtype} {value.shape}".encode()
+        yield np.ascontiguousarray(value).tobytes()
+    elif isinstance(value, BlockMap):
+        # the weights themselves are part of the model's digest
+        yield from _parts([[b.name, list(b.linears)] for b in value.blocks])
+    elif isinstance(value, ExitStack):
+        pass  # holds what is in force at the moment, no parameter
+    elif isinstance(value, Mapping):
+        yield from _all([k, value[k]] for k in sorted(value, key=repr))
+    elif isinstance(value, set | frozenset):
+        yield from _all(sorted(value, key=repr))
+    elif isinstance(value, list | tuple):
+        yield from _all(value)
+    else:
+        raise TypeError(f"cannot tell what makes two {type(value).__name__} equal")
+
+
+def _all(values: Iterable[object]) -> Iterator[bytes | memoryview]:
+    values = list(values)
+    yield str(len(values)).encode()
+    for value in values:
+        yield from _parts(value)
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for prefix, module in model.named_modules():
+        # read anew each time: an offloaded module's mapping is a cache of its own
+        for name in [*module._parameters, *module._buffers]:
+            with disable_onloading():
+                tensor = getattr(module, name)
+            if tensor is None:
+                continue
+            if tensor.is_meta:  # offloaded to disk
+                tensor = getattr(module, name)
+            if tensor.is_meta:
+                raise ValueError(
+                    f"profile_cache cannot hash {prefix}.{name}, whose weights are on "
+                    "the meta device: load the model with load_offloaded_model() of "
+                    "compressed_tensors.offload, or leave profile_cache out"
+                )
+            yield f"{prefix}.{name}", tensor
+
+
+def _sources() -> list[Path]:
+    # a version number would stand still while the code is worked on
+    return sorted(Path(__file__).parent.rglob("*.py"))

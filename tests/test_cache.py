@@ -1,0 +1,479 @@
+"""Measurements kept on disk: the same bits, never a wrong one, never half a file."""
+
+import math
+import multiprocessing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import runs
+import tiny
+import torch
+from compressed_tensors import offload
+from llmcompressor.core import reset_session
+from loguru import logger
+from transformers import PreTrainedModel
+
+from absorb_plugin.absorption import NoiseProbe
+from absorb_plugin.allocation import Allocation
+from absorb_plugin.blocks import find_blocks
+from absorb_plugin.cache import ProfileCache, pack, unpack
+from absorb_plugin.fingerprint import digest, model_digest, weights_digest
+from absorb_plugin.gradient import GradientProbe
+from absorb_plugin.response import CandidateScores, ResponseProbe
+from absorb_plugin.statistics import InputStatistics
+from absorb_plugin.sweep import Passenger, sweep
+
+STATIONS = {"input_statistics", "noise_probe", "held_out_loss", "loss_slope"}
+
+
+@pytest.fixture
+def logs() -> Iterator[list[str]]:
+    seen: list[str] = []
+    sink = logger.add(seen.append, format="{level} {message}", level="INFO")
+    yield seen
+    logger.remove(sink)
+
+
+@pytest.fixture
+def sweeps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Descriptions of the sweeps that really run."""
+    seen: list[str] = []
+
+    def counted(*args: Any, **kwargs: Any) -> None:
+        seen.append(kwargs["description"])
+        sweep(*args, **kwargs)
+
+    monkeypatch.setattr("absorb_plugin.allocation.sweep", counted)
+    return seen
+
+
+def small(**fields: Any) -> PreTrainedModel:
+    return tiny.make_model("llama", num_hidden_layers=2, **fields)
+
+
+def allocate(
+    cache: Path | None,
+    sparsity: float = 0.5,
+    model: PreTrainedModel | None = None,
+    seed: int = 0,
+    **fields: Any,
+) -> Allocation:
+    model = small() if model is None else model
+    settings = runs.absorption(
+        **{"strength": "auto", "report_dir": "unused", "rounds": 2, **fields},
+        profile_cache=cache,
+    )
+    batches = [tiny.make_batch(6, seed=seed, padding="right")]
+    return settings.allocate(model, find_blocks(model), batches, sparsity)
+
+
+def assert_equal(one: Allocation, other: Allocation) -> None:
+    """Bit by bit, all that was measured."""
+    for allocation in (one, other):
+        assert allocation.absorption is not None and allocation.search is not None
+    assert digest(one.linear_sparsities()) == digest(other.linear_sparsities())
+    assert digest(vars(one.base)) == digest(vars(other.base))
+    assert digest(vars(one.absorption)) == digest(vars(other.absorption))
+    searches = [
+        {**vars(x.search), "rounds": [vars(r) for r in x.search.rounds]}
+        for x in (one, other)
+    ]
+    assert digest(searches[0]) == digest(searches[1])
+
+
+@pytest.mark.parametrize("signal", ["gradient", "response", "noise"])
+def test_a_second_run_measures_nothing_and_finds_the_same(
+    tmp_path: Path, sweeps: list[str], signal: str
+) -> None:
+    without = allocate(None, signal=signal)
+    first = allocate(tmp_path, signal=signal)
+    measured = len(sweeps)
+    second = allocate(tmp_path, signal=signal)
+    assert len(sweeps) == measured
+    assert_equal(without, first)
+    assert_equal(first, second)
+
+
+def test_another_sparsity_skips_statistics_and_probe(
+    tmp_path: Path, sweeps: list[str]
+) -> None:
+    allocate(tmp_path, 0.5)
+    sweeps.clear()
+    kept = allocate(tmp_path, 0.6)
+    assert set(sweeps) == {"Held-out loss", "Loss slope"}
+    assert_equal(kept, allocate(None, 0.6))
+
+
+def test_an_interrupted_run_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = allocate(None)
+    done: list[str] = []
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        if len(done) % 3 == 2:
+            done.append("interrupted")
+            raise KeyboardInterrupt
+        sweep(*args, **kwargs)
+        done.append(kwargs["description"])
+
+    monkeypatch.setattr("absorb_plugin.allocation.sweep", interrupted)
+    attempts = 0
+    while True:
+        attempts += 1
+        try:
+            resumed = allocate(tmp_path)
+            break
+        except KeyboardInterrupt:
+            assert attempts < 10
+    assert attempts > 1
+    assert_equal(resumed, whole)
+    # statistics, probe, base and uniform, then slope and candidates per round
+    rounds = len(resumed.search.rounds)
+    assert len(done) - done.count("interrupted") == 3 + 2 * rounds
+
+
+def test_through_oneshot_the_weights_are_the_same(tmp_path: Path) -> None:
+    """SparseGPT draws on the random state: a hit must leave it as a sweep does."""
+    states = []
+    for cache in (None, tmp_path / "cache", tmp_path / "cache"):
+        model = small()
+        ours = runs.absorption(strength="auto", rounds=1, profile_cache=cache)
+        runs.run(model, [ours, runs.pruner("sparsegpt")], tmp_path, batch_size=2)
+        states.append(tiny.snapshot(model))
+        reset_session()
+    tiny.assert_same(states[0], states[1])
+    tiny.assert_same(states[0], states[2])
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "samples": {"seed": 1},
+    "other strengths, so other samples held out": {"holdout_samples": 1},
+    "memory": {"sweep_memory": 4096},
+    "noise seed": {"noise_seed": 1},
+    "noise magnitude": {"noise_magnitude": 0.1},
+    "sinks": {"sink_tokens": "perturb"},
+    "step": {"response_step": 0.2},
+    "probe tokens": {"probe_tokens": 5},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_measurement_depends_on_is_in_its_key(
+    tmp_path: Path, change: str
+) -> None:
+    allocate(tmp_path)
+    assert_equal(
+        allocate(tmp_path, **CHANGES[change]), allocate(None, **CHANGES[change])
+    )
+
+
+def nudged() -> PreTrainedModel:
+    """One weight by one unit in the last place, in the last Linear."""
+    model = small()
+    weight = model.model.layers[1].mlp.down_proj.weight.data
+    weight[-1, -1] = torch.nextafter(weight[-1, -1], torch.tensor(torch.inf))
+    return model
+
+
+def configured() -> PreTrainedModel:
+    model = small()
+    model.config.rms_norm_eps = 1e-3
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = 1e-3
+    return model
+
+
+@pytest.mark.parametrize("other", [nudged, configured])
+def test_another_model_is_measured_anew(
+    tmp_path: Path,
+    sweeps: list[str],
+    logs: list[str],
+    other: Callable[[], PreTrainedModel],
+) -> None:
+    allocate(tmp_path)
+    sweeps.clear()
+    found = allocate(tmp_path, model=other())
+    assert set(sweeps) >= {"Input statistics", "Held-out loss"}
+    assert_equal(found, allocate(None, model=other()))
+    assert any("of another model (weights, configuration" in line for line in logs)
+
+
+def test_the_models_path_does_not_matter(tmp_path: Path) -> None:
+    one, other = small(), small()
+    other.config._name_or_path = "/somewhere/else"
+    assert model_digest(one) == model_digest(other)
+
+
+def test_a_change_of_the_code_makes_another_key(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import absorb_plugin.fingerprint as fingerprint
+
+    names = {path.name for path in fingerprint._sources()}
+    assert names >= {"sweep.py", "response.py", "alpha_pruning.py"}
+    before = model_digest(small())
+    changed = tmp_path / "sweep.py"
+    changed.write_text("other")
+    monkeypatch.setattr(fingerprint, "_sources", lambda: [changed])
+    assert model_digest(small()) != before
+
+
+def truncate(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flip(path: Path) -> None:
+    """One bit of the last tensor, or of the metadata where there is none."""
+    content = bytearray(path.read_bytes())
+    at = len(content) - 2
+    if content.endswith(b" ") or content.endswith(b"}"):
+        at = content.index(b"0x1.") + 5
+    content[at] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def pickled(path: Path) -> None:
+    torch.save({"tree": [1]}, path)
+
+
+def of_another_model(path: Path) -> None:
+    """A whole, valid entry under a wrong name."""
+    folder = path.parent / "other"
+    allocate(folder, model=nudged())
+    station = path.name.split("-")[0]
+    next(folder.glob(f"{station}-*")).replace(path)
+
+
+def of_another_format(path: Path) -> None:
+    content = path.read_bytes()
+    assert content.count(b'"format":"1"') == 1
+    path.write_bytes(content.replace(b'"format":"1"', b'"format":"9"'))
+
+
+@pytest.mark.parametrize("station", sorted(STATIONS))
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (truncate, "cannot be read"),
+        (empty, "cannot be read"),
+        (flip, "does not fit its checksum"),
+        (pickled, "cannot be read"),
+        (of_another_model, "measured with another model"),
+        (of_another_format, "has format '9'"),
+    ],
+)
+def test_a_damaged_or_wrong_entry_is_named_and_never_used(
+    tmp_path: Path,
+    logs: list[str],
+    sweeps: list[str],
+    station: str,
+    damage: Callable[[Path], None],
+    reason: str,
+) -> None:
+    whole = allocate(tmp_path)
+    path = sorted(tmp_path.glob(f"{station}-*.safetensors"))[0]
+    damage(path)
+    logs.clear()
+    sweeps.clear()
+    assert_equal(allocate(tmp_path), whole)
+    assert len(sweeps) == 1
+    (warning,) = [line for line in logs if line.startswith("WARNING")]
+    assert str(path) in warning and reason in warning and "Measuring again" in warning
+    logs.clear()
+    allocate(tmp_path)  # the damaged one has been replaced
+    assert not any(line.startswith("WARNING") for line in logs)
+
+
+def test_every_station_and_no_temporary_file(tmp_path: Path) -> None:
+    allocate(tmp_path)
+    assert {path.name.split("-")[0] for path in tmp_path.iterdir()} == STATIONS
+    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors"}
+
+
+def test_alpha_is_kept_per_linear(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import absorb_plugin.allocators.alpha_pruning as alpha
+
+    computed: list[tuple[int, ...]] = []
+    original = alpha.tail_exponent
+
+    def spied(weight: torch.Tensor, variant: Any = "peak") -> float:
+        computed.append(tuple(weight.shape))
+        return original(weight, variant)
+
+    monkeypatch.setattr(alpha, "tail_exponent", spied)
+    fields = {"allocator": "alpha_pruning", "strength": 0}
+    first = allocate(tmp_path, 0.5, **fields)
+    assert len(computed) == 14
+    second = allocate(tmp_path, 0.6, **fields, allocator_args={"epsilon": 0.1})
+    assert len(computed) == 14
+    np.testing.assert_array_equal(first.base.metric, second.base.metric)
+    allocate(tmp_path, 0.5, **fields, allocator_args={"variant": "mid"})
+    assert len(computed) == 28
+    again = allocate(None, 0.5, **fields)
+    assert digest(again.linear_sparsities()) == digest(first.linear_sparsities())
+
+
+def passengers(model: PreTrainedModel, batch: dict) -> dict[str, Passenger]:
+    blocks = find_blocks(model)
+    watcher = InputStatistics(blocks)
+    ride(model, batch, watcher)
+    sums, half = watcher.input_square_sums(), np.full(2, 0.5)
+    return {
+        "noise": NoiseProbe(range(2), 2, 1e-2, 0, "spare"),
+        "statistics": InputStatistics(blocks),
+        "response": ResponseProbe(blocks, sums, half, 0.1),
+        "gradient": GradientProbe(blocks, sums, half, 0.1),
+        "candidates": CandidateScores(blocks, sums, [half, half - 0.1], {"a": 0.1}),
+    }
+
+
+def ride(model: PreTrainedModel, batch: dict, passenger: Passenger) -> None:
+    blocks = find_blocks(model).modules
+    sweep(model, blocks, ["a", "b"], [batch], [passenger])
+
+
+def not_to_be_run() -> None:
+    raise AssertionError("this sweep should have been found in the cache")
+
+
+def result(passenger: Passenger) -> object:
+    if isinstance(passenger, NoiseProbe):
+        return vars(passenger.profile())
+    if isinstance(passenger, ResponseProbe):
+        return vars(passenger.response())
+    if isinstance(passenger, CandidateScores):
+        return passenger.losses()
+    if isinstance(passenger, GradientProbe):
+        return [passenger.slope(), passenger.loss()]
+    assert isinstance(passenger, InputStatistics)
+    return passenger.input_square_sums()
+
+
+@pytest.mark.parametrize(
+    "which", ["noise", "statistics", "response", "gradient", "candidates"]
+)
+def test_every_passenger_comes_back_bit_by_bit(tmp_path: Path, which: str) -> None:
+    model, batch = small(), tiny.make_batch(padding="left")
+    cache = ProfileCache(str(tmp_path), model)
+    first, second = (passengers(model, batch)[which] for _ in range(2))
+    cache.ride("x", [batch], first, 1, lambda: ride(model, batch, first))
+    cache.ride("x", [batch], second, 1, not_to_be_run)
+    assert digest(result(first)) == digest(result(second))
+
+
+def test_a_passenger_that_names_nothing_to_keep_is_refused(tmp_path: Path) -> None:
+    class Forgetful(Passenger):
+        pass
+
+    cache = ProfileCache(str(tmp_path), small())
+    with pytest.raises(TypeError, match="Forgetful.kept names nothing"):
+        cache.ride("x", [], Forgetful(), 1, not_to_be_run)
+
+
+def test_values_come_back_as_they_were() -> None:
+    values = {
+        "nested": [[1.5, math.inf], [-0.0, 1e-320], []],
+        "array": np.array([[np.nan, 1.0]]),
+        "tensors": {"a": torch.ones(2, dtype=torch.bfloat16), "b": torch.tensor(3)},
+        "set": {(1, 2), (0, 5)},
+        "plain": [None, True, 3, "text", ("a", 1)],
+    }
+    tensors: dict[str, torch.Tensor] = {}
+    back = unpack(pack(values, tensors), tensors)
+    assert digest(back) == digest(values)
+    assert math.isnan(unpack(pack(math.nan, {}), {}))
+    with pytest.raises(TypeError, match="cannot keep a Linear"):
+        pack([torch.nn.Linear(1, 1)], {})
+
+
+def test_digests_tell_values_apart() -> None:
+    values = [
+        None, 0, False, 0.0, -0.0, "0", [], [0], [[0]], {}, {"a": 0}, ["ab", "c"],
+        ["a", "bc"], torch.zeros(2), torch.zeros(1, 2), torch.zeros(2).double(),
+        np.zeros(2), np.zeros((2, 1)), (0,), {0}, torch.zeros(2, dtype=torch.bfloat16),
+    ]  # fmt: skip
+    assert len({digest(value) for value in values}) == len(values)
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    with pytest.raises(TypeError, match="what makes two Linear equal"):
+        digest({"a": torch.nn.Linear(1, 1)})
+
+
+def test_offloaded_weights_hash_alike_and_where_they_lie(tmp_path: Path) -> None:
+    model = small()
+    expected = weights_digest(model)
+    offload.set_onload_device(model, "cpu")
+    cache = type(model.lm_head._parameters)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "onload", lambda *_: pytest.fail("was onloaded"))
+        assert weights_digest(model) == expected
+
+
+def test_weights_on_the_meta_device_are_refused() -> None:
+    with pytest.raises(ValueError, match="profile_cache cannot hash .*meta device"):
+        weights_digest(small().to("meta"))
+
+
+def test_a_full_disk_costs_the_entry_and_not_the_run(
+    tmp_path: Path, logs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = allocate(None)
+    original = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        original(path, content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert_equal(allocate(tmp_path), whole)
+    assert not list(tmp_path.iterdir())
+    told = [line for line in logs if "could not be written (No space left" in line]
+    assert {line.startswith("WARNING") for line in told} == {True}
+
+
+@pytest.mark.parametrize("field", ["profile_cache", "report_dir"])
+def test_a_directory_that_cannot_be_is_refused_first(
+    tmp_path: Path, sweeps: list[str], field: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    recipe = [runs.absorption(**{field: tmp_path / "file" / "x"}), runs.pruner()]
+    with pytest.raises(ValueError, match=rf"{field}='.*cannot be written to \(Not a d"):
+        runs.run(small(), recipe, tmp_path)
+    assert not sweeps
+
+
+def _allocate_often(cache: Path, barrier: Any, results: Any) -> None:
+    torch.set_num_threads(1)
+    barrier.wait()
+    results.put([digest(allocate(cache, s).linear_sparsities()) for s in (0.5, 0.6)])
+
+
+def test_two_processes_share_a_directory(tmp_path: Path, logs: list[str]) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(2), context.Queue()
+    workers = [
+        context.Process(target=_allocate_often, args=(tmp_path, barrier, results))
+        for _ in range(2)
+    ]
+    for worker in workers:
+        worker.start()
+    found = [results.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join()
+    expected = [digest(allocate(None, s).linear_sparsities()) for s in (0.5, 0.6)]
+    assert found == [expected, expected]
+    for sparsity in (0.5, 0.6):
+        allocate(tmp_path, sparsity)
+    assert not any(line.startswith("WARNING") for line in logs)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors"}
