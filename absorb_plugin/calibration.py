@@ -11,6 +11,7 @@ from llmcompressor.utils.helpers import (
     DisableQuantization,
     calibration_forward_context,
 )
+from loguru import logger
 from torch.utils.data import DataLoader
 
 from absorb_plugin import distributed
@@ -20,6 +21,7 @@ __all__ = [
     "Batch",
     "cache_batches",
     "calibrating",
+    "content",
     "cut_tokens",
     "in_fixed_order",
     "join_samples",
@@ -63,13 +65,28 @@ def cache_batches(loader: DataLoader | Iterable[Batch] | None) -> list[dict]:
         )
     with distributed.fail_together():
         own = _read(loader)
-    batches = [batch for part in distributed.gather(own) for batch in part]
+    batches = _union(distributed.gather(own))
     if not batches:
         raise ValueError(
             "no calibration data: the calibration set has no token. Check the dataset "
             "and num_calibration_samples"
         )
     return batches
+
+
+def _union(parts: list[list[dict]]) -> list[dict]:
+    """The batches of all ranks; once only, where each was given all of them."""
+    contents = [sorted(map(content, split_samples(part, 1))) for part in parts]
+    if len(parts) > 1 and contents[0] and contents.count(contents[0]) == len(parts):
+        if distributed.is_first():
+            logger.warning(
+                f"every rank was given the same {len(contents[0])} calibration "
+                "samples, so each prunes by all of them: llm-compressor shares out "
+                "only what has the same fingerprint on all ranks, which a data set "
+                "made in memory has not. They are counted once"
+            )
+        return parts[0]
+    return [batch for part in parts for batch in part]
 
 
 def _read(loader: DataLoader | Iterable[Batch]) -> list[dict]:
@@ -132,11 +149,13 @@ def in_fixed_order(samples: Iterable[Batch]) -> list[dict]:
     :param samples: batches of one sample
     """
 
-    def key(sample: Batch) -> tuple[int, bytes]:
-        tokens = sample["input_ids"][token_mask(sample)].cpu().to(torch.int64)
-        return -tokens.numel(), hashlib.sha256(tokens.numpy().tobytes()).digest()
+    return sorted((dict(sample) for sample in samples), key=content)
 
-    return sorted((dict(sample) for sample in samples), key=key)
+
+def content(sample: Batch) -> tuple[int, bytes]:
+    """Minus the number, and a hash, of the tokens of a single sample."""
+    tokens = sample["input_ids"][token_mask(sample)].cpu().to(torch.int64)
+    return -tokens.numel(), hashlib.sha256(tokens.numpy().tobytes()).digest()
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:
