@@ -1,6 +1,7 @@
 """Calibration batches: read once, checked, cut to size, moved where the model runs."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TypeVar
@@ -75,17 +76,21 @@ def cache_batches(loader: DataLoader | Iterable[Batch] | None) -> list[dict]:
 
 
 def _union(parts: list[list[dict]]) -> list[dict]:
-    """The batches of all ranks; once only, where each was given all of them."""
-    contents = [sorted(map(content, split_samples(part, 1))) for part in parts]
-    if len(parts) > 1 and contents[0] and contents.count(contents[0]) == len(parts):
+    """
+    The batches of all ranks. Where llm-compressor shards a data set itself, every rank
+    gets its first rows (0.14.0.1: the sampler counts within the shard, the loader in
+    the whole): ranks whose samples another one has, all of them, add nothing.
+    """
+    held = [Counter(map(content, split_samples(part, 1))) for part in parts]
+    most = max(held, key=Counter.total)
+    if len([own for own in held if own]) > 1 and all(own <= most for own in held):
         if distributed.is_first():
             logger.warning(
-                f"every rank was given the same {len(contents[0])} calibration "
-                "samples, so each prunes by all of them: llm-compressor shares out "
-                "only what has the same fingerprint on all ranks, which a data set "
-                "made in memory has not. They are counted once"
+                f"the ranks were given the same {most.total()} calibration samples, "
+                "which are counted once. Give every rank a shard of its own: "
+                "oneshot(dataset=dataset.shard(world_size, rank))"
             )
-        return parts[0]
+        return parts[held.index(most)]
     return [batch for part in parts for batch in part]
 
 

@@ -16,7 +16,6 @@ import runs
 import tiny
 import torch
 from compressed_tensors.offload.convert import from_accelerate
-from datasets import Dataset
 from llmcompressor.core import reset_session
 from torch import distributed
 from torch.utils.data import DataLoader
@@ -49,7 +48,7 @@ SHARDS: dict[str, dict[int, tuple[int, ...]]] = {
     "unequal": {1: (0, 13), 2: (0, 10, 13), 3: (0, 3, 4, 13)},
     "one empty": {1: (0, 13), 2: (0, 0, 13), 3: (0, 5, 5, 13)},
 }
-# tried with "auto" on several ranks; beside SHARDS every n-th sample, or all of them
+# tried with "auto" on several ranks; beside SHARDS every n-th sample, or the first ones
 SCHEMES = ["unequal", "one empty", "dealt", "copied"]
 # name -> pruner, whether its statistics are reduced
 PRUNINGS = {
@@ -82,8 +81,8 @@ def samples() -> Batches:
 def shard(scheme: str, world: int, rank: int) -> Batches:
     """This rank's samples; "dealt" gives every n-th, last first, two in a batch."""
     every = samples()
-    if scheme == "copied":
-        return every
+    if scheme == "copied":  # as llm-compressor's own sharding does
+        return every[: 13 - rank]
     if scheme in SHARDS:
         start, stop = SHARDS[scheme][world][rank : rank + 2]
         return every[start:stop]
@@ -161,10 +160,13 @@ def _error(call: Callable[[], object]) -> str:
     return "none"
 
 
-def prunings(world: int, rank: int, folder: Path, dataset: Dataset) -> dict[str, Any]:
-    """Weights after `oneshot`; llm-compressor shares out the data set itself."""
+def prunings(world: int, rank: int, folder: Path) -> dict[str, Any]:
+    """Weights after `oneshot`."""
     found: dict[str, Any] = {}
-    common: dict[str, Any] = {"dataset": dataset, "samples": len(dataset)}
+    start, stop = {1: (0, 8), 2: (0, 5, 8), 3: (0, 3, 5, 8)}[world][rank : rank + 2]
+    common: dict[str, Any] = {
+        "dataset": tiny.make_dataset(8).select(range(start, stop))
+    }
     for name, (kind, reduced) in PRUNINGS.items():
         if world == 2 or (world == 1 and reduced):
             fields = common | {"reduce_peer_statistics": reduced}
@@ -174,7 +176,7 @@ def prunings(world: int, rank: int, folder: Path, dataset: Dataset) -> dict[str,
         return found
     # Only the basic pipeline stands a rank without samples.
     loader = DataLoader(shard("one empty", world, rank), collate_fn=lambda x: x[0])
-    fields = {"dataset": loader, "samples": 13, "pipeline": "basic"}
+    fields = {"dataset": loader, "pipeline": "basic"}
     found["one empty"] = prune("wanda", folder, rank, **fields)
     return found
 
@@ -199,7 +201,7 @@ def prune(
     observer = Observer()
     manager().register(observer)
     try:
-        runs.run(model, [ours, peer], directory, **fields)
+        runs.run(model, [ours, peer], directory, samples=13, **fields)
     finally:
         manager().unregister(observer)
         reset_session()
@@ -215,7 +217,7 @@ def prune(
     }
 
 
-def run_rank(rank: int, world: int, folder: Path, dataset: Dataset) -> None:
+def run_rank(rank: int, world: int, folder: Path) -> None:
     if world > 1:
         store = f"file://{folder}/store{world}"
         distributed.init_process_group("gloo", store, rank=rank, world_size=world)
@@ -223,7 +225,7 @@ def run_rank(rank: int, world: int, folder: Path, dataset: Dataset) -> None:
     if world > 1:
         found["failures"] = failures(world, rank)
     (folder / f"{world}-{rank}.json").write_text(json.dumps(found))
-    torch.save(prunings(world, rank, folder, dataset), folder / f"{world}-{rank}.pt")
+    torch.save(prunings(world, rank, folder), folder / f"{world}-{rank}.pt")
     if world > 1:
         distributed.destroy_process_group()
 
@@ -235,9 +237,7 @@ def ranks_of(world: int) -> Iterator[str]:
 if __name__ == "__main__":
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    # made before the fork: llm-compressor shares out what has one fingerprint
-    arguments = Path(sys.argv[1]), tiny.make_dataset(8)
-    for world in map(int, sys.argv[2:]) if sys.argv[2:] else WORLDS:
+    for world in WORLDS:
         torch.multiprocessing.start_processes(
-            run_rank, (world, *arguments), nprocs=world, start_method="fork"
+            run_rank, (world, Path(sys.argv[1])), nprocs=world, start_method="fork"
         )
