@@ -1,6 +1,5 @@
 """The stations of the method between calibration batches and targets per Linear."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
@@ -20,6 +19,7 @@ from absorb_plugin.blocks import BlockMap, find_blocks, linear_parameters
 from absorb_plugin.budget import check_budget, meet_budget
 from absorb_plugin.cache import ProfileCache
 from absorb_plugin.calibration import (
+    content,
     cut_tokens,
     in_fixed_order,
     interleaved,
@@ -358,9 +358,8 @@ class Calibration:
 
 
 def _check_alike(samples: list[dict]) -> None:
-    content = str([sample["input_ids"].tolist() for sample in samples])
-    digest = hashlib.sha256(content.encode()).digest()
-    if len(set(distributed.gather(digest))) > 1:
+    mine = [content(sample) for sample in samples]
+    if any(other != mine for other in distributed.gather(mine)):
         raise ValueError(
             "the ranks of torch.distributed were given different calibration samples: "
             "pass what absorb_plugin.calibration.cache_batches(loader) returns, which "

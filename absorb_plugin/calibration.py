@@ -1,6 +1,7 @@
 """Calibration batches: read once, checked, cut to size, moved where the model runs."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TypeVar
@@ -11,6 +12,7 @@ from llmcompressor.utils.helpers import (
     DisableQuantization,
     calibration_forward_context,
 )
+from loguru import logger
 from torch.utils.data import DataLoader
 
 from absorb_plugin import distributed
@@ -20,6 +22,7 @@ __all__ = [
     "Batch",
     "cache_batches",
     "calibrating",
+    "content",
     "cut_tokens",
     "in_fixed_order",
     "interleaved",
@@ -64,13 +67,32 @@ def cache_batches(loader: DataLoader | Iterable[Batch] | None) -> list[dict]:
         )
     with distributed.fail_together():
         own = _read(loader)
-    batches = [batch for part in distributed.gather(own) for batch in part]
+    batches = _union(distributed.gather(own))
     if not batches:
         raise ValueError(
             "no calibration data: the calibration set has no token. Check the dataset "
             "and num_calibration_samples"
         )
     return batches
+
+
+def _union(parts: list[list[dict]]) -> list[dict]:
+    """
+    The batches of all ranks. Where llm-compressor shards a data set itself, every rank
+    gets its first rows (0.14.0.1: the sampler counts within the shard, the loader in
+    the whole): ranks whose samples another one has, all of them, add nothing.
+    """
+    held = [Counter(map(content, split_samples(part, 1))) for part in parts]
+    most = max(held, key=Counter.total)
+    if len([own for own in held if own]) > 1 and all(own <= most for own in held):
+        if distributed.is_first():
+            logger.warning(
+                f"the ranks were given the same {most.total()} calibration samples, "
+                "which are counted once. Give every rank a shard of its own: "
+                "oneshot(dataset=dataset.shard(world_size, rank))"
+            )
+        return parts[held.index(most)]
+    return [batch for part in parts for batch in part]
 
 
 def _read(loader: DataLoader | Iterable[Batch]) -> list[dict]:
@@ -133,11 +155,13 @@ def in_fixed_order(samples: Iterable[Batch]) -> list[dict]:
     :param samples: batches of one sample
     """
 
-    def key(sample: Batch) -> tuple[int, bytes]:
-        tokens = sample["input_ids"][token_mask(sample)].cpu().to(torch.int64)
-        return -tokens.numel(), hashlib.sha256(tokens.numpy().tobytes()).digest()
+    return sorted((dict(sample) for sample in samples), key=content)
 
-    return sorted((dict(sample) for sample in samples), key=key)
+
+def content(sample: Batch) -> tuple[int, bytes]:
+    """Minus the number, and a hash, of the tokens of a single sample."""
+    tokens = sample["input_ids"][token_mask(sample)].cpu().to(torch.int64)
+    return -tokens.numel(), hashlib.sha256(tokens.numpy().tobytes()).digest()
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:

@@ -33,9 +33,14 @@ ALLOCATIONS: dict[str, dict[str, Any]] = {
     "gradient": {"signal": "gradient"},
     "response": {"signal": "response"},
     "noise": {"signal": "noise", "noise_samples": 7, "strength": 0.1},
-    "auto": {"strength": "auto", "rounds": 2, "report_dir": "for the noise probe"},
-    "linear": {"granularity": "linear"},
-    "alpha": {"allocator": "alpha_pruning"},
+    "auto": {
+        "allocator": "uniform",
+        "strength": "auto",
+        "rounds": 2,
+        "report_dir": "for the noise probe",
+        "seed": 2,  # a model on which both rounds take a step
+    },
+    "alpha": {"allocator": "alpha_pruning", "granularity": "linear"},
     "experts": {"architecture": "qwen3_moe", "statistics_samples": 3},
 }
 # how the samples are shared out: number of ranks -> bounds of contiguous shards
@@ -43,6 +48,8 @@ SHARDS: dict[str, dict[int, tuple[int, ...]]] = {
     "unequal": {1: (0, 13), 2: (0, 10, 13), 3: (0, 3, 4, 13)},
     "one empty": {1: (0, 13), 2: (0, 0, 13), 3: (0, 5, 5, 13)},
 }
+# tried with "auto" on several ranks; beside SHARDS every n-th sample, or the first ones
+SCHEMES = ["unequal", "one empty", "dealt", "copied"]
 # name -> pruner, whether its statistics are reduced
 PRUNINGS = {
     f"{kind}, {'reduced' if reduced else 'as they are'}": (kind, reduced)
@@ -74,6 +81,8 @@ def samples() -> Batches:
 def shard(scheme: str, world: int, rank: int) -> Batches:
     """This rank's samples; "dealt" gives every n-th, last first, two in a batch."""
     every = samples()
+    if scheme == "copied":  # as llm-compressor's own sharding does
+        return every[: 13 - rank]
     if scheme in SHARDS:
         start, stop = SHARDS[scheme][world][rank : rank + 2]
         return every[start:stop]
@@ -96,7 +105,9 @@ def _padded(batch: Batches) -> dict[str, torch.Tensor]:
 
 def allocate(fields: dict[str, Any], loader: Sequence[Any]) -> dict[str, Any]:
     fields = dict(fields)
-    model = tiny.make_model(fields.pop("architecture", "llama"))
+    model = tiny.make_model(
+        fields.pop("architecture", "llama"), seed=fields.pop("seed", 0)
+    )
     settings = runs.absorption(**{"signal_samples": 5, "holdout_samples": 4} | fields)
     found = settings.allocate(model, find_blocks(model), cache_batches(loader), 0.6)
     noise, search = found.absorption, found.search
@@ -106,20 +117,15 @@ def allocate(fields: dict[str, Any], loader: Sequence[Any]) -> dict[str, Any]:
         "noise": None
         if noise is None
         else [*noise.ratio, *noise.ratio_error, noise.samples, noise.tokens],
-        "search": None
-        if search is None
-        else [
-            search.start,
-            *(x for entry in search.rounds for x in (*entry.losses, entry.chosen)),
-        ],
+        "losses": None if search is None else [x.losses for x in search.rounds],
+        "chosen": None if search is None else [x.chosen for x in search.rounds],
     }
 
 
 def allocations(world: int, rank: int) -> dict[str, Any]:
     found = {}
     for name, fields in ALLOCATIONS.items():
-        schemes = ["unequal", "one empty", "dealt"] if name == "auto" else ["unequal"]
-        for scheme in schemes:
+        for scheme in SCHEMES if name == "auto" and world > 1 else ["unequal"]:
             found[f"{name}, {scheme}"] = allocate(fields, shard(scheme, world, rank))
     return found
 
@@ -155,18 +161,23 @@ def _error(call: Callable[[], object]) -> str:
 
 
 def prunings(world: int, rank: int, folder: Path) -> dict[str, Any]:
-    """Weights after `oneshot`; llm-compressor shards the data set itself."""
+    """Weights after `oneshot`."""
     found: dict[str, Any] = {}
+    start, stop = {1: (0, 8), 2: (0, 5, 8), 3: (0, 3, 5, 8)}[world][rank : rank + 2]
+    common: dict[str, Any] = {
+        "dataset": tiny.make_dataset(8).select(range(start, stop))
+    }
     for name, (kind, reduced) in PRUNINGS.items():
-        if world < 3 and (world > 1 or reduced):
-            found[name] = prune(kind, folder, rank, reduce_peer_statistics=reduced)
+        if world == 2 or (world == 1 and reduced):
+            fields = common | {"reduce_peer_statistics": reduced}
+            found[name] = prune(kind, folder, rank, **fields)
     if world == 2:
-        found["offloaded"] = prune("sparsegpt", folder, rank, offload=True)
+        found["offloaded"] = prune("sparsegpt", folder, rank, offload=True, **common)
+        return found
     # Only the basic pipeline stands a rank without samples.
-    scheme = DataLoader(shard("one empty", world, rank), collate_fn=lambda x: x[0])
-    found["one empty"] = prune(
-        "wanda", folder, rank, dataset=scheme, pipeline="basic", samples=13
-    )
+    loader = DataLoader(shard("one empty", world, rank), collate_fn=lambda x: x[0])
+    fields = {"dataset": loader, "pipeline": "basic"}
+    found["one empty"] = prune("wanda", folder, rank, **fields)
     return found
 
 
@@ -189,9 +200,8 @@ def prune(
     peer = runs.pruner(kind)
     observer = Observer()
     manager().register(observer)
-    fields.setdefault("dataset", tiny.make_dataset(8))
     try:
-        runs.run(model, [ours, peer], directory, **{"samples": 8} | fields)
+        runs.run(model, [ours, peer], directory, samples=13, **fields)
     finally:
         manager().unregister(observer)
         reset_session()
