@@ -50,6 +50,9 @@ __all__ = [
 
 # Samples of the noise probe where noise is not the signal: enough for the report.
 REPORT_SAMPLES = 1
+# Columns of the sketch from which masks make up for pruned weights, as SparseGPT does.
+# A mask then costs what a pass of half that many, squared, tokens costs.
+SKETCH_RANK = 16
 # Up to so many blocks the response takes no more block passes than the gradient.
 RESPONSE_BLOCKS = 6
 
@@ -202,6 +205,8 @@ class Calibration:
 
     :param batches: the same on all ranks
     :param settings: the modifier, for its fields
+    :param compensated: whether the pruner changes the weights it keeps to make up for
+        the others; then the masks of signals and scores do so too
     :raises ValueError: if strength is "auto" and there is but one sample
     """
 
@@ -211,8 +216,11 @@ class Calibration:
         blocks: BlockMap,
         batches: Sequence[Mapping[str, torch.Tensor]],
         settings: "AbsorptionAllocationModifier",
+        compensated: bool = False,
     ) -> None:
         self._model, self._blocks, self._settings = model, blocks, settings
+        self._compensated = compensated
+        self._factors: dict[str, torch.Tensor] | None = None
         self.signal = settings.signal
         if settings.signal == "auto":
             few = len(blocks) <= RESPONSE_BLOCKS
@@ -252,8 +260,11 @@ class Calibration:
         if not (needed or for_allocator):
             return {}
         chosen = spread(self._samples, settings.statistics_samples)
-        watcher = InputStatistics(self._blocks)
+        rank = SKETCH_RANK if needed and self._compensated else 0
+        watcher = InputStatistics(self._blocks, rank)
         self._sweep(chosen, watcher, "Input statistics")
+        if rank:
+            self._factors = watcher.factors()
         return watcher.input_square_sums()
 
     def absorption(self) -> AbsorptionProfile | None:
@@ -302,12 +313,17 @@ class Calibration:
         step = settings.response_step
         if self.signal == "gradient":
             slope = GradientProbe(
-                self._blocks, statistics, allocation, step / 2, base.offsets
+                self._blocks,
+                statistics,
+                allocation,
+                step / 2,
+                base.offsets,
+                self._factors,
             )
             self._sweep(chosen, slope, "Loss slope")
             return direction_from_response(slope.slope())
         response = ResponseProbe(
-            self._blocks, statistics, allocation, step, base.offsets
+            self._blocks, statistics, allocation, step, base.offsets, self._factors
         )
         self._sweep(chosen, response, "Response probe")
         # per weight: the budget is one of weights, and blocks may differ in size
@@ -330,7 +346,9 @@ class Calibration:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Held-out loss sums (candidates, samples) and tokens (samples,)."""
         candidates = distributed.from_first(candidates)
-        scores = CandidateScores(self._blocks, statistics, candidates, base.offsets)
+        scores = CandidateScores(
+            self._blocks, statistics, candidates, base.offsets, self._factors
+        )
         self._sweep(self._held_out, scores, "Held-out loss")
         return scores.losses()
 

@@ -15,6 +15,7 @@ import torch
 from compressed_tensors.utils import match_named_modules, match_targets
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.pruning import SparseGPTModifier
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import (
     PRUNABLE_LAYER_TYPES,
     SparsityModifierBase,
@@ -50,6 +51,11 @@ class Peer:
     @property
     def name(self) -> str:
         return type(self.modifier).__name__
+
+    @property
+    def compensated(self) -> bool:
+        """Whether it changes the weights it keeps to make up for those it prunes."""
+        return isinstance(self.modifier, SparseGPTModifier)
 
     def hand_over(self, sparsities: Mapping[str, float]) -> None:
         """
