@@ -4,7 +4,8 @@ Cheap masks: what a block's weights would be at a given sparsity.
 Wanda leaves the weights it keeps as they are. SparseGPT changes them so that they make
 up for the pruned ones, by the Hessian XᵀX of the Linear's inputs. Where the pruner does
 so the masks do too, by the cheapest Hessian that knows of correlations: the exact
-diagonal and a low-rank factor, H ≈ D + UUᵀ. With P the pruned and S the kept columns of a row w,
+diagonal and a low-rank factor, H ≈ D + UUᵀ. With P the pruned and S the kept columns of
+a row w,
 
     argmin over δ of ‖w − (w_S + δ)‖²_H  =  D_S⁻¹ U_S (I + U_Sᵀ D_S⁻¹ U_S)⁻¹ U_Pᵀ w_P
 

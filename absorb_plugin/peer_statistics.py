@@ -1,7 +1,7 @@
 """
 What llm-compressor's pruners leave out under torch.distributed: add up what the ranks
 saw before pruning. Each rank sees its own calibration samples, and without this each
-prunes by those alone, so that what is saved comes from one rank's data.
+prunes by those alone, and writes over what the others wrote to weights that are shared.
 
 With peers.py the only file that relies on private names of llm-compressor
 (`_row_scalars`, `_hessians`, `_num_samples`, `_module_names`).
@@ -144,14 +144,14 @@ def _add_up(
 
 def _take_over(module: Module, owner: int) -> None:
     """Give the module the weight that its owner has."""
-    parameters, mine = module._parameters, module.weight
-    assert isinstance(mine, torch.Tensor)
-    weight = distributed.broadcast(mine.detach(), owner)
+    parameters, weight = module._parameters, module.weight
+    assert isinstance(weight, torch.Tensor)
+    received = distributed.broadcast(weight.detach(), owner)
     if distributed.rank() == owner:
         return
     if isinstance(parameters, DistributedCPUCache | DistributedDiskCache):
         # the owner has written what the ranks share: renew what is onloaded here
         with torch.no_grad():
-            mine.copy_(weight)
+            weight.copy_(received)
     else:
-        update_offload_parameter(module, "weight", weight)
+        update_offload_parameter(module, "weight", received)

