@@ -32,7 +32,11 @@ def direction_from_response(response: np.ndarray) -> np.ndarray:
     """
     response = np.asarray(response, dtype=np.float64)
     if not np.isfinite(response).all():
-        raise ValueError(f"responses must be finite, got {response.tolist()}")
+        raise ValueError(
+            f"the loss answers to changes of single blocks by {response.tolist()}, but "
+            "must be finite: check the weights behind the blocks (final norm, lm_head) "
+            "and the dtype (float16 overflows in some models, use bfloat16)"
+        )
     g = np.clip(response, *np.quantile(response, [0.05, 0.95]))
     return -(g - g.mean())
 
