@@ -17,7 +17,11 @@ def direction_from_ratio(ratio: np.ndarray) -> np.ndarray:
     """
     ratio = np.asarray(ratio, dtype=np.float64)
     if not (np.isfinite(ratio).all() and (ratio > 0).all()):
-        raise ValueError(f"amplification ratios must be positive, got {ratio.tolist()}")
+        raise ValueError(
+            f"amplification ratios must be positive, got {ratio.tolist()}: choose "
+            "another noise_magnitude (noise too small is lost in rounding, noise too "
+            "large overflows), 1e-2 is a good start"
+        )
     u = np.clip(np.log(ratio), -math.log(3.0), math.log(3.0))
     return -(u - u.mean())
 
