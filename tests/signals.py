@@ -22,6 +22,8 @@ import absorb_plugin.allocation as allocation
 from absorb_plugin.cli import app
 
 torch.set_num_threads(1)
+# a shell that starts us in the background has SIGINT ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 model, text, recipe, folder = sys.argv[1:]
 
 
