@@ -10,13 +10,17 @@ STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 CODE := absorb_plugin tests integration
 
-.PHONY: demo test quality style
+.PHONY: demo test fuzz quality style
 
 demo: $(DEMO_STAMP)
 	$(BIN)/absorb demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2
+
+# Nightly: 2,000 random recipes, and an interrupt at every line of the measurements.
+fuzz: $(STAMP)
+	ABSORB_NIGHTLY=1 $(BIN)/python -m pytest -n 2 tests/test_fuzz.py tests/test_faults.py
 
 quality: $(STAMP)
 	$(BIN)/ruff check $(CODE)

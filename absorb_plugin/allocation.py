@@ -24,7 +24,7 @@ from absorb_plugin.calibration import (
     in_fixed_order,
     interleaved,
     join_samples,
-    split_samples,
+    single_samples,
     spread,
 )
 from absorb_plugin.correction import direction_from_ratio, direction_from_response
@@ -155,6 +155,8 @@ def base_allocation(
     cache: ProfileCache | None = None,
 ) -> Base:
     """Ask the allocator, and meet the budget."""
+    if allocator.needs == "weights":
+        _check_finite(blocks)  # else the forward pass of the statistics tells
     remember = None if cache is None else cache.numbers_for(owner_of(allocator))
     groups = groups_of(blocks, statistics, granularity, remember)
     found = distributed.from_first(run_allocator(allocator, groups, sparsity))
@@ -181,6 +183,15 @@ def base_allocation(
         block_metric.append(float(np.mean([metrics[name] for name in names])))
         offsets |= {name: targets[name] - mean for name in names}
     return Base(np.array(block_sparsity), np.array(block_metric), offsets, metrics)
+
+
+def _check_finite(blocks: BlockMap) -> None:
+    for name, linear in blocks.linears().items():
+        if not torch.isfinite(linear.weight).all():
+            raise ValueError(
+                f"the weight of {name} holds NaN or infinity: check the checkpoint and "
+                "the dtype that it is loaded in"
+            )
 
 
 def _named_metrics(
@@ -225,7 +236,11 @@ class Calibration:
         if settings.signal == "auto":
             few = len(blocks) <= RESPONSE_BLOCKS
             self.signal = "response" if few else "gradient"
-        samples = in_fixed_order(split_samples(batches, 1))
+        by_loss = settings.strength != 0 and (
+            self.signal != "noise" or settings.strength == "auto"
+        )
+        tokens = settings.probe_tokens if by_loss else None
+        samples = in_fixed_order(single_samples(batches, tokens))
         self.samples = len(samples)
         _check_alike(samples)
         self._held_out: list[dict] = []

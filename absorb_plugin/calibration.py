@@ -27,6 +27,7 @@ __all__ = [
     "in_fixed_order",
     "interleaved",
     "join_samples",
+    "single_samples",
     "split_samples",
     "spread",
     "token_mask",
@@ -115,9 +116,11 @@ def _keep_generator(loader: object) -> Iterator[None]:
     holders = (loader, getattr(loader, "sampler", None))
     generators = [getattr(holder, "generator", None) for holder in holders]
     states = [(g, g.get_state()) for g in generators if g is not None]
-    yield
-    for generator, state in states:
-        generator.set_state(state)
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
 
 
 def split_samples(batches: Iterable[Batch], size: int) -> Iterator[dict]:
@@ -129,6 +132,37 @@ def split_samples(batches: Iterable[Batch], size: int) -> Iterator[dict]:
                 name: tensor[start : start + size] if len(tensor) == total else tensor
                 for name, tensor in batch.items()
             }
+
+
+def single_samples(batches: Iterable[Batch], tokens: int | None = None) -> list[dict]:
+    """
+    The samples one by one, without those that are of no use, of which a warning tells.
+
+    :param tokens: of so many first tokens a sample must have one to predict: two
+        neighbours that are no padding. None: one token that is no padding will do
+    :raises ValueError: if no sample is left
+    """
+    samples = list(split_samples(batches, 1))
+    if tokens is None:
+        useful = [x for x in samples if token_mask(x).any()]
+        wanted, lacking = "needs one token that is no padding", "has no token"
+    else:
+        useful = [x for x in samples if _predicts(cut_tokens(x, tokens))]
+        wanted = "needs two neighbouring tokens that are no padding. Use longer samples"
+        lacking = "has no token to predict"
+    if not useful:
+        raise ValueError(f"the calibration set {lacking}: a sample {wanted}")
+    if len(useful) < len(samples):
+        logger.warning(
+            f"{len(samples) - len(useful)} of {len(samples)} calibration samples are "
+            f"left out: a sample {wanted}"
+        )
+    return useful
+
+
+def _predicts(sample: Batch) -> bool:
+    mask = token_mask(sample)
+    return bool((mask[:, 1:] & mask[:, :-1]).any())
 
 
 def join_samples(samples: Iterable[Batch], size: int = 8) -> list[dict]:

@@ -8,7 +8,9 @@ errors) to stderr. Modules that need torch are imported inside the commands.
 import contextlib
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -128,6 +130,8 @@ def prune(
         start = time.perf_counter()
         # All that can be wrong with the arguments comes before the model is loaded.
         pruning.check_output(out, overwrite)
+        if dtype is Dtype.auto:
+            pruning.check_space(out, model)
         parsed = pruning.load_recipe(recipe)
         if profile_cache is not None:
             pruning.keep_profiles(parsed, profile_cache)
@@ -341,17 +345,33 @@ def command(debug: bool) -> Iterator[TextIO]:
     """
     stdout = sys.stdout
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), termination_as_interrupt():
             route_logs(debug)
             yield stdout
     except (typer.Exit, typer.Abort):
         raise
+    except KeyboardInterrupt as error:
+        typer.echo("interrupted: no result was written", err=True)
+        raise typer.Exit(130) from error
     except Exception as error:
         if debug:
             traceback.print_exc()
         else:
             typer.echo(f"error: {one_line(error)}", err=True)
         raise typer.Exit(1) from error
+
+
+@contextlib.contextmanager
+def termination_as_interrupt() -> Iterator[None]:
+    """SIGTERM, as batch systems send it, leaves as little behind as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only there can a signal be handled
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def route_logs(debug: bool) -> None:

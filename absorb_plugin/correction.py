@@ -17,7 +17,11 @@ def direction_from_ratio(ratio: np.ndarray) -> np.ndarray:
     """
     ratio = np.asarray(ratio, dtype=np.float64)
     if not (np.isfinite(ratio).all() and (ratio > 0).all()):
-        raise ValueError(f"amplification ratios must be positive, got {ratio.tolist()}")
+        raise ValueError(
+            f"amplification ratios must be positive, got {ratio.tolist()}: choose "
+            "another noise_magnitude (noise too small is lost in rounding, noise too "
+            "large overflows), 1e-2 is a good start"
+        )
     u = np.clip(np.log(ratio), -math.log(3.0), math.log(3.0))
     return -(u - u.mean())
 
@@ -32,7 +36,11 @@ def direction_from_response(response: np.ndarray) -> np.ndarray:
     """
     response = np.asarray(response, dtype=np.float64)
     if not np.isfinite(response).all():
-        raise ValueError(f"responses must be finite, got {response.tolist()}")
+        raise ValueError(
+            f"the loss answers to changes of single blocks by {response.tolist()}, but "
+            "must be finite: check the weights behind the blocks (final norm, lm_head) "
+            "and the dtype (float16 overflows in some models, use bfloat16)"
+        )
     g = np.clip(response, *np.quantile(response, [0.05, 0.95]))
     return -(g - g.mean())
 

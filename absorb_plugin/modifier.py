@@ -20,7 +20,7 @@ from absorb_plugin.calibration import cache_batches
 from absorb_plugin.correction import corrected
 from absorb_plugin.files import check_writable
 from absorb_plugin.peer_statistics import leave_statistics, reduce_statistics
-from absorb_plugin.plugins import build_allocator, manager
+from absorb_plugin.plugins import announce, build_allocator
 from absorb_plugin.report import Report
 from absorb_plugin.strength import search_strength
 
@@ -190,7 +190,7 @@ class AbsorptionAllocationModifier(Modifier):
             self._reports.append(report)
             if distributed.is_first():
                 report.write(self.report_dir)
-                manager().hook.allocation_finished(profile=report.profile())
+                announce(report.profile())
 
     def allocate(
         self,

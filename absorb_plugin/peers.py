@@ -156,6 +156,9 @@ def _resolve(
             f"it as {[modifier.targets]!r}"
         )
         modifier.targets = [modifier.targets]
+    _check_patterns(f"{name}.targets", modifier.targets)
+    _check_patterns(f"{name}.ignore", _as_list(modifier.ignore))
+    _check_patterns("ignore", _as_list(ignore))
     modifier.ignore = [*_as_list(modifier.ignore), *_as_list(ignore)]
 
     layers = dict(match_named_modules(model, modifier.targets))
@@ -186,6 +189,16 @@ def _resolve(
         *(f"re:{re.escape(linear)}\\.?$" for linear in spared),
     ]
     return Peer(modifier, sparsity, layers, mine, frozenset(named))
+
+
+def _check_patterns(field: str, patterns: Iterable[str]) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern.removeprefix("re:") if pattern[:3] == "re:" else "")
+        except re.error as error:
+            raise ValueError(
+                f"{field} holds {pattern!r}, which is no regular expression: {error}"
+            ) from error
 
 
 def _scalar_sparsity(modifier: SparsityModifierBase) -> float:

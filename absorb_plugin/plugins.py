@@ -26,6 +26,7 @@ __all__ = [
     "PluginError",
     "RegisteredAllocator",
     "allocators",
+    "announce",
     "build_allocator",
     "manager",
     "owner_of",
@@ -157,6 +158,23 @@ def build_allocator(name: str, arguments: Mapping[str, Any]) -> Allocator:
     except ValidationError as error:
         problems = "; ".join(_problem(allocator, one) for one in error.errors())
         raise ValueError(f"allocator {name!r}: {problems}") from error
+
+
+def announce(profile: Mapping[str, Any]) -> None:
+    """
+    Tell the plugins what was allocated.
+
+    :raises PluginError: if one of them raises
+    """
+    try:
+        manager().hook.allocation_finished(profile=profile)
+    except Exception as error:
+        hook = manager().hook.allocation_finished
+        names = ", ".join(repr(one.plugin_name) for one in hook.get_hookimpls())
+        raise PluginError(
+            f"a plugin failed in allocation_finished: {error!r}. It is one of {names}: "
+            "repair or uninstall it"
+        ) from error
 
 
 def run_allocator(

@@ -1,7 +1,10 @@
 """A thin wrapper over llm-compressor's `oneshot`, for the command line and the demo."""
 
+import errno
+import glob
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +14,7 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
 from llmcompressor.recipe import Recipe
+from loguru import logger
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, set_seed
 
 import absorb_plugin  # registers the modifier that a recipe may name
@@ -19,6 +23,7 @@ from absorb_plugin.files import check_writable
 __all__ = [
     "check_length",
     "check_output",
+    "check_space",
     "keep_profiles",
     "load_config",
     "load_recipe",
@@ -139,6 +144,18 @@ def check_output(out: Path, overwrite: bool) -> None:
     :raises FileExistsError: if `out` is a file, holds files and `overwrite` is not set,
         or holds something that is not a model
     """
+    out = out.expanduser().absolute()
+    for left in sorted(out.parent.glob(f".{glob.escape(out.name)}.*.*")):
+        if left.suffix in (".partial", ".old"):
+            # not ours to delete: another run may be writing there
+            logger.warning(
+                f"{left} was left by a run that was killed, or is one that still runs: "
+                + (
+                    "an unfinished model, delete it"
+                    if left.suffix == ".partial"
+                    else f"the model that was in {out} before"
+                )
+            )
     if not out.exists():
         return
     if not out.is_dir():
@@ -154,26 +171,55 @@ def check_output(out: Path, overwrite: bool) -> None:
         )
 
 
+def check_space(out: Path, model: str) -> None:
+    """
+    :param model: directory or hub id; where it is a directory, its weights tell how
+        much the pruned ones will take
+    :raises OSError: if they will not fit where `out` is to be
+    """
+    needed = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
+    folder = out.expanduser().absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"{folder} has {free / 1e9:.2f} GB free, and the pruned model needs "
+            f"{needed / 1e9:.2f}: make room, or choose another directory",
+        )
+
+
 @contextmanager
 def staged_directory(out: Path) -> Iterator[Path]:
     """
     A directory beside `out` that takes its place when the block ends well, and is
     removed when it does not: `out` is never half-written. What was in `out` is gone
     afterwards.
+
+    :raises OSError: naming the remedy where the disk is full
     """
     out = out.expanduser().absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    staging.mkdir()
+    run = uuid.uuid4().hex[:8]
+    staging = out.with_name(f".{out.name}.{run}.partial")
+    old = out.with_name(f".{out.name}.{run}.old")
     try:
+        staging.mkdir(parents=True)
         yield staging
         if out.exists():
             # The new one is complete by now, so a crash in here still loses nothing.
-            old = out.with_name(f".{out.name}.{os.getpid()}.old")
             out.rename(old)
-            staging.rename(out)
-            shutil.rmtree(old)
-        else:
-            staging.rename(out)
+        staging.rename(out)
+    except Exception as error:
+        if "No space left" not in str(error):  # the words of errno and of safetensors
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            f"{out} was not written, the disk is full ({error}): make room, or choose "
+            "another directory",
+        ) from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if old.exists() and not out.exists():
+            old.rename(out)
+        for leftover in (staging, old):
+            shutil.rmtree(leftover, ignore_errors=True)

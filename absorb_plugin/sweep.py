@@ -9,6 +9,7 @@ block is onloaded once per batch, whatever the number of trajectories.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -184,12 +185,12 @@ def replaced_forward(module: Module, forward: Callable) -> Iterator[None]:
     """Within the context `module` computes `forward`; hooks still fire."""
     missing = object()
     original = module.__dict__.get("forward", missing)
-    module.forward = forward
     try:
+        module.forward = forward
         yield
     finally:
         if original is missing:
-            del module.forward
+            module.__dict__.pop("forward", None)
         else:
             module.forward = original
 
@@ -222,7 +223,9 @@ def sweep(
     tail = Tail(model, blocks, head)
     with ExitStack() as stack:
         stack.enter_context(calibrating(model))
-        ride = stack.enter_context(_Ride(blocks, names, passengers, tail))
+        ride = _Ride(blocks, names, passengers, tail)
+        stack.push(ride)  # before it begins: an interrupt may come in between
+        ride.__enter__()
         count = 1 + sum(passenger.trajectories for passenger in passengers)
         for batch in tqdm(
             list(_within_memory(model, batches, count, memory)),
@@ -271,24 +274,25 @@ class _Ride:
     ) -> None:
         self._blocks, self._names = blocks, names
         self._passengers, self._tail = passengers, tail
-        self._handles: list = []
+        self._hooks = ExitStack()
         self._onloaded = ExitStack()
         self._listening = False
 
     def __enter__(self) -> "_Ride":
         for index, block in enumerate(self._blocks):
+            enter, leave = self._enter(index), self._leave(index)
             # Not HooksMixin.register_hook: those are asleep while we calibrate.
-            self._handles.append(
-                block.register_forward_pre_hook(self._enter(index), with_kwargs=True)
+            add_enter, add_leave = (
+                partial(block.register_forward_pre_hook, enter, with_kwargs=True),
+                partial(block.register_forward_hook, leave, with_kwargs=True),
             )
-            self._handles.append(
-                block.register_forward_hook(self._leave(index), with_kwargs=True)
-            )
+            # Both steps in one line: between two lines an interrupt may come.
+            self._hooks.callback(add_enter().remove)
+            self._hooks.callback(add_leave().remove)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._hooks.close()
         self._onloaded.close()
         for passenger in self._passengers:
             passenger.close()

@@ -1,7 +1,6 @@
 """Measurements kept on disk: the same bits, never a wrong one, never half a file."""
 
 import math
-import multiprocessing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -451,29 +450,3 @@ def test_a_directory_that_cannot_be_is_refused_first(
     with pytest.raises(ValueError, match=rf"{field}='.*cannot be written to \(Not a d"):
         runs.run(small(), recipe, tmp_path)
     assert not sweeps
-
-
-def _allocate_often(cache: Path, barrier: Any, results: Any) -> None:
-    torch.set_num_threads(1)
-    barrier.wait()
-    results.put([digest(allocate(cache, s).linear_sparsities()) for s in (0.5, 0.6)])
-
-
-def test_two_processes_share_a_directory(tmp_path: Path, logs: list[str]) -> None:
-    context = multiprocessing.get_context("fork")
-    barrier, results = context.Barrier(2), context.Queue()
-    workers = [
-        context.Process(target=_allocate_often, args=(tmp_path, barrier, results))
-        for _ in range(2)
-    ]
-    for worker in workers:
-        worker.start()
-    found = [results.get(timeout=60) for _ in workers]
-    for worker in workers:
-        worker.join()
-    expected = [digest(allocate(None, s).linear_sparsities()) for s in (0.5, 0.6)]
-    assert found == [expected, expected]
-    for sparsity in (0.5, 0.6):
-        allocate(tmp_path, sparsity)
-    assert not any(line.startswith("WARNING") for line in logs)
-    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors"}
