@@ -61,13 +61,16 @@ def continue_greedily(
     :param prompt: token ids
     :return: `steps` tokens, whether or not one of them ends the text
     """
-    text, gaps = list(prompt), []
+    tokens: list[int] = []
+    gaps: list[float] = []
+    ids, cache = torch.tensor([list(prompt)]), None
     for _ in range(steps):
-        logits = model(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1]
-        best = logits.float().log_softmax(-1).topk(2)
-        text.append(int(best.indices[0]))
+        output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+        best = output.logits[0, -1].float().log_softmax(-1).topk(2)
+        tokens.append(int(best.indices[0]))
         gaps.append(float(best.values[0] - best.values[1]))
-    return Continuation(text[len(prompt) :], gaps)
+        ids, cache = best.indices[None, :1], output.past_key_values
+    return Continuation(tokens, gaps)
 
 
 @torch.no_grad()

@@ -1,4 +1,8 @@
-"""The checkpoints that are served: SmolLM2-135M pruned by us, plain and quantised."""
+"""
+The checkpoints that are served: SmolLM2-135M pruned by us, plain and quantised.
+
+Few calibration tokens and one round of a fixed strength: what is judged is the serving.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,7 +10,7 @@ from pathlib import Path
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from llmcompressor.modifiers import Modifier
-from llmcompressor.modifiers.pruning import SparseGPTModifier
+from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,9 +20,10 @@ from absorb_plugin.prune import prune
 from absorb_plugin.text import calibration_samples, evaluation_windows
 
 SPARSITY = 0.5
-SAMPLES = 16
-SEQ_LEN = 128
+SAMPLES = 8
+SEQ_LEN = 64
 SEED = 0
+TEXT_LEN = 128  # tokens of a text that is judged
 
 PROMPTS = [
     "Python is a programming language that",
@@ -32,40 +37,43 @@ PROMPTS = [
 ]
 
 
-def quantizer(scheme: str) -> QuantizationModifier:
+def pruner(kind: type[Modifier]) -> Modifier:
+    return kind(sparsity=SPARSITY, targets=["Linear"], ignore=["re:.*lm_head"])
+
+
+def quantizer(scheme: str) -> Modifier:
     return QuantizationModifier(targets=["Linear"], ignore=["lm_head"], scheme=scheme)
 
 
-def four_bits() -> QuantizationModifier:
+def four_bits() -> Modifier:
     """W4A16 with groups of 64: SmolLM2's 576 columns are no multiple of 128."""
     weights = QuantizationArgs(num_bits=4, strategy="group", group_size=64)
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     return QuantizationModifier(config_groups={"group_0": scheme}, ignore=["lm_head"])
 
 
-# name -> modifiers behind the pruner
-QUANTIZERS: dict[str, Callable[[], list[Modifier]]] = {
-    "pruned": lambda: [],
-    "pruned + W8A8": lambda: [quantizer("W8A8")],
-    "pruned + W4A16": lambda: [four_bits()],
-    "pruned + FP8_DYNAMIC": lambda: [quantizer("FP8_DYNAMIC")],
+# name -> modifiers behind the allocation
+RECIPES: dict[str, Callable[[], list[Modifier]]] = {
+    "Wanda": lambda: [pruner(WandaPruningModifier)],
+    "SparseGPT + W8A8": lambda: [pruner(SparseGPTModifier), quantizer("W8A8")],
+    "SparseGPT + W4A16": lambda: [pruner(SparseGPTModifier), four_bits()],
+    "SparseGPT + FP8_DYNAMIC": lambda: [
+        pruner(SparseGPTModifier),
+        quantizer("FP8_DYNAMIC"),
+    ],
 }
 
 
 def make_checkpoint(name: str, out: Path) -> None:
-    """
-    One recipe: absorption -> SparseGPT -> quantizer, by the real `oneshot`. One round
-    of a fixed strength: what is judged here is the serving.
-    """
+    """One recipe, absorption -> pruner -> quantiser, through the real `oneshot`."""
     source = demo_model()
     tokenizer = AutoTokenizer.from_pretrained(source)
     samples = calibration_samples([demo_texts()[0]], tokenizer, SAMPLES, SEQ_LEN, SEED)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    allocation = AbsorptionAllocationModifier(allocator="owl", strength=0.1)
-    pruner = SparseGPTModifier(
-        sparsity=SPARSITY, targets=["Linear"], ignore=["re:.*lm_head"]
+    allocation = AbsorptionAllocationModifier(
+        allocator="owl", strength=0.1, signal_samples=2
     )
-    recipe = [allocation, pruner, *QUANTIZERS[name]()]
+    recipe = [allocation, *RECIPES[name]()]
     prune(model, tokenizer, recipe, samples, seed=SEED, output_dir=out)
 
 
@@ -75,5 +83,5 @@ def questions(checkpoint: Path, windows: int) -> tuple[list[list[int]], ...]:
     """
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-    texts = evaluation_windows([demo_texts()[1]], tokenizer, SEQ_LEN, windows)
+    texts = evaluation_windows([demo_texts()[1]], tokenizer, TEXT_LEN, windows)
     return prompts, texts

