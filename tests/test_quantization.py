@@ -1,0 +1,201 @@
+"""Pruning and quantisation in one recipe: what is zero stays zero."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import runs
+import tiny
+import torch
+import yaml
+from cli_fixtures import text_file  # noqa: F401  fixture
+from llmcompressor.core import reset_session
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.modifiers.transform.quip import QuIPModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+from llmcompressor.modifiers.transform.spinquant import SpinQuantModifier
+from llmcompressor.recipe import Recipe
+from loguru import logger
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from typer.testing import CliRunner
+
+from absorb_plugin.blocks import find_blocks
+from absorb_plugin.cli import app
+from absorb_plugin.evaluate import linear_sparsity
+
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "recipes"
+Masks = dict[str, torch.Tensor]
+
+
+def shipped(name: str) -> list[Modifier]:
+    """The quantiser of a shipped recipe."""
+    path = RECIPES / f"absorption_owl_sparsegpt_{name}.yaml"
+    return [Recipe.create_instance(str(path)).modifiers[-1]]
+
+
+def documented() -> list[Modifier]:
+    """The quantiser that docs/deploy.md shows for groups of 64 columns."""
+    text = (ROOT / "docs" / "deploy.md").read_text()
+    lines = text.split("```yaml\n")[1].split("```")[0]
+    return list(Recipe.create_instance(f"quantize_stage:\n{lines}").modifiers)
+
+
+def quantizer(scheme: str) -> Modifier:
+    return QuantizationModifier(targets=["Linear"], ignore=["lm_head"], scheme=scheme)
+
+
+def make_model() -> PreTrainedModel:
+    """Wide enough for groups of 128 columns."""
+    return tiny.make_model(
+        "llama", hidden_size=128, intermediate_size=128, num_hidden_layers=2
+    )
+
+
+def zeros_of(model: PreTrainedModel, names: Masks | None = None) -> Masks:
+    """
+    :param names: Linears to look at; by default those of the blocks
+    """
+    linears = {name: model.get_submodule(name) for name in names or {}}
+    linears = linears or find_blocks(model).linears()
+    return {name: linear.weight.detach() == 0 for name, linear in linears.items()}
+
+
+def lost(before: Masks, after: Masks) -> float:
+    """Share of the pruned weights that are not zero any more."""
+    count = sum(int((before[name] & ~after[name]).sum()) for name in before)
+    return count / sum(int(mask.sum()) for mask in before.values())
+
+
+def share(zeros: Masks) -> float:
+    return float(torch.cat([mask.flatten() for mask in zeros.values()]).float().mean())
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Masks:
+    """What the pruner makes zero when nothing stands behind it."""
+    model = make_model()
+    recipe = [runs.absorption(), runs.pruner("sparsegpt")]
+    runs.run(model, recipe, tmp_path_factory.mktemp("pruned"))
+    reset_session()
+    return zeros_of(model)
+
+
+@pytest.fixture
+def warnings() -> Iterator[list[str]]:
+    messages: list[str] = []
+    sink = logger.add(messages.append, level="WARNING", format="{message}")
+    yield messages
+    logger.remove(sink)
+
+
+CASES: dict[str, tuple[Callable[[], list[Modifier]], str, str]] = {
+    "w8a8": (lambda: shipped("w8a8"), "int-quantized", "independent"),
+    "w4a16": (lambda: shipped("w4a16"), "pack-quantized", "independent"),
+    "fp8": (lambda: shipped("fp8"), "float-quantized", "independent"),
+    "groups of 64": (documented, "pack-quantized", "independent"),
+    "one pass": (lambda: [quantizer("W4A16_ASYM")], "pack-quantized", "sequential"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_zeros_survive(case: str, pruned: Masks, tmp_path: Path) -> None:
+    modifiers, layout, pipeline = CASES[case]
+    model, out = make_model(), tmp_path / "out"
+    ours = runs.absorption(report_dir=str(tmp_path))
+    recipe = [ours, runs.pruner("sparsegpt"), *modifiers()]
+    runs.run(model, recipe, tmp_path, pipeline=pipeline, output_dir=str(out))
+
+    saved = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert saved["quant_method"] == "compressed-tensors"
+    assert saved["format"] == layout
+    (stage,) = yaml.safe_load((out / "recipe.yaml").read_text()).values()
+    assert [name for group in stage.values() for name in group] == [
+        "SparseGPTModifier",
+        "QuantizationModifier",
+    ]
+
+    stored = linear_sparsity(model)  # compressed in memory, as it was saved
+    reloaded = AutoModelForCausalLM.from_pretrained(out)
+    with torch.no_grad():
+        expected = model(**tiny.make_batch()).logits
+        logits = reloaded(**tiny.make_batch()).logits
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    zeros = zeros_of(reloaded, pruned)
+    assert lost(pruned, zeros) == 0
+    assert stored == pytest.approx(share(zeros))
+    assert stored < 0.9  # some are left
+
+    # the report is about the pruner, rounding to zero not counted
+    profile = json.loads((tmp_path / "profile.json").read_text())
+    assert profile["realised"] == pytest.approx(share(pruned))
+
+
+BEHIND: dict[str, tuple[Callable[[], list[Modifier]], bool]] = {
+    "QuantizationModifier": (lambda: [quantizer("W4A16")], False),
+    "SmoothQuantModifier": (
+        lambda: [SmoothQuantModifier(smoothing_strength=0.5), quantizer("W8A8")],
+        False,
+    ),
+    "AWQModifier": (lambda: [AWQModifier(), quantizer("W4A16")], False),
+    "GPTQModifier": (
+        lambda: [GPTQModifier(targets=["Linear"], ignore=["lm_head"], scheme="W4A16")],
+        True,
+    ),
+    "QuIPModifier": (
+        lambda: [QuIPModifier(rotations=["v", "u"], transform_type="hadamard")],
+        True,
+    ),
+    "SpinQuantModifier": (lambda: [SpinQuantModifier(rotations=["R1"])], True),
+}
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_what_destroys_zeros_is_warned_of(
+    name: str,
+    pruned: Masks,
+    warnings: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # AWQModifier pins its cache, which torch refuses where there is no accelerator
+    if not torch.accelerator.is_available():
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    modifiers, destroys = BEHIND[name]
+    model = make_model()
+    recipe = [runs.absorption(), runs.pruner("sparsegpt"), *modifiers()]
+    runs.run(model, recipe, tmp_path)
+    assert (lost(pruned, zeros_of(model, pruned)) > 0.001) == destroys
+    told = [message for message in warnings if "stands behind" in message]
+    assert len(told) == destroys
+    assert all(message.startswith(f"{name} stands behind") for message in told)
+
+
+def test_no_warning_where_gptq_stands_in_front(
+    warnings: list[str], tmp_path: Path
+) -> None:
+    gptq = GPTQModifier(targets=["Linear"], ignore=["lm_head"], scheme="W8A16")
+    model = tiny.make_model("llama", num_hidden_layers=2)
+    runs.run(model, [gptq, runs.absorption(), runs.pruner()], tmp_path)
+    assert not [message for message in warnings if "stands behind" in message]
+
+
+def test_absorb_prune(text_file: Path, tmp_path: Path) -> None:  # noqa: F811
+    dense, out = tmp_path / "dense", tmp_path / "out"
+    make_model().save_pretrained(dense)
+    tiny.make_tokenizer(bos=False).save_pretrained(dense)
+    recipe = RECIPES / "absorption_owl_sparsegpt_w4a16.yaml"
+    small = ["--text", str(text_file), "--seq-len", "16"]
+    command = ["prune", str(dense), "--recipe", str(recipe), "--out", str(out)]
+    done = CliRunner().invoke(app, [*command, *small, "--samples", "6", "--json"])
+    assert done.exit_code == 0, done.output
+    reloaded = AutoModelForCausalLM.from_pretrained(out)
+    share = json.loads(done.stdout)["sparsity"]
+    assert share == pytest.approx(linear_sparsity(reloaded))
+    assert share >= 0.599
+    done = CliRunner().invoke(app, ["eval", str(out), *small])
+    assert done.exit_code == 0, done.output
