@@ -1,14 +1,19 @@
 """What a pruned model is worth: perplexity, and the share of weights that are zero."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
 
 import torch
+from accelerate.utils import align_module_device
 from compressed_tensors.offload import get_execution_device
+from loguru import logger
+from rich.console import Console
+from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-__all__ = ["linear_sparsity", "perplexity"]
+__all__ = ["linear_sparsity", "perplexity", "render", "sparsity_if_known"]
 
 # Rows of logits that go through the float32 softmax at once: 64 MB per 256k vocabulary.
 ROWS = 64
@@ -79,15 +84,59 @@ def linear_sparsity(model: PreTrainedModel) -> float:
     """
     Share of zeros among the weights of all Linears except the output head.
 
-    :raises ValueError: if the model has no such Linear
+    :raises ValueError: if the model has no such Linear, or one whose weights are packed
     """
     head = model.get_output_embeddings()
     zeros, weights = 0, 0
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module is not head:
-            weight = module.weight
-            zeros += int((weight == 0).sum())
-            weights += weight.numel()
+            if not hasattr(module, "weight"):
+                raise ValueError(
+                    "the model's Linears hold packed weights, whose zeros cannot be "
+                    "counted"
+                )
+            # accelerate leaves a meta tensor in place of what it offloads
+            with align_module_device(module):
+                weight = module.weight
+                zeros += int((weight == 0).sum())
+                weights += weight.numel()
     if weights == 0:
         raise ValueError("the model has no Linear besides its output head")
     return zeros / weights
+
+
+def sparsity_if_known(model: PreTrainedModel) -> float | None:
+    """`linear_sparsity`; None, and a warning, where it cannot be counted."""
+    try:
+        return linear_sparsity(model)
+    except ValueError as error:
+        logger.warning(f"Sparsity unknown: {error}")
+        return None
+
+
+def render(result: Mapping[str, Any], file: TextIO) -> None:
+    """
+    Print the result of `absorb eval` for people: a line for the perplexity, a table of
+    the tasks.
+
+    :param result: `perplexity` and `tokens`, where there was a text, and per task an
+        object with `acc`, `acc_norm`, `stderr` and `n`
+    """
+    if "perplexity" in result:
+        line = "Perplexity {perplexity:.3f} over {tokens} tokens".format(**result)
+        print(line, file=file, flush=True)
+    tasks = {name: one for name, one in result.items() if isinstance(one, Mapping)}
+    if not tasks:
+        return
+    table = Table()
+    table.add_column("task", overflow="fold")
+    for column in ("items", "acc", "± stderr", "acc_norm"):
+        table.add_column(column, justify="right")
+    for name, one in tasks.items():
+        values = (one["acc"], one["stderr"], one["acc_norm"])
+        table.add_row(name, str(one["n"]), *map(_four_digits, values))
+    Console(file=file).print(table)
+
+
+def _four_digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

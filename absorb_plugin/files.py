@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-__all__ = ["write_whole"]
+__all__ = ["check_file", "write_whole"]
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -14,3 +14,17 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_file(path: Path, option: str) -> None:
+    """
+    To be asked before minutes are spent on what will be written to `path`.
+
+    :param option: that named it, for the message
+    :raises IsADirectoryError: if `path` is a directory
+    :raises NotADirectoryError: if its parent is missing or no directory
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{option} {path} is a directory: name a file in it")
+    if not path.absolute().parent.is_dir():
+        raise NotADirectoryError(f"{option} {path}: {path.parent} is no directory")
