@@ -6,6 +6,7 @@ errors) to stderr. Modules that need torch are imported inside the commands.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -167,6 +168,12 @@ def prune(
 @app.command("eval")
 def evaluate(
     model: Model,
+    more: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[FILE]...", help="More task files: --tasks tasks/*.jsonl works."
+        ),
+    ] = None,
     text: Text = None,
     dataset: DatasetName = None,
     split: Split = "test",
@@ -175,24 +182,97 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="First windows of the text; by default all."),
     ] = None,
+    tasks: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="Zero-shot task, JSON lines. May be repeated."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="First items of every task; by default all."),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Sequences of the tasks per forward pass.")
+    ] = 8,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Save the result, for `absorb compare`."),
+    ] = None,
     dtype: DtypeOption = Dtype.auto,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Perplexity of MODEL over windows of a text."""
+    """Perplexity of MODEL over windows of a text, and its accuracy on tasks."""
     with command(debug) as stdout:
-        from absorb_plugin.evaluate import perplexity
+        from absorb_plugin import evaluate as evaluation
+        from absorb_plugin.compare import save_result
+        from absorb_plugin.files import check_file
+        from absorb_plugin.prune import load_config
+        from absorb_plugin.tasks import encode_tasks, evaluate_tasks, read_tasks
         from absorb_plugin.text import evaluation_windows
 
-        documents, tokenizer = read_inputs(model, text, dataset, split, seq_len, dtype)
-        tokens = evaluation_windows(documents, tokenizer, seq_len, count=windows)
-        value, count = perplexity(load_model(model, dtype.value), tokens)
-        show(
-            stdout,
-            {"perplexity": value, "tokens": count},
-            as_json,
-            "Perplexity {perplexity:.3f} over {tokens} tokens",
+        # All that can be wrong with the arguments comes before the model is loaded.
+        if more and not tasks:
+            raise ValueError(f"{more[0]}: name task files behind --tasks")
+        if not (text or dataset or tasks):
+            raise ValueError("nothing to do: give --text, --dataset or --tasks")
+        if out is not None:
+            check_file(out, "--out")
+        read = read_tasks([*(tasks or []), *(more or [])], limit)
+        documents, tokenizer = read_inputs(
+            model, text, dataset, split, seq_len, dtype, optional=bool(read)
         )
+        tokens: list[list[int]] = []
+        if documents:
+            tokens = evaluation_windows(documents, tokenizer, seq_len, count=windows)
+        encoded = encode_tasks(read, tokenizer, load_config(model))
+        loaded = load_model(model, dtype.value)
+        sparsity = evaluation.sparsity_if_known(loaded) if out else None
+        result: dict[str, Any] = {}
+        if tokens:
+            value, count = evaluation.perplexity(loaded, tokens)
+            result = {"perplexity": value, "tokens": count}
+        for name, found in evaluate_tasks(loaded, encoded, batch_size).items():
+            result[name] = dataclasses.asdict(found)
+        if out is not None:
+            save_result(out, model, sparsity, result)
+        if as_json:
+            show(stdout, result, as_json)
+        else:
+            evaluation.render(result, stdout)
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...",
+            help="Directory with profile.json (or report/) and eval*.json in it, or a "
+            "JSON file of `absorb eval`.",
+        ),
+    ],
+    figure: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw a figure, PNG.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Perplexity, accuracies and realised sparsity of runs, side by side."""
+    with command(debug) as stdout:
+        from absorb_plugin import compare as comparison
+        from absorb_plugin.files import check_file, replace_file
+
+        if figure is not None:
+            check_file(figure, "--figure")
+        table = comparison.read_runs(runs)
+        if figure is not None:
+            replace_file(figure, comparison.draw(table))
+        if as_json:
+            show(stdout, comparison.as_dict(table), as_json)
+        else:
+            comparison.render(table, stdout)
 
 
 @app.command()
@@ -278,13 +358,13 @@ def profile(
     """Measure how MODEL absorbs or amplifies noise, over depth and over η."""
     with command(debug) as stdout:
         from absorb_plugin import dose
-        from absorb_plugin.files import replace_file
+        from absorb_plugin.files import check_file, replace_file
         from absorb_plugin.report.dose_figure import draw_doses
         from absorb_plugin.text import calibration_samples
 
         magnitudes = dose.parse_magnitudes(eta)
-        if figure is not None and not figure.absolute().parent.is_dir():
-            raise ValueError(f"--figure {figure}: its directory does not exist")
+        if figure is not None:
+            check_file(figure, "--figure")
         documents, tokenizer = read_inputs(model, text, dataset, split, seq_len, dtype)
         data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
         found = dose.measure_doses(
@@ -439,17 +519,23 @@ def read_inputs(
     split: str,
     seq_len: int,
     dtype: Dtype,
+    optional: bool = False,
 ) -> tuple[list[str], Any]:
     """
     Documents and tokenizer. All that can be wrong with either, or with the length of a
     window, is found here, before the model's weights are loaded.
+
+    :param optional: that neither text nor dataset is given means no documents
     """
     from absorb_plugin.prune import check_length, load_config
     from absorb_plugin.text import read_documents
 
-    documents = read_documents(text, dataset, split)
+    documents: list[str] = []
+    if text is not None or dataset is not None or not optional:
+        documents = read_documents(text, dataset, split)
     config = load_config(model)
-    check_length(config, seq_len)
+    if documents:
+        check_length(config, seq_len)
     warn_if_slow(config, dtype)
     return documents, load_tokenizer(model)
 

@@ -1,17 +1,22 @@
 """What a pruned model is worth: perplexity, and the share of weights that are zero."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
 
 import torch
+from accelerate.utils import align_module_device
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.offload import get_execution_device
 from compressed_tensors.quantization import QuantizationStatus
 from compressed_tensors.utils import get_direct_state_dict
+from loguru import logger
+from rich.console import Console
+from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-__all__ = ["linear_sparsity", "perplexity"]
+__all__ = ["linear_sparsity", "perplexity", "render", "sparsity_if_known"]
 
 # Rows of logits that go through the float32 softmax at once: 64 MB per 256k vocabulary.
 ROWS = 64
@@ -84,15 +89,17 @@ def linear_sparsity(model: PreTrainedModel) -> float:
     that was saved in a quantised format it is the share among the dequantised weights,
     so it counts those that rounding made zero as well.
 
-    :raises ValueError: if the model has no such Linear
+    :raises ValueError: if the model has no such Linear, or one whose weights are packed
     """
     head = model.get_output_embeddings()
     zeros, weights = 0, 0
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module is not head:
-            weight = _dense_weight(module)
-            zeros += int((weight == 0).sum())
-            weights += weight.numel()
+            # accelerate leaves a meta tensor in place of what it offloads
+            with align_module_device(module):
+                weight = _dense_weight(module)
+                zeros += int((weight == 0).sum())
+                weights += weight.numel()
     if weights == 0:
         raise ValueError("the model has no Linear besides its output head")
     return zeros / weights
@@ -102,7 +109,48 @@ def _dense_weight(linear: torch.nn.Linear) -> torch.Tensor:
     """`oneshot` leaves the model compressed in memory when it has saved it so."""
     status = getattr(linear, "quantization_status", None)
     if status != QuantizationStatus.COMPRESSED:
+        if not hasattr(linear, "weight"):
+            raise ValueError(
+                "the model's Linears hold packed weights, whose zeros cannot be counted"
+            )
         return linear.weight
-    scheme = linear.quantization_scheme
+    scheme: Any = linear.quantization_scheme
     compressor = BaseCompressor.get_value_from_registry(scheme.format.value)
     return compressor.decompress(get_direct_state_dict(linear), scheme)["weight"]
+
+
+def sparsity_if_known(model: PreTrainedModel) -> float | None:
+    """`linear_sparsity`; None, and a warning, where it cannot be counted."""
+    try:
+        return linear_sparsity(model)
+    except ValueError as error:
+        logger.warning(f"Sparsity unknown: {error}")
+        return None
+
+
+def render(result: Mapping[str, Any], file: TextIO) -> None:
+    """
+    Print the result of `absorb eval` for people: a line for the perplexity, a table of
+    the tasks.
+
+    :param result: `perplexity` and `tokens`, where there was a text, and per task an
+        object with `acc`, `acc_norm`, `stderr` and `n`
+    """
+    if "perplexity" in result:
+        line = "Perplexity {perplexity:.3f} over {tokens} tokens".format(**result)
+        print(line, file=file, flush=True)
+    tasks = {name: one for name, one in result.items() if isinstance(one, Mapping)}
+    if not tasks:
+        return
+    table = Table()
+    table.add_column("task", overflow="fold")
+    for column in ("items", "acc", "± stderr", "acc_norm"):
+        table.add_column(column, justify="right")
+    for name, one in tasks.items():
+        values = (one["acc"], one["stderr"], one["acc_norm"])
+        table.add_row(name, str(one["n"]), *map(_four_digits, values))
+    Console(file=file).print(table)
+
+
+def _four_digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

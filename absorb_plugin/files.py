@@ -4,7 +4,7 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["check_writable", "replace_file"]
+__all__ = ["check_file", "check_writable", "replace_file"]
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -41,3 +41,17 @@ def check_writable(field: str, directory: str) -> None:
             f"{field}={directory!r} cannot be written to ({error.strerror}): name "
             "another directory, or leave the field out"
         ) from error
+
+
+def check_file(path: Path, option: str) -> None:
+    """
+    To be asked before minutes are spent on what will be written to `path`.
+
+    :param option: that named it, for the message
+    :raises IsADirectoryError: if `path` is a directory
+    :raises NotADirectoryError: if its parent is missing or no directory
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{option} {path} is a directory: name a file in it")
+    if not path.absolute().parent.is_dir():
+        raise NotADirectoryError(f"{option} {path}: {path.parent} is no directory")

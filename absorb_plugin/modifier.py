@@ -100,7 +100,8 @@ class AbsorptionAllocationModifier(Modifier):
     :param max_sparsity: no block is pruned beyond it
     :param sweep_memory: bytes that the hidden states of a probe may take; batches are
         split to stay below
-    :param report_dir: where to write profile.json and profile.png; None for no report
+    :param report_dir: where to write profile.json, profile.png and report.html; None
+        for no report
     :param profile_cache: directory where measurements are kept as they complete, for a
         run that repeats this one after an interruption, or at another sparsity; None
         to keep nothing
@@ -140,6 +141,7 @@ class AbsorptionAllocationModifier(Modifier):
     _blocks: BlockMap = PrivateAttr()
     _peers: list[peers.Peer] = PrivateAttr(default_factory=list)
     _reports: list[Report] = PrivateAttr(default_factory=list)
+    _recipe: str = PrivateAttr(default="")
 
     def base_allocator(self) -> Allocator:
         """
@@ -153,6 +155,11 @@ class AbsorptionAllocationModifier(Modifier):
             )
         return allocator
 
+    @property
+    def recipe(self) -> str:
+        """The recipe of the run as the user wrote it, for the report."""
+        return self._recipe
+
     @field_validator("report_dir", "profile_cache", mode="before")
     def validate_directory(cls, value: str | Path | None) -> str | None:
         return None if value is None else str(value)
@@ -164,6 +171,7 @@ class AbsorptionAllocationModifier(Modifier):
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         self.base_allocator()
         self._blocks = find_blocks(state.model, kwargs.get("sequential_targets"))
+        self._recipe = peers.recipe_text()  # before anything in it is changed
         self._peers = peers.find_peers(
             self, state.model, self._blocks, self.ignore, self.max_sparsity
         )

@@ -10,8 +10,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
 import torch
+import yaml
 from compressed_tensors.utils import match_named_modules, match_targets
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
@@ -26,7 +28,10 @@ from transformers import PreTrainedModel
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.budget import check_budget
 
-__all__ = ["Peer", "find_peers", "forget"]
+__all__ = ["Peer", "find_peers", "forget", "recipe_text"]
+
+# Fields that llm-compressor fills in by itself.
+HOUSEKEEPING = {"index", "group", "start", "end", "update"}
 
 # What they do to a weight that was pruned, measured in tests/test_quantization.py. By
 # name: their modules moved between the versions of llm-compressor that we support.
@@ -133,6 +138,26 @@ def find_peers(
         )
     _warn_of_lost_zeros(behind[behind.index(found[0]) + 1 :], found[0])
     return [_resolve(other, model, blocks, ignore, max_sparsity) for other in found]
+
+
+def recipe_text() -> str:
+    """
+    The active recipe as YAML, with the fields that the user has set. Call it in
+    `on_initialize`, before `find_peers`.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for modifier in active_session().lifecycle.recipe.modifiers:
+        fields = modifier.model_dump(
+            mode="json", exclude_unset=True, exclude=HOUSEKEEPING
+        )
+        name = type(modifier).__name__
+        # Of two modifiers of one class in one group, one would be lost.
+        twins = sum(name in group for group in groups.values())
+        group = f"prune_{twins + 1}_modifiers" if twins else "prune_modifiers"
+        groups.setdefault(group, {})[name] = {
+            key: value for key, value in fields.items() if not key.endswith("_")
+        }
+    return yaml.safe_dump({"prune_stage": groups}, sort_keys=False, allow_unicode=True)
 
 
 def forget(modifier: Modifier) -> None:

@@ -87,4 +87,4 @@ def test_a_figure_that_cannot_be_written_is_refused_first(
     line = error_of(
         "profile", model_dir, "--text", text_file, "--figure", tmp_path / "no" / "a.png"
     )
-    assert "--figure" in line and "does not exist" in line
+    assert "--figure" in line and "is no directory" in line

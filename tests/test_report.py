@@ -8,17 +8,22 @@ from typing import Any
 import pytest
 import runs
 import tiny
+import yaml
+from llmcompressor.recipe import Recipe
 from matplotlib.image import imread
 
 from absorb_plugin import files
 from absorb_plugin.report import profile as report_profile
 from absorb_plugin.report.figure import draw
+from absorb_plugin.report.page import render
 
 KEYS = {
     "schema_version",
     "model",
     "pruner",
     "calibration",
+    "recipe",
+    "command",
     "settings",
     "noise",
     "search",
@@ -59,6 +64,7 @@ def test_report_of_a_whole_run(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == [
         "profile.json",
         "profile.png",
+        "report.html",
     ]
     image = imread(io.BytesIO((folder / "profile.png").read_bytes()))
     assert image.ndim == 3 and image.std() > 0
@@ -69,8 +75,32 @@ def test_report_of_a_whole_run(tmp_path: Path) -> None:
     assert profile["model"]["class"] == "LlamaForCausalLM"
     assert profile["model"]["dtype"] == "float32"
     assert profile["pruner"] == "WandaPruningModifier"
-    assert profile["calibration"] == {"samples": 6, "tokens": 6 * 16}
+    assert profile["calibration"] == {
+        "samples": 6,
+        "tokens": 6 * 16,
+        "longest": 16,
+    }
     assert profile["settings"]["allocator"] == "owl"
+    # what the user wrote, not what became of it
+    assert yaml.safe_load(profile["recipe"]) == {
+        "prune_stage": {
+            "prune_modifiers": {
+                "AbsorptionAllocationModifier": {
+                    **runs.QUICK,
+                    "strength": "auto",
+                    "rounds": 2,
+                    "report_dir": str(folder),
+                },
+                "WandaPruningModifier": {
+                    "sparsity": 0.5,
+                    "targets": ["Linear"],
+                    "ignore": ["re:.*lm_head"],
+                },
+            }
+        }
+    }
+    assert profile["command"] is None  # pytest's own is not ours to publish
+    assert (folder / "report.html").read_text() == render(profile)
     assert profile["settings"]["noise_seed"] == 0
     assert profile["noise"]["magnitude"] == ours.noise_magnitude
     assert profile["budget"] == 0.5
@@ -94,6 +124,10 @@ def test_report_of_a_whole_run(tmp_path: Path) -> None:
         own = sum(sum(rows) for rows in counts.values())
         size = sum(model.get_submodule(name).weight.numel() for name in names)
         assert block["parameters"] == size
+        for name, linear in block["linears"].items():
+            rows = counts[f"{block['name']}.{name}"]
+            expected = sum(rows) / linear["parameters"]
+            assert linear["realised_sparsity"] == pytest.approx(expected)
         assert block["realised_sparsity"] == pytest.approx(own / size, abs=1e-12)
         # Wanda takes int(columns · s): under one weight per row below the target
         assert 0 <= block["sparsity"] - block["realised_sparsity"] < 1 / 32
@@ -160,6 +194,10 @@ def test_two_peers_share_nothing_but_the_modifier(
     runs.run(model, [ours, attention, mlp], tmp_path)
     first = strict_json(tmp_path / "profile.json")
     second = strict_json(tmp_path / "profile_2.json")
+    pages = [(tmp_path / f"report{n}.html").read_text() for n in ("", "_2")]
+    assert "WandaPruningModifier at 30%" in pages[0]
+    assert "SparseGPTModifier at 60%" in pages[1]
+    assert 'href="profile_2.json"' in pages[1]
     assert first["pruner"] == "WandaPruningModifier"
     assert second["pruner"] == "SparseGPTModifier"
     for profile, part, budget in ((first, "self_attn", 0.3), (second, "mlp", 0.6)):
@@ -189,3 +227,32 @@ def test_files_are_replaced_whole_or_not_at_all(
     files.replace_file(path, b"new")
     assert path.read_bytes() == b"new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["profile.json"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["/bin/absorb", "prune", "a b", "--out", "c"], "absorb prune 'a b' --out c"),
+        (["train.py", "--token", "secret"], None),
+    ],
+)
+def test_only_our_own_command_is_told(
+    argv: list[str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", argv)
+    assert report_profile.command_line() == expected
+
+
+def test_two_modifiers_of_one_class_are_both_in_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_profile, "draw", lambda profile: b"")
+    ours = runs.absorption(strength=0, allocator="uniform", report_dir=tmp_path)
+    parts = [
+        runs.pruner(sparsity=s, targets=[rf"re:.*{part}\..*_proj$"])
+        for s, part in ((0.3, "self_attn"), (0.6, "mlp"))
+    ]
+    model = tiny.make_model("llama", num_hidden_layers=2)
+    runs.run(model, [ours, *parts], tmp_path)
+    recipe = Recipe.create_instance(strict_json(tmp_path / "profile.json")["recipe"])
+    assert [modifier.sparsity for modifier in recipe.modifiers[1:]] == [0.3, 0.6]

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shlex
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +19,7 @@ from absorb_plugin.calibration import Batch, token_mask
 from absorb_plugin.files import replace_file
 from absorb_plugin.peers import Peer
 from absorb_plugin.report.figure import draw
+from absorb_plugin.report.page import render
 
 if TYPE_CHECKING:
     from absorb_plugin.modifier import AbsorptionAllocationModifier
@@ -51,18 +54,23 @@ class Report:
         self._peer, self._allocation = peer, allocation
         self._samples = sum(len(batch["input_ids"]) for batch in batches)
         self._tokens = sum(int(token_mask(batch).sum()) for batch in batches)
-        self._name = "profile" if number == 0 else f"profile_{number + 1}"
+        self._longest = max(batch["input_ids"].shape[-1] for batch in batches)
+        self._suffix = "" if number == 0 else f"_{number + 1}"
         self._realised: dict[str, float] = {}
+        self._linear_realised: dict[str, float] = {}
 
     def measure_realised(self) -> None:
         """Count the zeros that the pruning modifier left in every block."""
         for index in self._allocation.blocks.prunable:
             block = self._allocation.blocks.blocks[index]
-            zeros = sum(
-                int((linear.weight.detach() == 0).sum())
-                for linear in block.linears.values()
-            )
-            self._realised[block.name] = zeros / block.parameters
+            zeros = {
+                name: int((linear.weight.detach() == 0).sum())
+                for name, linear in block.linears.items()
+            }
+            self._realised[block.name] = sum(zeros.values()) / block.parameters
+            for name, count in zeros.items():
+                share = count / linear_parameters(block.linears[name])
+                self._linear_realised[block.full_name(name)] = share
         self._log()
 
     def profile(self) -> dict[str, Any]:
@@ -87,7 +95,13 @@ class Report:
                 "dtype": str(self._model.dtype).removeprefix("torch."),
             },
             "pruner": self._peer.name,
-            "calibration": {"samples": self._samples, "tokens": self._tokens},
+            "calibration": {
+                "samples": self._samples,
+                "tokens": self._tokens,
+                "longest": self._longest,
+            },
+            "recipe": settings.recipe,
+            "command": command_line(),
             "settings": settings.model_dump(
                 exclude={"index", "group", "start", "end", "update"}
                 | {name for name in type(settings).model_fields if name.endswith("_")}
@@ -158,6 +172,7 @@ class Report:
                 entry["linears"][name] = {
                     "parameters": linear_parameters(linear),
                     "sparsity": targets[full],
+                    "realised_sparsity": self._linear_realised.get(full),
                 }
                 if full in allocation.base.linear_metrics:
                     metric = float(allocation.base.linear_metrics[full])
@@ -167,17 +182,21 @@ class Report:
 
     def write(self, directory: str | None) -> None:
         """
-        Write NAME.json and NAME.png, whole or not at all. Where that fails, a warning:
-        hours of pruning must not be lost for want of room for a report.
+        Write profile.json, profile.png and report.html, whole or not at all. Where that
+        fails, a warning: hours of pruning must not be lost for want of room for a
+        report.
         """
         if directory is None:
             return
         folder = Path(directory)
         profile = self.profile()
         text = json.dumps(profile, indent=1, allow_nan=False)
+        name = f"profile{self._suffix}"
         try:
-            replace_file(folder / f"{self._name}.json", text.encode())
-            replace_file(folder / f"{self._name}.png", draw(profile))
+            replace_file(folder / f"{name}.json", text.encode())
+            replace_file(folder / f"{name}.png", draw(profile))
+            page = render(profile, name).encode()
+            replace_file(folder / f"report{self._suffix}.html", page)
         except OSError as error:
             logger.warning(
                 f"report_dir: the report could not be written to {directory} "
@@ -192,6 +211,18 @@ class Report:
             f"{profile['budget']:.4f} asked for; blocks "
             f"{min(self._realised.values()):.3f} … {max(self._realised.values()):.3f}"
         )
+
+
+def command_line() -> str | None:
+    """
+    The command, if it is ours. The arguments of somebody else's script are not for us
+    to publish.
+    """
+    main = getattr(sys.modules["__main__"], "__spec__", None)
+    by_module = main is not None and main.name == "absorb_plugin.cli"
+    if by_module or Path(sys.argv[0]).name == "absorb":
+        return shlex.join(["absorb", *sys.argv[1:]])
+    return None
 
 
 def _plain(values: Any) -> list[float | None]:

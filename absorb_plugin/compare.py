@@ -1,0 +1,309 @@
+"""Runs side by side: perplexity, accuracies and realised sparsity."""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from loguru import logger
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from absorb_plugin.files import replace_file
+from absorb_plugin.report.profile import SCHEMA_VERSION
+
+__all__ = ["Run", "as_dict", "draw", "read_runs", "render", "save_result"]
+
+BAR, LINE = "#1f5fbf", "#8a8f98"
+TASK_COLOURS = ("#1f5fbf", "#c2570c", "#0f7b6c", "#8a3ffc", "#b5179e", "#6b6f76")
+MARKERS = "osD^vP"
+# Beyond this ratio bars of perplexity only show the largest.
+LOGARITHMIC = 20
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    What is known of one run; None for what is not.
+
+    :param allocation: base allocator, and whether it was corrected
+    :param budget: the sparsity asked for
+    :param sparsity: counted in the model that was evaluated, else in the report
+    :param tokens: that the perplexity is over
+    :param tasks: name -> `acc`, `acc_norm`, `stderr`, `n`
+    """
+
+    name: str
+    model: str | None = None
+    pruner: str | None = None
+    allocation: str | None = None
+    budget: float | None = None
+    sparsity: float | None = None
+    perplexity: float | None = None
+    tokens: int | None = None
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def save_result(
+    path: Path, model: str, sparsity: float | None, result: Mapping[str, Any]
+) -> None:
+    """
+    :param path: file for `read_runs`
+    :param model: directory or hub id that was evaluated
+    :param sparsity: share of zeros in its Linears
+    :param result: what `absorb eval --json` prints
+    """
+    whole = {"model": model, "sparsity": sparsity, **result}
+    replace_file(path, json.dumps(whole, indent=1, allow_nan=False).encode())
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """
+    :param paths: directories that hold profile.json (themselves or in `report/`),
+        eval*.json, or both; or single files of either kind
+    :raises FileNotFoundError: if there is no such file or directory
+    :raises ValueError: if one holds neither, or files contradict each other
+    """
+    runs = [_read_run(path, name) for path, name in zip(paths, _names(paths))]
+    _warn_of_different_measures(runs)
+    return runs
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The last part of each path, or the whole where that does not tell them apart."""
+    short = [path.stem if path.is_file() else path.resolve().name for path in paths]
+    return [
+        name if short.count(name) == 1 else str(path)
+        for path, name in zip(paths, short, strict=True)
+    ]
+
+
+def _read_run(path: Path, name: str) -> Run:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such run")
+    files = [path] if path.is_file() else _files_of(path)
+    contents = {file: _read_json(file) for file in files}
+    profiles = {f: x for f, x in contents.items() if "schema_version" in x}
+    results = [(f, x) for f, x in contents.items() if f not in profiles]
+    fields: dict[str, Any] = {"tasks": {}}
+    for file, profile in profiles.items():
+        if profile["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(
+                f"{file}: schema_version {profile['schema_version']}, this version "
+                f"reads {SCHEMA_VERSION}"
+            )
+    if profiles:
+        fields |= _from_profiles(list(profiles.values()))
+    for file, result in results:
+        _add_result(fields, file, result)
+    return Run(name, **fields)
+
+
+def _files_of(folder: Path) -> list[Path]:
+    profiles = sorted(folder.glob("profile*.json"))
+    if not profiles:
+        profiles = sorted((folder / "report").glob("profile*.json"))
+    found = [*profiles, *sorted(folder.glob("eval*.json"))]
+    if not found:
+        raise ValueError(
+            f"{folder} holds neither profile.json (also sought in report/) nor "
+            f"eval*.json. Make one: absorb eval {folder} ... --out {folder}/eval.json"
+        )
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return content
+
+
+def _from_profiles(profiles: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One profile per pruning modifier; shares are weighted by their weights."""
+    first = profiles[0]
+    sizes = [sum(b["parameters"] for b in profile["blocks"]) for profile in profiles]
+    realised = [profile["realised"] for profile in profiles]
+    settings = first["settings"]
+    corrected = " + absorption" if settings["strength"] != 0 else ""
+    return {
+        "model": first["model"]["name_or_path"] or first["model"]["class"],
+        "pruner": ", ".join(dict.fromkeys(profile["pruner"] for profile in profiles)),
+        "allocation": settings["allocator"] + corrected,
+        "budget": float(np.average([p["budget"] for p in profiles], weights=sizes)),
+        # null until the run is finished
+        "sparsity": None
+        if None in realised
+        else float(np.average(realised, weights=sizes)),
+    }
+
+
+def _add_result(fields: dict[str, Any], file: Path, result: Mapping[str, Any]) -> None:
+    tasks = {
+        key: value
+        for key, value in result.items()
+        if isinstance(value, dict) and {"acc", "n"} <= value.keys()
+    }
+    if "perplexity" not in result and not tasks:
+        raise ValueError(f"{file} is no result of `absorb eval` and no profile.json")
+    measures = ("perplexity", "tokens")
+    twice = [key for key in measures if key in result and key in fields]
+    twice += [key for key in tasks if key in fields["tasks"]]
+    if twice:
+        raise ValueError(
+            f"{file}: another file of the run has {twice[0]!r} as well; remove one"
+        )
+    fields["tasks"] |= tasks
+    fields |= {key: result[key] for key in measures if key in result}
+    for key in ("model", "sparsity"):
+        if result.get(key) is not None:
+            fields[key] = result[key]
+
+
+def _warn_of_different_measures(runs: Sequence[Run]) -> None:
+    """Numbers over different texts or items cannot be compared."""
+    counts: dict[str, set[int]] = {}
+    for run in runs:
+        if run.tokens is not None:
+            counts.setdefault("the perplexity", set()).add(run.tokens)
+        for name, task in run.tasks.items():
+            counts.setdefault(f"task {name!r}", set()).add(task["n"])
+    for what, found in counts.items():
+        if len(found) > 1:
+            logger.warning(
+                f"Runs differ in what {what} is over: {sorted(found)} tokens or items"
+            )
+
+
+def as_dict(runs: Sequence[Run]) -> dict[str, Any]:
+    """What `absorb compare --json` prints."""
+    return {"runs": [asdict(run) for run in runs]}
+
+
+def _task_names(runs: Sequence[Run]) -> list[str]:
+    return list(dict.fromkeys(name for run in runs for name in run.tasks))
+
+
+def render(runs: Sequence[Run], file: TextIO) -> None:
+    """Print the runs as a table for people."""
+    tasks = _task_names(runs)
+    table = Table(caption="accuracy ± standard error; norm: by length of the choice")
+    if not tasks:
+        table.caption = None
+    table.add_column("run", overflow="fold")
+    table.add_column("allocation", overflow="fold")
+    for column in ("sparsity", "perplexity", *tasks):
+        table.add_column(column, justify="right", overflow="fold")
+    for run in runs:
+        table.add_row(
+            run.name,
+            run.allocation or "",
+            "" if run.sparsity is None else f"{run.sparsity:.4f}",
+            "" if run.perplexity is None else f"{run.perplexity:.2f}",
+            *(_accuracy(run.tasks.get(name)) for name in tasks),
+        )
+    Console(file=file).print(table)
+
+
+def _accuracy(task: Mapping[str, Any] | None) -> str:
+    if task is None:
+        return ""
+    text = f"{task['acc']:.3f}"
+    if task.get("stderr") is not None:
+        text += f" ± {task['stderr']:.3f}"
+    if task.get("acc_norm") is not None:
+        text += f"\nnorm {task['acc_norm']:.3f}"
+    return text
+
+
+def draw(runs: Sequence[Run]) -> bytes:
+    """
+    :return: a PNG with a panel for each of sparsity, perplexity and accuracy that any
+        run has
+    """
+    panels = []
+    if any(run.sparsity is not None for run in runs):
+        panels.append(_draw_sparsity)
+    if any(run.perplexity is not None for run in runs):
+        panels.append(_draw_perplexity)
+    if _task_names(runs):
+        panels.append(_draw_accuracy)
+    if not panels:
+        raise ValueError("--figure: no run has anything to draw")
+    rows = max(2.0, 0.45 * len(runs) + 1.2)
+    figure = Figure(figsize=(1.5 + 3.6 * len(panels), rows), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
+    for ax, panel in zip(axes, panels, strict=True):
+        panel(ax, runs)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(runs)), [run.name for run in runs])
+    axes[0].set_ylim(len(runs) - 0.5, -0.5)  # the first run on top
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def _bars(
+    ax: Axes, values: Sequence[float | None], digits: str, dots: bool = False
+) -> None:
+    """Bars with their values behind them; dots where a bar would have no foot."""
+    known = [(row, value) for row, value in enumerate(values) if value is not None]
+    rows, widths = [row for row, _ in known], [value for _, value in known]
+    if dots:
+        ax.plot(widths, rows, "o", color=BAR)
+    else:
+        ax.barh(rows, widths, color=BAR, height=0.6)
+    for row, value in known:
+        ax.annotate(
+            format(value, digits),
+            (value, row),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
+    ax.margins(x=0.25)
+
+
+def _draw_sparsity(ax: Axes, runs: Sequence[Run]) -> None:
+    _bars(ax, [run.sparsity for run in runs], ".3f")
+    ax.set(title="realised sparsity", xlim=(0, 1))
+
+
+def _draw_perplexity(ax: Axes, runs: Sequence[Run]) -> None:
+    values = [run.perplexity for run in runs]
+    known = [value for value in values if value is not None]
+    logarithmic = max(known) > LOGARITHMIC * min(known)
+    _bars(ax, values, ".2f", dots=logarithmic)
+    ax.set(
+        title="perplexity (lower is better)",
+        xscale="log" if logarithmic else "linear",
+    )
+
+
+def _draw_accuracy(ax: Axes, runs: Sequence[Run]) -> None:
+    names = _task_names(runs)
+    for number, name in enumerate(names):
+        offset = 0.5 * ((number + 0.5) / len(names) - 0.5)
+        found = [(row, r.tasks[name]) for row, r in enumerate(runs) if name in r.tasks]
+        ax.errorbar(
+            [task["acc"] for _, task in found],
+            [row + offset for row, _ in found],
+            xerr=[task.get("stderr") or 0.0 for _, task in found],
+            fmt=MARKERS[number % len(MARKERS)],
+            color=TASK_COLOURS[number % len(TASK_COLOURS)],
+            markersize=5,
+            label=name,
+        )
+    ax.set(title="accuracy ± standard error")
+    ax.grid(axis="x", color=LINE, alpha=0.3, linewidth=0.5)
+    ax.margins(x=0.15)
+    ax.legend(frameon=False, fontsize=8, loc="best")

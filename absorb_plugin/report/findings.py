@@ -1,0 +1,98 @@
+"""What a reader of a report should be told before he trusts its numbers."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absorb_plugin.absorption import FLOOR_MARGIN
+
+__all__ = ["findings"]
+
+# Wanda leaves up to one weight per row too many: 1/576 in a small model.
+TOLERANCE = 5e-3
+NAMED = 4
+
+
+def findings(profile: Mapping[str, Any]) -> list[str]:
+    """
+    :param profile: from `Report.profile`
+    :return: sentences, each about something that is not as one would expect
+    """
+    parts = (_correction, _noise, _cap, _unfinished, _dense, _missed)
+    return [sentence for part in parts if (sentence := part(profile))]
+
+
+def _correction(profile: Mapping[str, Any]) -> str:
+    base = profile["settings"]["allocator"]
+    if profile["settings"]["strength"] == 0:
+        return f"strength is 0 in the recipe: this is {base} alone, uncorrected."
+    search = profile["search"]
+    if search is None:
+        return ""
+    kept = not any(entry["chosen"] for entry in search["rounds"])
+    if search["start"] == "uniform":
+        told = (
+            f"Uniform beat {base} on the held-out samples "
+            f"({search['uniform_loss']:.3f} against {search['base_loss']:.3f} nats), "
+            "so the correction started from uniform"
+        )
+        more = " and no strength beat it: this is a uniform allocation" if kept else ""
+        return f"{told}{more}."
+    if kept:
+        return (
+            "Strength 0 was chosen: no correction beat the base allocation on the "
+            "held-out samples by more than their standard error."
+        )
+    return ""
+
+
+def _noise(profile: Mapping[str, Any]) -> str:
+    noise = profile["noise"]
+    floor = noise and noise["floor"][-1]
+    if not floor or noise["magnitude"] >= FLOOR_MARGIN * floor:
+        return ""
+    return (
+        f"The noise, η = {noise['magnitude']:g}, is less than {FLOOR_MARGIN:g} times "
+        f"the rounding floor of {floor:.1e}: the ratios r are partly arithmetic."
+    )
+
+
+def _cap(profile: Mapping[str, Any]) -> str:
+    cap = profile["settings"]["max_sparsity"]
+    full = [b["name"] for b in profile["blocks"] if b["sparsity"] > cap - 1e-6]
+    if not full:
+        return ""
+    return f"At the cap, max_sparsity {cap:g}: {_listed(full)}."
+
+
+def _unfinished(profile: Mapping[str, Any]) -> str:
+    if profile["realised"] is not None:
+        return ""
+    return "Written before pruning was finished: the realised sparsity is not known."
+
+
+def _dense(profile: Mapping[str, Any]) -> str:
+    # what the calibration tokens did not reach is listed where the allocation knows it
+    dense = profile.get("unseen_linears") or [
+        f"{block['name']}.{name}"
+        for block in profile["blocks"]
+        for name, linear in block["linears"].items()
+        if linear["realised_sparsity"] == 0 and linear["sparsity"] > 0
+    ]
+    if not dense:
+        return ""
+    return (
+        f"Left dense although a share was to go: {_listed(dense)}. Experts that no "
+        "calibration token reached are not pruned; more calibration samples help."
+    )
+
+
+def _missed(profile: Mapping[str, Any]) -> str:
+    realised, budget = profile["realised"], profile["budget"]
+    if realised is None or abs(realised - budget) <= TOLERANCE:
+        return ""
+    return f"{realised:.4f} of the weights are zero, {budget:.4f} were asked for."
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

@@ -1,0 +1,14 @@
+from pathlib import Path
+
+import pytest
+
+from absorb_plugin.files import check_file
+
+
+def test_what_cannot_be_written_is_refused_first(tmp_path: Path) -> None:
+    check_file(tmp_path / "new.json", "--out")
+    check_file(Path("new.json"), "--out")
+    with pytest.raises(IsADirectoryError, match="--out .* is a directory"):
+        check_file(tmp_path, "--out")
+    with pytest.raises(NotADirectoryError, match="--out .*: .*missing is no directory"):
+        check_file(tmp_path / "missing" / "new.json", "--out")
