@@ -10,13 +10,31 @@ STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 CODE := absorb_plugin tests integration
 
-.PHONY: demo test quality style
+# A contract test of its own for each version of llm-compressor, in .venv-VERSION; where
+# its pins ask for another torch, name that: make contract-0.12.0 TORCH=torch==2.12.0
+VERSIONS := 0.13.0 0.14.0.1
+
+.PHONY: demo test quality style contract
 
 demo: $(DEMO_STAMP)
 	$(BIN)/absorb demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2
+
+contract: $(VERSIONS:%=contract-%)
+
+contract-%: .venv-%/.installed
+	.venv-$*/bin/python -m pytest -m contract -n 2
+
+.venv-%/.installed: pyproject.toml
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install $(TORCH)
+	.venv-$*/bin/pip install llmcompressor==$* -e .
+	.venv-$*/bin/pip install hypothesis pytest pytest-xdist
+	touch $@
+
+.PRECIOUS: .venv-%/.installed
 
 quality: $(STAMP)
 	$(BIN)/ruff check $(CODE)

@@ -8,6 +8,8 @@ The only file that relies on names of llm-compressor which are not part of its r
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
 from itertools import takewhile
 
 import torch
@@ -25,6 +27,9 @@ from absorb_plugin.blocks import BlockMap
 from absorb_plugin.budget import check_budget
 
 __all__ = ["Peer", "find_peers", "forget"]
+
+# major, minor
+NEWEST_TESTED = (0, 14)
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ def find_peers(
     :param ignore: names or patterns to leave dense beside the peers' own `ignore`
     :raises ValueError: if there is none, or one cannot take a list of sparsities
     """
+    _warn_of_version(version("llmcompressor"))
     recipe = active_session().lifecycle.recipe.modifiers
     behind = recipe[recipe.index(modifier) + 1 :]
     ours = takewhile(lambda other: not isinstance(other, type(modifier)), behind)
@@ -117,6 +123,17 @@ def find_peers(
             "a SparseGPTModifier or WandaPruningModifier behind it"
         )
     return [_resolve(other, model, blocks, ignore, max_sparsity) for other in found]
+
+
+@cache
+def _warn_of_version(installed: str) -> None:
+    """Once: a newer llm-compressor may work as well, and nobody has tried."""
+    if tuple(map(int, re.findall(r"\d+", installed)[:2])) > NEWEST_TESTED:
+        logger.warning(
+            f"absorb_plugin was tested up to llm-compressor {NEWEST_TESTED[0]}."
+            f"{NEWEST_TESTED[1]}, this is {installed}: going on. If a pruning modifier "
+            "fails or prunes otherwise than profile.json says, install an older one"
+        )
 
 
 def forget(modifier: Modifier) -> None:
@@ -156,7 +173,7 @@ def _resolve(
     by_name = [t for t in modifier.targets if t.startswith("re:") or t in layers]
     pruned, named, spared = [], set(), []
     for linear, module in _linears_of(layers).items():
-        ignored = _ignored(linear, module, modifier.ignore)
+        ignored = linear in blocks.routers or _ignored(linear, module, modifier.ignore)
         if linear in in_blocks and not ignored:
             pruned.append(linear)
         elif linear not in in_blocks and not ignored and _names(linear, by_name):

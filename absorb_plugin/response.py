@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from compressed_tensors.offload import disable_offloading
 from torch.nn import Module
 
 from absorb_plugin.blocks import BlockMap
@@ -54,6 +55,8 @@ class MaskedPassenger(Passenger):
     :param input_square_sums: full name of a Linear -> a_j, for the masks
     :param offsets: full name of a Linear -> its sparsity minus that of its block
     """
+
+    masked = True
 
     def __init__(
         self,
@@ -139,7 +142,8 @@ class ResponseProbe(MaskedPassenger):
 
     def finish(self, batch: Batch, tail: Tail) -> None:
         states = [self._own, *self._relaxed.values()]
-        scored = [cross_entropy_sums(tail, batch, h) for h in states]
+        with disable_offloading():  # the head, once for all of them
+            scored = [cross_entropy_sums(tail, batch, h) for h in states]
         for sample in zip(*scored, strict=True):
             self._losses.append([total for total, _ in sample])
             self._tokens.append(sample[0][1])
@@ -194,7 +198,8 @@ class CandidateScores(MaskedPassenger):
                 self._hidden.append(run(hidden))
 
     def finish(self, batch: Batch, tail: Tail) -> None:
-        scored = [cross_entropy_sums(tail, batch, hidden) for hidden in self._hidden]
+        with disable_offloading():
+            scored = [cross_entropy_sums(tail, batch, h) for h in self._hidden]
         for sample in zip(*scored, strict=True):
             self._losses.append([total for total, _ in sample])
             self._tokens.append(sample[0][1])

@@ -10,7 +10,7 @@ from absorb_plugin.blocks import BlockMap, linear_parameters
 from absorb_plugin.calibration import Batch, token_mask
 from absorb_plugin.sweep import Passenger, RunBlock
 
-__all__ = ["InputStatistics", "groups_of"]
+__all__ = ["InputStatistics", "groups_of", "unseen_linears"]
 
 
 class InputStatistics(Passenger):
@@ -68,6 +68,17 @@ class InputStatistics(Passenger):
             self._sums[name] = square_sum
 
         self._handles.append(linear.register_forward_pre_hook(add))
+
+
+def unseen_linears(
+    blocks: BlockMap, input_square_sums: Mapping[str, torch.Tensor]
+) -> list[str]:
+    """
+    Full names of the prunable Linears that saw no token: experts never routed to.
+
+    :param input_square_sums: from `InputStatistics`
+    """
+    return [name for name in blocks.linears() if name not in input_square_sums]
 
 
 def groups_of(
