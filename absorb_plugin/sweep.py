@@ -271,6 +271,12 @@ class _Ride:
             before = args[0] if args else kwargs["hidden_states"]
             after = _hidden_state(output)
             self._tail.tuple_length = len(output) if isinstance(output, tuple) else 0
+            if after.dim() != 3:
+                raise ValueError(
+                    f"block {self._names[index]} puts out a hidden state of shape "
+                    f"{tuple(after.shape)}, not (batch, tokens, hidden): architectures "
+                    "with several parallel streams, as Gemma 3n, are not supported"
+                )
             if not torch.isfinite(after).all():
                 raise NonFiniteHiddenState(
                     f"block {self._names[index]} puts out NaN or infinity on the "

@@ -121,7 +121,7 @@ def test_every_architecture(
         name for name in targets if uncalled and name.endswith(uncalled)
     ]
     pruned = {n: t for n, t in targets.items() if n not in profile["unseen_linears"]}
-    assert 3 <= len({*pruned.values()})
+    assert len({*pruned.values()}) > 1
     check_pruned(model, before, pruned)
 
 
@@ -293,6 +293,29 @@ REFUSED = {
         "encoder-decoder",
     ),
 }
+
+
+def gemma3n() -> PreTrainedModel:
+    config = transformers.Gemma3nTextConfig(
+        **{**TEXT, "num_hidden_layers": 2},
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"],
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=tiny.VOCABULARY,
+        laurel_rank=4,
+        num_kv_shared_layers=0,
+        altup_num_inputs=2,
+        activation_sparsity_pattern=[0.0] * 2,
+    )
+    return transformers.Gemma3nForCausalLM(config).float().eval()
+
+
+def test_parallel_streams_are_refused_at_the_first_block(tmp_path: Path) -> None:
+    model = gemma3n()
+    before = tiny.snapshot(model)
+    with pytest.raises(ValueError, match=r"block model\.layers\.0 .*several parallel"):
+        runs.run(model, [runs.absorption(), runs.pruner()], tmp_path)
+    tiny.assert_untouched(model, before)
 
 
 @pytest.mark.parametrize("architecture", list(REFUSED))
