@@ -12,7 +12,11 @@ VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 CODE := absorb_plugin tests integration
 
-.PHONY: demo test fuzz quality style vllm-check
+# A contract test of its own for each version of llm-compressor, in .venv-VERSION; where
+# its pins ask for another torch, name that: make contract-0.12.0 TORCH=torch==2.12.0
+VERSIONS := 0.13.0 0.14.0.1
+
+.PHONY: demo test fuzz quality style vllm-check contract
 
 demo: $(DEMO_STAMP)
 	$(BIN)/absorb demo
@@ -23,6 +27,20 @@ test: $(STAMP)
 # Nightly: 2,000 random recipes, and an interrupt at every line of the measurements.
 fuzz: $(STAMP)
 	ABSORB_NIGHTLY=1 $(BIN)/python -m pytest -n 2 tests/test_fuzz.py tests/test_faults.py
+
+contract: $(VERSIONS:%=contract-%)
+
+contract-%: .venv-%/.installed
+	.venv-$*/bin/python -m pytest -m contract -n 2
+
+.venv-%/.installed: pyproject.toml
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install $(TORCH)
+	.venv-$*/bin/pip install llmcompressor==$* -e .
+	.venv-$*/bin/pip install hypothesis pytest pytest-xdist
+	touch $@
+
+.PRECIOUS: .venv-%/.installed
 
 quality: $(STAMP)
 	$(BIN)/ruff check $(CODE)

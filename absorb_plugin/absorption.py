@@ -116,6 +116,8 @@ class NoiseProbe(Passenger):
         self._magnitude, self._seed, self._sinks = magnitude, seed, sink_tokens
         self._dtype = dtype
         self.trajectories = len(injections) + 2
+        if dtype == "float32":  # of twice the size in a 16-bit model
+            self.trajectories *= 2
         # One entry per sample: sums over its tokens, divided only at the end.
         self._sums: list[np.ndarray] = []  # (3, injections, blocks): R, cos, R/R_{l→l}
         self._counts: list[np.ndarray] = []  # (injections,): tokens with noise

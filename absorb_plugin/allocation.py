@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 import torch
 from datasets import Dataset
+from llmcompressor.modeling.moe.linearize import linearize_moe
 from loguru import logger
 from rich.console import Console
 from rich.table import Table
@@ -31,7 +32,7 @@ from absorb_plugin.correction import direction_from_ratio, direction_from_respon
 from absorb_plugin.gradient import GradientProbe
 from absorb_plugin.plugins import owner_of, run_allocator
 from absorb_plugin.response import CandidateScores, ResponseProbe
-from absorb_plugin.statistics import InputStatistics, groups_of
+from absorb_plugin.statistics import InputStatistics, groups_of, unseen_linears
 from absorb_plugin.strength import Search
 from absorb_plugin.sweep import Passenger, sweep
 
@@ -88,6 +89,8 @@ class Allocation:
     :param sparsity: final sparsity per prunable block, shape (L,)
     :param direction: Δ of the first round, shape (L,); zeros if nothing was measured
     :param search: the strength search, if there was one
+    :param unseen: full names of the Linears (experts) that saw no token while the
+        statistics were taken; None if none were taken
     """
 
     blocks: BlockMap
@@ -98,6 +101,7 @@ class Allocation:
     sparsity: np.ndarray
     direction: np.ndarray
     search: Search | None = None
+    unseen: Sequence[str] | None = None
 
     def linear_sparsities(self) -> dict[str, float]:
         """Full name of every prunable Linear -> target; Σ p·s = S·Σ p."""
@@ -258,6 +262,7 @@ class Calibration:
             self._held_out = [cut_tokens(x, settings.probe_tokens) for x in held_out]
         self._samples = samples
         self._measured = 0
+        self.unseen: list[str] | None = None
         self.cache: ProfileCache | None = None
         if settings.profile_cache is not None:
             self.cache = ProfileCache(settings.profile_cache, model)
@@ -278,9 +283,20 @@ class Calibration:
         rank = SKETCH_RANK if needed and self._compensated else 0
         watcher = InputStatistics(self._blocks, rank)
         self._sweep(chosen, watcher, "Input statistics")
+        sums = watcher.input_square_sums()
+        self.unseen = unseen_linears(self._blocks, sums)
+        if self.unseen:
+            logger.warning(
+                f"{len(self.unseen)} of {len(self._blocks.linears())} Linears saw no "
+                f"token of {len(chosen)} calibration samples ({self.unseen[0]} …): "
+                "experts that were never chosen, or Linears that the block does not "
+                "call. Those that the pruner sees no token for either stay dense, so "
+                "less than the budget is pruned. For experts use more samples, or "
+                "oneshot(moe_calibrate_all_experts=True); profile.json lists them"
+            )
         if rank:
             self._factors = watcher.factors()
-        return watcher.input_square_sums()
+        return sums
 
     def absorption(self) -> AbsorptionProfile | None:
         """The noise probe, where it is the signal or a report wants it."""
@@ -413,6 +429,7 @@ def allocate_model(
     :param sparsity: the budget S
     """
     check_budget(sparsity, settings.max_sparsity)
+    linearize_moe(model)  # as oneshot does: the experts' weights become Linears
     blocks = find_blocks(model)
     rows = samples.with_format("torch")
     batches = [{name: row[name][None] for name in row} for row in rows]

@@ -1,10 +1,12 @@
 """Which decoder blocks a model has, which Linears in them, and how many weights."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from loguru import logger
 from transformers import PreTrainedModel
 
 __all__ = ["Block", "BlockMap", "find_blocks", "linear_parameters"]
@@ -19,11 +21,13 @@ class Block:
     :param module: the block
     :param linears: name relative to the block -> Linear, in module order: those that
         will be pruned, so possibly none
+    :param routers: names of the Linears that choose among experts, never pruned
     """
 
     name: str
     module: torch.nn.Module
     linears: Mapping[str, torch.nn.Linear] = field(default_factory=dict)
+    routers: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -69,6 +73,13 @@ class BlockMap:
             for name, linear in block.linears.items()
         }
 
+    @property
+    def routers(self) -> frozenset[str]:
+        """Full names of the Linears that choose among experts."""
+        return frozenset(
+            block.full_name(name) for block in self.blocks for name in block.routers
+        )
+
     def restrict(self, names: Iterable[str]) -> "BlockMap":
         """The same blocks, of whose Linears only those named count as prunable."""
         keep = set(names)
@@ -82,6 +93,7 @@ class BlockMap:
                         for name, linear in block.linears.items()
                         if block.full_name(name) in keep
                     },
+                    block.routers,
                 )
                 for block in self.blocks
             )
@@ -127,9 +139,7 @@ def find_blocks(
             continue
         if not all(classes & {c.__name__ for c in type(m).__mro__} for m in stack):
             continue
-        candidates.append(
-            BlockMap(tuple(Block(names[m], m, _linears(m)) for m in stack))
-        )
+        candidates.append(BlockMap(tuple(_blocks(stack, names))))
     if not candidates:
         raise ValueError(
             f"no decoder block found in {kind}: no ModuleList holds modules of class "
@@ -146,9 +156,69 @@ def find_blocks(
     return best
 
 
+def _blocks(
+    stack: torch.nn.ModuleList, names: Mapping[torch.nn.Module, str]
+) -> list[Block]:
+    """Blocks and their Linears, without routers and what blocks share."""
+    counts = Counter(
+        weight
+        for block in stack
+        for weight in {*map(_weight, _linears(block).values())}
+    )
+    blocks, shared = [], set()
+    for block in stack:
+        routers = _routers(block)
+        linears = {}
+        for name, linear in _linears(block).items():
+            if counts[_weight(linear)] > 1:
+                shared.add(f"{names[block]}.{name}")
+            elif name not in routers:
+                linears[name] = linear
+        blocks.append(Block(names[block], block, linears, tuple(routers)))
+    if shared:
+        logger.warning(
+            f"{len(shared)} Linears share their weight with another block's and stay "
+            f"dense, for it cannot have the sparsity of each: {sorted(shared)[0]} …"
+        )
+    return blocks
+
+
 def _linears(block: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     return {
         name: module
         for name, module in block.named_modules()
         if isinstance(module, torch.nn.Linear)
     }
+
+
+def _weight(linear: torch.nn.Linear) -> int:
+    """Tells weights apart without reading them, which may onload."""
+    parameters = getattr(linear._parameters, "offloaded_values", linear._parameters)
+    return id(parameters["weight"])
+
+
+def _routers(block: torch.nn.Module) -> list[str]:
+    """
+    Names of the Linears of a block that choose among experts or weigh a shared one.
+    They are told by their place and shape, not by their name, which differs from model
+    to model: beside a list of experts, with one output per expert, or with one output.
+    """
+    found = []
+    for parent, module in block.named_modules():
+        experts = getattr(module, "experts", None)
+        if not isinstance(experts, torch.nn.Module):
+            continue
+        sizes = {1, *_number_of_experts(experts)}
+        found += [
+            f"{parent}.{name}".removeprefix(".")
+            for name, linear in _linears(module).items()
+            if linear.out_features in sizes and not name.startswith("experts.")
+        ]
+    return found
+
+
+def _number_of_experts(experts: torch.nn.Module) -> list[int]:
+    if isinstance(experts, torch.nn.ModuleList):
+        return [len(experts)]
+    number = getattr(experts, "num_experts", None)  # fused in one weight
+    return [number] if isinstance(number, int) else []

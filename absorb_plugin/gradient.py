@@ -42,6 +42,7 @@ class GradientProbe(MaskedPassenger):
     """
 
     kept = ("_slopes", "_tokens", "_loss")
+    differentiates = True
 
     def __init__(
         self,
@@ -76,7 +77,8 @@ class GradientProbe(MaskedPassenger):
         self._last = after
 
     def finish(self, batch: Batch, tail: Tail) -> None:
-        losses, gradient = _loss_gradient(tail, batch, self._last)
+        with disable_offloading():  # the head, once for all chunks
+            losses, gradient = _loss_gradient(tail, batch, self._last)
         slopes = np.zeros(len(self._rows))
         for index in reversed(range(len(self._visits))):
             before, run = self._visits.pop()

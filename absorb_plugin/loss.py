@@ -9,9 +9,6 @@ from absorb_plugin.sweep import Tail
 
 __all__ = ["check_predicted", "cross_entropy_sums"]
 
-# Logits of one chunk, in float32; at a vocabulary of 128k that is 512 tokens.
-CHUNK_BYTES = 256 * 2**20
-
 
 def cross_entropy_sums(
     tail: Tail,
@@ -33,7 +30,7 @@ def cross_entropy_sums(
     samples, tokens = ids.shape
     counted = mask[:, 1:] & mask[:, :-1]
     total = torch.zeros(samples, dtype=torch.float64, device=hidden.device)
-    step = max(1, CHUNK_BYTES // (4 * tail.vocabulary * samples))
+    step = max(1, tail.chunk_bytes // (4 * tail.vocabulary * samples))
     for start in range(0, tokens - 1, step):
         stop = min(start + step, tokens - 1)
         logits = tail.logits(ids, hidden, start, stop)

@@ -98,8 +98,8 @@ class AbsorptionAllocationModifier(Modifier):
     :param response_step: δ, by how much "response" relaxes a block; "gradient" looks at
         weights within ± δ/2 of the threshold
     :param max_sparsity: no block is pruned beyond it
-    :param sweep_memory: bytes that the hidden states of a probe may take; batches are
-        split to stay below
+    :param sweep_memory: bytes that a probe may take beside the model; batches are split
+        to stay below, down to one sample (docs/scaling.md)
     :param report_dir: where to write profile.json, profile.png and report.html; None
         for no report
     :param profile_cache: directory where measurements are kept as they complete, for a
@@ -266,6 +266,7 @@ class AbsorptionAllocationModifier(Modifier):
             final,
             direction,
             search,
+            calibration.unseen,
         )
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:

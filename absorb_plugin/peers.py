@@ -9,6 +9,8 @@ recipe).
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
 from itertools import takewhile
 from typing import Any
 
@@ -40,6 +42,9 @@ DESTROYS_ZEROS = {
     "QuIPModifier": "rotates the weights, which mixes zeros with other weights",
     "SpinQuantModifier": "rotates the weights, which mixes zeros with other weights",
 }
+
+# major, minor
+NEWEST_TESTED = (0, 14)
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,7 @@ def find_peers(
     :param ignore: names or patterns to leave dense beside the peers' own `ignore`
     :raises ValueError: if there is none, or one cannot take a list of sparsities
     """
+    _warn_of_version(version("llmcompressor"))
     recipe = active_session().lifecycle.recipe.modifiers
     behind = recipe[recipe.index(modifier) + 1 :]
     ours = takewhile(lambda other: not isinstance(other, type(modifier)), behind)
@@ -158,6 +164,17 @@ def recipe_text() -> str:
             key: value for key, value in fields.items() if not key.endswith("_")
         }
     return yaml.safe_dump({"prune_stage": groups}, sort_keys=False, allow_unicode=True)
+
+
+@cache
+def _warn_of_version(installed: str) -> None:
+    """Once: a newer llm-compressor may work as well, and nobody has tried."""
+    if tuple(map(int, re.findall(r"\d+", installed)[:2])) > NEWEST_TESTED:
+        logger.warning(
+            f"absorb_plugin was tested up to llm-compressor {NEWEST_TESTED[0]}."
+            f"{NEWEST_TESTED[1]}, this is {installed}: going on. If a pruning modifier "
+            "fails or prunes otherwise than profile.json says, install an older one"
+        )
 
 
 def forget(modifier: Modifier) -> None:
@@ -211,7 +228,7 @@ def _resolve(
     by_name = [t for t in modifier.targets if t.startswith("re:") or t in layers]
     pruned, named, spared = [], set(), []
     for linear, module in _linears_of(layers).items():
-        ignored = _ignored(linear, module, modifier.ignore)
+        ignored = linear in blocks.routers or _ignored(linear, module, modifier.ignore)
         if linear in in_blocks and not ignored:
             pruned.append(linear)
         elif linear not in in_blocks and not ignored and _names(linear, by_name):

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from compressed_tensors.offload import disable_offloading
 from torch.nn import Module
 
 from absorb_plugin import distributed
@@ -57,6 +58,8 @@ class MaskedPassenger(Passenger):
     :param factors: full name of a Linear -> U, where the pruner changes the weights it
         keeps
     """
+
+    masked = True
 
     def __init__(
         self,
@@ -150,7 +153,8 @@ class ResponseProbe(MaskedPassenger):
 
     def finish(self, batch: Batch, tail: Tail) -> None:
         states = [self._own, *self._relaxed.values()]
-        scored = [cross_entropy_sums(tail, batch, h) for h in states]
+        with disable_offloading():  # the head, once for all of them
+            scored = [cross_entropy_sums(tail, batch, h) for h in states]
         for sample in zip(*scored, strict=True):
             self._losses.append([total for total, _ in sample])
             self._tokens.append(sample[0][1])
@@ -217,7 +221,8 @@ class CandidateScores(MaskedPassenger):
             del self._current
 
     def finish(self, batch: Batch, tail: Tail) -> None:
-        scored = [cross_entropy_sums(tail, batch, hidden) for hidden in self._hidden]
+        with disable_offloading():
+            scored = [cross_entropy_sums(tail, batch, h) for h in self._hidden]
         for sample in zip(*scored, strict=True):
             self._losses.append([total for total, _ in sample])
             self._tokens.append(sample[0][1])

@@ -13,7 +13,7 @@ from absorb_plugin.blocks import BlockMap, linear_parameters
 from absorb_plugin.calibration import Batch, token_mask
 from absorb_plugin.sweep import Passenger, RunBlock
 
-__all__ = ["InputStatistics", "groups_of"]
+__all__ = ["InputStatistics", "groups_of", "unseen_linears"]
 
 
 # Tokens squared at a time: what stays in a CPU's cache.
@@ -134,6 +134,17 @@ def _directions(width: int, rank: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     gaussian = torch.randn(width, min(width, rank), generator=generator)
     return torch.linalg.qr(gaussian).Q
+
+
+def unseen_linears(
+    blocks: BlockMap, input_square_sums: Mapping[str, torch.Tensor]
+) -> list[str]:
+    """
+    Full names of the prunable Linears that saw no token: experts never routed to.
+
+    :param input_square_sums: from `InputStatistics`
+    """
+    return [name for name in blocks.linears() if name not in input_square_sums]
 
 
 def groups_of(

@@ -9,17 +9,19 @@ block is onloaded once per batch, whatever the number of trajectories.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from compressed_tensors.offload import disable_offloading, get_execution_device
+from loguru import logger
 from torch.nn import Module
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from absorb_plugin import distributed
 from absorb_plugin.calibration import Batch, calibrating, split_samples
+from absorb_plugin.memory import CHUNK_BYTES, Footprint, footprint
 
 __all__ = [
     "NonFiniteHiddenState",
@@ -100,12 +102,15 @@ class Passenger:
     What rides along on a sweep: override what you need.
 
     All hidden states have shape (batch, tokens, hidden). `trajectories` says how many
-    of them the passenger carries at most, which sets the memory of a batch. `kept`
-    names the attributes that hold what was measured; what the others were set to when
-    it was made tells one measurement from another (`profile_cache`).
+    of them the passenger carries at most, `masked` whether it runs blocks under masks,
+    `differentiates` whether it runs them backward: they set the memory of a batch.
+    `kept` names the attributes that hold what was measured; what the others were set to
+    when it was made tells one measurement from another (`profile_cache`).
     """
 
     trajectories = 0
+    masked = False
+    differentiates = False
     kept: tuple[str, ...] = ()
 
     def start(self, batch: Batch) -> None:
@@ -141,7 +146,8 @@ class Tail:
         self, model: PreTrainedModel, blocks: Sequence[Module], head: "_Head"
     ) -> None:
         self._model, self._blocks, self._head = model, blocks, head
-        self.blocks_return_tuples = False
+        self.tuple_length = 0  # of what the blocks return; 0: a tensor
+        self.chunk_bytes = CHUNK_BYTES
         self.vocabulary: int = model.config.get_text_config().vocab_size
 
     def logits(
@@ -153,7 +159,9 @@ class Tail:
         :return: float32 logits of tokens start … stop-1, (batch, stop - start, vocab)
         """
         part = hidden[:, start:stop]
-        output = (part,) if self.blocks_return_tuples else part
+        # some models unpack what their blocks return, attention weights included
+        rest = (None,) * (self.tuple_length - 1)
+        output = (part, *rest) if self.tuple_length else part
         with ExitStack() as stack:
             stack.enter_context(self._head.enabled())
             for block in self._blocks:
@@ -211,11 +219,11 @@ def sweep(
     :param model: the model; its weights are not touched
     :param blocks: all decoder blocks, in the order in which they run
     :param names: their names, for messages
-    :param batches: calibration batches; cut to fewer samples where the trajectories
-        would take more than `memory`
+    :param batches: calibration batches; cut to fewer samples where the sweep would
+        take more than `memory`
     :param passengers: what rides along
-    :param memory: limit in bytes of what the trajectories of a batch may take;
-        None for no limit
+    :param memory: limit in bytes of what the sweep may take beside the model; None
+        for no limit. What cannot be cut to it goes on with a warning
     :param description: label of the progress bar
     :raises NonFiniteHiddenState: naming the first block with NaN or infinity
     """
@@ -226,9 +234,10 @@ def sweep(
         ride = _Ride(blocks, names, passengers, tail)
         stack.push(ride)  # before it begins: an interrupt may come in between
         ride.__enter__()
-        count = 1 + sum(passenger.trajectories for passenger in passengers)
+        need = footprint(model, blocks, passengers, memory)
+        tail.chunk_bytes = need.chunk
         for batch in tqdm(
-            list(_within_memory(model, batches, count, memory)),
+            list(_within_memory(batches, need, memory)),
             desc=description,
             disable=not distributed.is_first(),
         ):
@@ -243,23 +252,30 @@ def sweep(
 
 
 def _within_memory(
-    model: PreTrainedModel,
-    batches: Iterable[Batch],
-    trajectories: int,
-    memory: int | None,
+    batches: Iterable[Batch], need: Footprint, memory: int | None
 ) -> Iterator[dict]:
-    config = model.config.get_text_config()
-    width = config.hidden_size * torch.finfo(model.dtype).bits // 8
-    heads = getattr(config, "num_attention_heads", None) or 1
     for batch in batches:
         samples, tokens = batch["input_ids"].shape
-        size = samples
         if memory is not None:
-            # eager attention, as llm-compressor calibrates, holds tokens² scores per
-            # head twice in float32: for long samples more than the trajectories
-            need = tokens * width * trajectories + 8 * heads * tokens**2
-            size = max(1, min(samples, memory // need))
-        yield from split_samples([batch], size)
+            samples = min(samples, need.samples(tokens, memory))
+            most = need.fixed + samples * need.sample(tokens)
+            if most > memory:
+                _warn_of_memory(memory, most, need.fixed, samples, tokens)
+        yield from split_samples([batch], samples)
+
+
+@cache
+def _warn_of_memory(
+    memory: int, most: int, fixed: int, samples: int, tokens: int
+) -> None:
+    """Once for each case, not once per batch."""
+    logger.warning(
+        f"sweep_memory is {memory / 2**30:.3g} GiB, but the sweep takes up to "
+        f"{most / 2**30:.3g} GiB beside the model: {fixed / 2**30:.3g} GiB for the "
+        f"masks of one block and the logits, the rest for {samples} x {tokens} tokens. "
+        "Going on; if memory runs out use fewer probe_tokens or max_seq_length, or "
+        "a device with more"
+    )
 
 
 class _Ride:
@@ -322,7 +338,13 @@ class _Ride:
                 return
             before = args[0] if args else kwargs["hidden_states"]
             after = _hidden_state(output)
-            self._tail.blocks_return_tuples = isinstance(output, tuple)
+            self._tail.tuple_length = len(output) if isinstance(output, tuple) else 0
+            if after.dim() != 3:
+                raise ValueError(
+                    f"block {self._names[index]} puts out a hidden state of shape "
+                    f"{tuple(after.shape)}, not (batch, tokens, hidden): architectures "
+                    "with several parallel streams, as Gemma 3n, are not supported"
+                )
             if not torch.isfinite(after).all():
                 raise NonFiniteHiddenState(
                     f"block {self._names[index]} puts out NaN or infinity on the "

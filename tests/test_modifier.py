@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from absorb_plugin import AbsorptionAllocationModifier
 from absorb_plugin.sweep import NonFiniteHiddenState
 
+pytestmark = pytest.mark.contract
+
 Recipe = Callable[[], list[Modifier]]
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from absorb_plugin.blocks import find_blocks
 
+pytestmark = pytest.mark.contract
 BUDGET = 0.5
 
 

@@ -5,11 +5,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import runs
 import tiny
 import yaml
 from llmcompressor.core import reset_session
 from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.contract
 
 REPLAY = """
 import sys

@@ -11,7 +11,7 @@ from test_sweep import ride
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from absorb_plugin import loss
+from absorb_plugin import memory
 from absorb_plugin.blocks import BlockMap, find_blocks
 from absorb_plugin.gradient import GradientProbe
 from absorb_plugin.masks import BlockMasks
@@ -213,8 +213,8 @@ def test_cross_entropy_in_chunks(
     batch = tiny.make_batch(padding="right")
     blocks, totals = find_blocks(llama), []
     sums = sums_of(llama, blocks, batch)
-    for chunk in (loss.CHUNK_BYTES, 4 * tiny.VOCABULARY * 3 * 4, 1):
-        monkeypatch.setattr(loss, "CHUNK_BYTES", chunk)
+    for chunk in (memory.CHUNK_BYTES, 4 * tiny.VOCABULARY * 3 * 4, 1):
+        monkeypatch.setattr(memory, "CHUNK_BYTES", chunk)
         scores = CandidateScores(blocks, sums, [np.zeros(3)])
         ride(llama, [batch], scores)
         totals.append(scores.losses()[0][0])

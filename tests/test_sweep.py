@@ -16,6 +16,7 @@ from absorb_plugin.absorption import NoiseProbe
 from absorb_plugin.blocks import BlockMap, find_blocks
 from absorb_plugin.calibration import Batch
 from absorb_plugin.gradient import GradientProbe
+from absorb_plugin.memory import footprint
 from absorb_plugin.response import CandidateScores, ResponseProbe
 from absorb_plugin.statistics import InputStatistics
 from absorb_plugin.sweep import (
@@ -225,9 +226,11 @@ def test_memory_limit_splits_batches_with_equal_results(
             sizes.append(len(batch["input_ids"]))
 
     profiles = []
-    tokens, hidden, heads = 12, 32, 4
-    one_sample = tokens * hidden * 4 * 4 + 8 * heads * tokens**2  # 1 + 3 trajectories
-    for memory in (None, 4 * one_sample, 3 * one_sample, one_sample, 1):
+    probe = NoiseProbe(range(3), 3, 1e-2, 0)
+    need = footprint(llama, find_blocks(llama).modules, [probe], memory=1)
+    # what is not chunks of logits has 11 of 16 parts
+    four, three, one = (n * need.sample(12) * 16 // 11 + 32 for n in (4, 3, 1))
+    for memory in (None, four, three, one, 1):
         probe = NoiseProbe(range(3), 3, 1e-2, 0)
         ride(llama, [batch], probe, Sizes(), memory=memory)
         profiles.append(probe.profile())
@@ -280,6 +283,7 @@ def test_offloaded_weights_are_onloaded_once_per_batch(
         addresses = {
             p.data_ptr() for block in blocks.modules for p in block.parameters()
         }
+        head = model.lm_head.weight.data_ptr()
         if offloaded:
             offload.set_onload_device(model, "cpu")
             onloads.clear()
@@ -291,6 +295,10 @@ def test_offloaded_weights_are_onloaded_once_per_batch(
             # the gradient comes back to every block
             visits = 2 if which == "gradient" else 1
             assert len(mine) == 2 * visits * len(addresses)
+            # the head: not once per trajectory and chunk. Once more in all, when
+            # llm-compressor's calibration context switches it off
+            scores = which not in ("noise", "statistics")
+            assert onloads.count(head) == 1 + 2 * scores
     np.testing.assert_allclose(results[1], results[0], rtol=1e-6)
 
 

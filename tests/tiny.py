@@ -78,10 +78,112 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+GPT_NAMES = {  # what the classes derived from GPT-2's call the fields of SHAPE
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "hidden_size": None,
+    "num_hidden_layers": None,
+    "num_attention_heads": None,
+    "num_key_value_heads": None,
+    "intermediate_size": None,
+    "max_position_embeddings": None,
+}
+MAMBA2 = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+}
+# Those that only tests/test_architectures.py takes.
+MORE_ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": (
+        "MixtralForCausalLM",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16},
+    ),
+    "qwen2": ("Qwen2ForCausalLM", {}),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 24,
+        },
+    ),
+    "gemma2": ("Gemma2ForCausalLM", {"head_dim": 8, "sliding_window": 4}),
+    "phi": ("PhiForCausalLM", {}),
+    "olmo2": ("Olmo2ForCausalLM", {}),
+    "granite": ("GraniteForCausalLM", {}),
+    "granitemoe": (
+        "GraniteMoeForCausalLM",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16},
+    ),
+    "cohere2": ("Cohere2ForCausalLM", {"sliding_window": 4}),
+    "stablelm": ("StableLmForCausalLM", {}),
+    "starcoder2": ("Starcoder2ForCausalLM", {"sliding_window": 4}),
+    "glm4": ("Glm4ForCausalLM", {"head_dim": 8}),
+    "falcon": (
+        "FalconForCausalLM",
+        {
+            "num_key_value_heads": None,
+            "num_kv_heads": 2,
+            "new_decoder_architecture": True,
+            "intermediate_size": None,
+            "ffn_hidden_size": 48,
+        },
+    ),
+    "bloom": ("BloomForCausalLM", {**GPT_NAMES, "n_embd": None, "hidden_size": 32}),
+    "gpt_bigcode": ("GPTBigCodeForCausalLM", {**GPT_NAMES, "n_inner": 48}),
+    "gptj": ("GPTJForCausalLM", {**GPT_NAMES, "rotary_dim": 8, "n_inner": 48}),
+    "lfm2": (
+        "Lfm2ForCausalLM",
+        {
+            "layer_types": ["conv", "full_attention", "conv"],
+            "block_auto_adjust_ff_dim": False,
+        },
+    ),
+    "jamba": (
+        "JambaForCausalLM",
+        {
+            "attn_layer_period": 3,
+            "attn_layer_offset": 2,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "mamba_d_state": 8,
+            "mamba_expand": 1,
+            "mamba_dt_rank": 4,
+            "use_mamba_kernels": False,
+        },
+    ),
+    "bamba": ("BambaForCausalLM", {**MAMBA2, "attn_layer_indices": [1]}),
+    "mamba": (
+        "MambaForCausalLM",
+        {"state_size": 8, "num_attention_heads": None, "num_key_value_heads": None},
+    ),
+    "zamba2": (
+        "Zamba2ForCausalLM",
+        {
+            "mamba_d_state": 8,
+            "n_mamba_heads": 8,
+            "mamba_ngroups": 1,
+            "chunk_size": 8,
+            "layers_block_type": ["hybrid", "mamba", "hybrid"],
+            "hybrid_layer_ids": [0, 2],
+            "num_mem_blocks": 1,
+            "adapter_rank": 4,
+            "num_key_value_heads": 4,
+        },
+    ),
+}
+
 
 def make_model(architecture: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A model in float32, in evaluation mode."""
-    name, extra = ARCHITECTURES[architecture]
+    name, extra = (ARCHITECTURES | MORE_ARCHITECTURES)[architecture]
     model_class = getattr(transformers, name)
     fields = {**SHAPE, **extra, **overrides}
     config = model_class.config_class(

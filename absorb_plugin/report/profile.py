@@ -111,6 +111,9 @@ class Report:
             "budget": allocation.budget,
             "achieved": allocation.achieved(),
             "realised": realised,
+            "unseen_linears": None
+            if allocation.unseen is None
+            else list(allocation.unseen),
             "blocks": [],
             "versions": {"torch": torch.__version__}
             | {package: version(package) for package in PACKAGES},

@@ -1,0 +1,82 @@
+"""What absorb_plugin relies on in llm-compressor beside what the other tests run."""
+
+import importlib.metadata
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import runs
+import tiny
+from llmcompressor.core import reset_session
+from llmcompressor.modifiers import ModifierFactory
+from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import (
+    PRUNABLE_LAYER_TYPES,
+    SparsityModifierBase,
+)
+from loguru import logger
+
+from absorb_plugin import AbsorptionAllocationModifier, peers
+
+pytestmark = pytest.mark.contract
+
+
+@pytest.fixture
+def warnings() -> Iterator[list[str]]:
+    seen: list[str] = []
+    sink = logger.add(lambda message: seen.append(str(message)), level="WARNING")
+    yield seen
+    logger.remove(sink)
+
+
+@pytest.fixture(autouse=True)
+def not_warned_yet() -> Iterator[None]:
+    peers._warn_of_version.cache_clear()
+    yield
+    peers._warn_of_version.cache_clear()
+
+
+def test_this_version_is_one_of_the_tested(warnings: list[str]) -> None:
+    installed = importlib.metadata.version("llmcompressor")
+    peers._warn_of_version(installed)
+    assert not warnings, f"add {installed} to NEWEST_TESTED and docs/compatibility.md"
+
+
+@pytest.mark.parametrize("installed", ["0.15.0", "1.0", "0.15.0.dev3+g12ab"])
+def test_a_newer_version_warns_once_and_runs(
+    installed: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    warnings: list[str],
+) -> None:
+    monkeypatch.setattr(peers, "version", lambda name: installed)
+    for _ in range(2):
+        model, pruner = tiny.make_model("llama", num_hidden_layers=2), runs.pruner()
+        runs.run(
+            model, [runs.absorption(strength=0), pruner], tmp_path, pipeline="basic"
+        )
+        assert isinstance(pruner.sparsity, list)
+        reset_session()
+    told = [message for message in warnings if "was tested up to" in message]
+    assert len(told) == 1 and installed in told[0]
+
+
+@pytest.mark.parametrize("installed", ["0.12.0", "0.13.0", "0.14.0.1", "0.14.99"])
+def test_no_warning_up_to_the_newest_tested(
+    installed: str, warnings: list[str]
+) -> None:
+    peers._warn_of_version(installed)
+    assert not warnings
+
+
+def test_names_we_rely_on() -> None:
+    assert "Linear" in PRUNABLE_LAYER_TYPES
+    assert {"sparsity", "sparsity_profile", "mask_structure", "targets", "ignore"} <= (
+        SparsityModifierBase.model_fields.keys()
+    )
+    assert "_target_layers" in SparsityModifierBase.__private_attributes__
+    made = ModifierFactory.create(
+        "AbsorptionAllocationModifier", allow_registered=True, allow_experimental=False
+    )
+    assert isinstance(made, AbsorptionAllocationModifier)
+    assert "allow_registered" in inspect.signature(ModifierFactory.create).parameters
