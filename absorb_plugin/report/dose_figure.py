@@ -64,22 +64,18 @@ def _ratio(ax: Axes, found: DoseProfile, colours: np.ndarray) -> None:
     for column, colour in zip(ratios.T, colours):
         ax.plot(found.magnitudes, column, "o-", color=colour, linewidth=1, markersize=3)
     ax.axhline(1.0, color=FLOOR, linewidth=1)
-    ax.axvspan(
-        found.magnitudes[0] / 2,
-        max(found.magnitudes[0] / 2, FLOOR_MARGIN * found.floor[-1]),
-        color=FLOOR,
-        alpha=0.2,
-        linewidth=0,
-        label=f"below {FLOOR_MARGIN:g} times the floor",
-    )
+    left, drowned = found.magnitudes[0] / 2, FLOOR_MARGIN * found.floor[-1]
+    if drowned > left:
+        label = f"below {FLOOR_MARGIN:g} times the floor"
+        ax.axvspan(left, drowned, color=FLOOR, alpha=0.2, linewidth=0, label=label)
+        ax.legend(frameon=False, fontsize="small")
     ax.set(
         xscale="log",
         yscale="log",
         xlabel="η",
         title="ratio $r$: above 1 amplified, below absorbed",
-        xlim=(found.magnitudes[0] / 2, 2 * found.magnitudes[-1]),
+        xlim=(left, 2 * found.magnitudes[-1]),
     )
-    ax.legend(frameon=False, fontsize="small")
     _tidy(ax)
 
 
