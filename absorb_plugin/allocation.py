@@ -51,9 +51,6 @@ __all__ = [
 
 # Samples of the noise probe where noise is not the signal: enough for the report.
 REPORT_SAMPLES = 1
-# Columns of the sketch from which masks make up for pruned weights, as SparseGPT does.
-# A mask then costs what a pass of half that many, squared, tokens costs.
-SKETCH_RANK = 16
 # Up to so many blocks the response takes no more block passes than the gradient.
 RESPONSE_BLOCKS = 6
 
@@ -220,8 +217,6 @@ class Calibration:
 
     :param batches: the same on all ranks
     :param settings: the modifier, for its fields
-    :param compensated: whether the pruner changes the weights it keeps to make up for
-        the others; then the masks of signals and scores do so too
     :raises ValueError: if strength is "auto" and there is but one sample
     """
 
@@ -231,11 +226,8 @@ class Calibration:
         blocks: BlockMap,
         batches: Sequence[Mapping[str, torch.Tensor]],
         settings: "AbsorptionAllocationModifier",
-        compensated: bool = False,
     ) -> None:
         self._model, self._blocks, self._settings = model, blocks, settings
-        self._compensated = compensated
-        self._factors: dict[str, torch.Tensor] | None = None
         self.signal = settings.signal
         if settings.signal == "auto":
             few = len(blocks) <= RESPONSE_BLOCKS
@@ -280,8 +272,7 @@ class Calibration:
         if not (needed or for_allocator):
             return {}
         chosen = spread(self._samples, settings.statistics_samples)
-        rank = SKETCH_RANK if needed and self._compensated else 0
-        watcher = InputStatistics(self._blocks, rank)
+        watcher = InputStatistics(self._blocks)
         self._sweep(chosen, watcher, "Input statistics")
         sums = watcher.input_square_sums()
         self.unseen = unseen_linears(self._blocks, sums)
@@ -294,8 +285,6 @@ class Calibration:
                 "less than the budget is pruned. For experts use more samples, or "
                 "oneshot(moe_calibrate_all_experts=True); profile.json lists them"
             )
-        if rank:
-            self._factors = watcher.factors()
         return sums
 
     def absorption(self) -> AbsorptionProfile | None:
@@ -344,17 +333,12 @@ class Calibration:
         step = settings.response_step
         if self.signal == "gradient":
             slope = GradientProbe(
-                self._blocks,
-                statistics,
-                allocation,
-                step / 2,
-                base.offsets,
-                self._factors,
+                self._blocks, statistics, allocation, step / 2, base.offsets
             )
             self._sweep(chosen, slope, "Loss slope")
             return direction_from_response(slope.slope())
         response = ResponseProbe(
-            self._blocks, statistics, allocation, step, base.offsets, self._factors
+            self._blocks, statistics, allocation, step, base.offsets
         )
         self._sweep(chosen, response, "Response probe")
         # per weight: the budget is one of weights, and blocks may differ in size
@@ -377,9 +361,7 @@ class Calibration:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Held-out loss sums (candidates, samples) and tokens (samples,)."""
         candidates = distributed.from_first(candidates)
-        scores = CandidateScores(
-            self._blocks, statistics, candidates, base.offsets, self._factors
-        )
+        scores = CandidateScores(self._blocks, statistics, candidates, base.offsets)
         self._sweep(self._held_out, scores, "Held-out loss")
         return scores.losses()
 

@@ -3,15 +3,15 @@ The slope of the loss in every block's sparsity, from one backward pass.
 
 The network runs under the masks of an allocation, as for the in-situ response, but
 instead of relaxing one block after the other the cross-entropy is differentiated once.
-Let G = ∂loss/∂W at the weights W(s_l) that the pruner would leave at sparsity s_l. Then
+Let g_ij = ∂loss/∂w_ij at the masked weights. Restoring a masked weight changes the loss
+by about +g_ij·w_ij, masking a kept one by about −g_ij·w_ij; the second-order terms of
+the two have opposite signs. So over the band of weights whose rank lies within ±δ of
+the threshold
 
-    slope_l = ⟨G, W(s_l + δ) − W(s_l − δ)⟩ / (2δ·p_l)
+    slope_l = −Σ_band g_ij·w_ij / (2δ·p_l)
 
-is a central estimate of ∂loss/∂s_l per weight. Where pruning only zeroes, it is a sum
-of −G·W over the weights whose rank lies within ±δ of the threshold: restoring and
-removing a weight have second-order terms of opposite signs, which cancel. It costs four
-block passes per block (forward, recomputation, backward), where the response costs
-(L+1)/2.
+is a central estimate of ∂loss/∂s_l per weight. It costs four block passes per block
+(forward, recomputation, backward), where the response costs (L+1)/2.
 """
 
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ class GradientProbe(MaskedPassenger):
 
     :param sparsities: the allocation under which the network runs, one per prunable
         block
-    :param step: δ, how far around the sparsity of a block the slope is taken
+    :param step: δ, half-width of the band of weights around the threshold
     """
 
     kept = ("_slopes", "_tokens", "_loss")
@@ -51,9 +51,8 @@ class GradientProbe(MaskedPassenger):
         sparsities: np.ndarray,
         step: float,
         offsets: Mapping[str, float] | None = None,
-        factors: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        super().__init__(blocks, input_square_sums, offsets, factors)
+        super().__init__(blocks, input_square_sums, offsets)
         self._sparsities, self._step = sparsities, step
         self.trajectories = len(blocks) + 2  # inputs of all blocks, and two gradients
         self._slopes: list[np.ndarray] = []
@@ -129,8 +128,8 @@ class GradientProbe(MaskedPassenger):
         total = 0.0
         for (name, s), grad in zip(sparsities.items(), gradients[1:], strict=True):
             if grad is not None:  # an expert that saw no token has none
-                total += masks.slope(name, s, self._step, grad)
-        return gradients[0], total / size
+                total -= masks.band_sum(name, s, self._step, grad)
+        return gradients[0], total / (2 * self._step * size)
 
 
 def _loss_gradient(

@@ -190,9 +190,7 @@ class AbsorptionAllocationModifier(Modifier):
             return
         batches = cache_batches(state.data.calib)
         for number, peer in enumerate(self._peers):
-            allocation = self.allocate(
-                state.model, peer.blocks, batches, peer.sparsity, peer.compensated
-            )
+            allocation = self.allocate(state.model, peer.blocks, batches, peer.sparsity)
             peer.hand_over(distributed.from_first(allocation.linear_sparsities()))
             report = Report(self, state.model, peer, allocation, batches, number)
             self._reports.append(report)
@@ -206,7 +204,6 @@ class AbsorptionAllocationModifier(Modifier):
         blocks: BlockMap,
         batches: list[dict],
         sparsity: float,
-        compensated: bool = False,
     ) -> Allocation:
         """
         The whole method: calibration batches -> statistics -> base allocation ->
@@ -216,9 +213,8 @@ class AbsorptionAllocationModifier(Modifier):
         :param blocks: its blocks, with the Linears that will be pruned
         :param batches: tokenised calibration batches, the same on all ranks
         :param sparsity: the budget S
-        :param compensated: whether the pruner makes up for what it prunes (SparseGPT)
         """
-        calibration = Calibration(model, blocks, batches, self, compensated)
+        calibration = Calibration(model, blocks, batches, self)
         allocator = self.base_allocator()
         statistics = calibration.statistics(allocator.needs == "activations")
         base = base_allocation(

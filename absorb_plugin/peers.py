@@ -19,7 +19,6 @@ import yaml
 from compressed_tensors.utils import match_named_modules, match_targets
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
-from llmcompressor.modifiers.pruning import SparseGPTModifier
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import (
     PRUNABLE_LAYER_TYPES,
     SparsityModifierBase,
@@ -69,11 +68,6 @@ class Peer:
     @property
     def name(self) -> str:
         return type(self.modifier).__name__
-
-    @property
-    def compensated(self) -> bool:
-        """Whether it changes the weights it keeps to make up for those it prunes."""
-        return isinstance(self.modifier, SparseGPTModifier)
 
     def hand_over(self, sparsities: Mapping[str, float]) -> None:
         """

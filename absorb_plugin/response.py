@@ -55,8 +55,6 @@ class MaskedPassenger(Passenger):
     :param blocks: all blocks; their prunable Linears are masked
     :param input_square_sums: full name of a Linear -> a_j, for the masks
     :param offsets: full name of a Linear -> its sparsity minus that of its block
-    :param factors: full name of a Linear -> U, where the pruner changes the weights it
-        keeps
     """
 
     masked = True
@@ -66,10 +64,8 @@ class MaskedPassenger(Passenger):
         blocks: BlockMap,
         input_square_sums: Mapping[str, torch.Tensor],
         offsets: Mapping[str, float] | None = None,
-        factors: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self._blocks, self._square_sums = blocks, input_square_sums
-        self._factors = factors
         self._offsets = offsets or {}
         self._rows = {block: row for row, block in enumerate(blocks.prunable)}
         self._in_force = ExitStack()
@@ -81,10 +77,7 @@ class MaskedPassenger(Passenger):
         block = self._blocks.blocks[index]
         linears = {name: block.linears[name] for name in self._seen(index)}
         sums = {name: self._square_sums[block.full_name(name)] for name in linears}
-        factors = None
-        if self._factors is not None:
-            factors = {name: self._factors[block.full_name(name)] for name in linears}
-        return BlockMasks(linears, sums, factors)
+        return BlockMasks(linears, sums)
 
     def _at(self, index: int, sparsities: np.ndarray) -> dict[str, float]:
         """Name -> sparsity of the Linears of a block under an allocation."""
@@ -120,9 +113,8 @@ class ResponseProbe(MaskedPassenger):
         sparsities: np.ndarray,
         step: float,
         offsets: Mapping[str, float] | None = None,
-        factors: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        super().__init__(blocks, input_square_sums, offsets, factors)
+        super().__init__(blocks, input_square_sums, offsets)
         self._sparsities, self._step = sparsities, step
         self.trajectories = len(self._rows)
         self._losses: list[list[float]] = []  # per sample: own run, then one per block
@@ -187,9 +179,8 @@ class CandidateScores(MaskedPassenger):
         input_square_sums: Mapping[str, torch.Tensor],
         candidates: Sequence[np.ndarray],
         offsets: Mapping[str, float] | None = None,
-        factors: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        super().__init__(blocks, input_square_sums, offsets, factors)
+        super().__init__(blocks, input_square_sums, offsets)
         self._own, *self._others = candidates
         self.trajectories = len(self._others)
         self._losses: list[list[float]] = []

@@ -1,6 +1,5 @@
 """Statistics of the Linears' inputs, gathered while a sweep passes by."""
 
-import functools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -28,19 +27,16 @@ class InputStatistics(Passenger):
     runs through it, so only the model's own pass is counted.
 
     :param blocks: whose prunable Linears to watch
-    :param rank: columns of a random sketch of XᵀX to gather beside its diagonal; 0 for
-        none
     """
 
-    kept = ("_sums", "_sketches", "_samples")
+    kept = ("_sums", "_samples")
 
-    def __init__(self, blocks: BlockMap, rank: int = 0) -> None:
-        self._blocks, self._rank = blocks, rank
-        self._sketches: dict[str, torch.Tensor] = {}
+    def __init__(self, blocks: BlockMap) -> None:
+        self._blocks = blocks
         self._sums: dict[str, torch.Tensor] = {}
         self._samples = 0
         self._handles: list = []
-        self._seen: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
+        self._seen: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def start(self, batch: Batch) -> None:
         self._mask = token_mask(batch)
@@ -64,28 +60,11 @@ class InputStatistics(Passenger):
 
     def input_square_sums(self) -> dict[str, torch.Tensor]:
         """Full name of a Linear -> a_j, mean over samples of Σ_tokens x_j²."""
-        return self._means(self._sums)
-
-    def factors(self) -> dict[str, torch.Tensor]:
-        """
-        Full name of a Linear -> U, shape (in_features, rank), with UUᵀ the Nyström
-        approximation of XᵀX, of the same scale as a_j.
-        """
-        factors = {}
-        for name, sketch in self._means(self._sketches).items():
-            core = _directions(len(sketch), self._rank).to(sketch).T @ sketch
-            values, vectors = torch.linalg.eigh((core + core.T).double() / 2)
-            # what float32 sums cannot tell from zero is left out
-            kept = values > 1e-6 * values[-1]
-            scale = torch.where(kept, values, torch.inf).rsqrt()
-            factors[name] = (sketch.double() @ (vectors * scale)).float()
-        return factors
-
-    def _means(self, sums: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         samples = sum(distributed.gather(self._samples))
-        means = {name: total / samples for name, total in distributed.add(sums).items()}
+        sums = distributed.add(self._sums)
+        means = {name: total / samples for name, total in sums.items()}
         for name, linear in self._blocks.linears().items():
-            if name in means and name not in sums:  # other ranks saw tokens
+            if name in means and name not in self._sums:  # other ranks saw tokens
                 means[name] = means[name].to(get_execution_device(linear))
         return means
 
@@ -96,44 +75,25 @@ class InputStatistics(Passenger):
                 return
             if self._seen is None or self._seen[0] is not x:
                 # queries, keys and values are made of one input
-                self._seen = (x, *self._moments(x))
-            _, square_sum, sketch = self._seen
-            self._sums[name] = square_sum + self._sums.get(name, 0.0)
-            if sketch is not None:
-                self._sketches[name] = sketch + self._sketches.get(name, 0.0)
+                self._seen = (x, self._square_sum(x))
+            square_sum = self._seen[1]
+            if name in self._sums:
+                square_sum = square_sum + self._sums[name]
+            self._sums[name] = square_sum
 
         self._handles.append(linear.register_forward_pre_hook(add))
 
-    def _moments(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
-        Over tokens that are no padding Σ x², float32 of shape (in_features,), and
-        Σ x xᵀΩ, shape (in_features, rank).
-        """
+    def _square_sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Σ x² over tokens that are no padding, float32 of shape (in_features,)."""
         rows, mask = x.flatten(0, -2), self._mask.flatten().to(x.device)
         # Experts of a mixture get fewer tokens, and padding among them cannot be told
         # apart.
         if len(rows) != len(mask):
             mask = mask.new_ones(len(rows))
-        width = x.shape[-1]
-        total = torch.zeros(width, dtype=torch.float32, device=x.device)
-        sketch = directions = None
-        if self._rank:
-            directions = _directions(width, self._rank).to(x.device)
-            sketch = torch.zeros_like(directions)
+        total = torch.zeros(x.shape[-1], dtype=torch.float32, device=x.device)
         for part, kept in zip(rows.split(ROWS), mask.split(ROWS), strict=True):
-            part, kept = part.float(), kept.float()
-            total += kept @ part.square()
-            if sketch is not None:
-                sketch += part.T @ (kept[:, None] * (part @ directions))
-        return total, sketch
-
-
-@functools.cache
-def _directions(width: int, rank: int) -> torch.Tensor:
-    """Ω, the same in every run and on every rank, shape (width, min(width, rank))."""
-    generator = torch.Generator().manual_seed(0)
-    gaussian = torch.randn(width, min(width, rank), generator=generator)
-    return torch.linalg.qr(gaussian).Q
+            total += kept.float() @ part.float().square()
+        return total
 
 
 def unseen_linears(
