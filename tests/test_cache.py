@@ -105,6 +105,18 @@ def test_a_second_run_measures_nothing_and_finds_the_same(
     assert_equal(first, second)
 
 
+def test_a_probe_that_goes_on_until_it_knows(tmp_path: Path, sweeps: list[str]) -> None:
+    """One passenger, several sweeps: each is found again."""
+    fields = {"signal": "noise", "noise_samples": 1, "strength": 0.1}
+    first = allocate(tmp_path, **fields)
+    assert sweeps.count("Noise probe") > 1
+    sweeps.clear()
+    second = allocate(tmp_path, **fields)
+    assert not sweeps
+    assert first.absorption is not None and second.absorption is not None
+    assert digest(vars(first.absorption)) == digest(vars(second.absorption))
+
+
 def test_another_sparsity_skips_statistics_and_probe(
     tmp_path: Path, sweeps: list[str]
 ) -> None:
