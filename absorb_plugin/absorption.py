@@ -68,8 +68,13 @@ class AbsorptionProfile:
     floor: np.ndarray
 
     def uncertainty(self) -> float:
-        """Largest standard error of a ratio, relative to it; NaN for one sample."""
-        return float((self.ratio_error / self.ratio).max())
+        """
+        Largest standard error of a ratio, relative to it; NaN for one sample, infinite
+        where a ratio is 0 since rounding swallowed the noise.
+        """
+        relative = np.full_like(self.ratio, np.inf)
+        np.divide(self.ratio_error, self.ratio, out=relative, where=self.ratio > 0)
+        return float(relative.max())
 
     def drowned(self, magnitude: float) -> bool:
         """Whether noise of relative length η is too near to the rounding floor."""

@@ -202,6 +202,7 @@ def _routers(block: torch.nn.Module) -> list[str]:
     Names of the Linears of a block that choose among experts or weigh a shared one.
     They are told by their place and shape, not by their name, which differs from model
     to model: beside a list of experts, with one output per expert, or with one output.
+    Where the experts lie directly in the block, beside its attention, the name counts.
     """
     found = []
     for parent, module in block.named_modules():
@@ -212,13 +213,15 @@ def _routers(block: torch.nn.Module) -> list[str]:
         found += [
             f"{parent}.{name}".removeprefix(".")
             for name, linear in _linears(module).items()
-            if linear.out_features in sizes and not name.startswith("experts.")
+            if linear.out_features in sizes
+            and not name.startswith("experts.")
+            and (parent or "router" in name or "gate" in name)
         ]
     return found
 
 
-def _number_of_experts(experts: torch.nn.Module) -> list[int]:
-    if isinstance(experts, torch.nn.ModuleList):
-        return [len(experts)]
-    number = getattr(experts, "num_experts", None)  # fused in one weight
-    return [number] if isinstance(number, int) else []
+def _number_of_experts(experts: torch.nn.Module) -> set[int]:
+    # a list of experts may hold their activation function as well
+    counted = sum(1 for expert in experts.children() if _linears(expert))
+    stated = getattr(experts, "num_experts", None)  # fused in one weight
+    return {counted, stated} if isinstance(stated, int) else {counted}

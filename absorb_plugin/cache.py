@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -50,6 +51,7 @@ class ProfileCache:
     def __init__(self, directory: str, model: PreTrainedModel) -> None:
         self._folder, self._model = Path(directory), model
         self._digest: str | None = None
+        self._made_with: WeakKeyDictionary[Passenger, str] = WeakKeyDictionary()
 
     def ride(
         self,
@@ -65,11 +67,20 @@ class ProfileCache:
 
         :param what: the station, for messages and the file's name
         :param samples: all that the sweep runs on
-        :param passenger: one that has not ridden yet: all its attributes are the key
+        :param passenger: what its attributes are before its first ride is part of the
+            key, and what it has measured so far
         :param memory: how far batches are split, which rounding depends on
         :param sweep: runs it
         """
-        measurement = [type(passenger).__name__, vars(passenger), memory, _share()]
+        if not passenger.kept:
+            raise TypeError(f"{type(passenger).__name__}.kept names nothing to keep")
+        if passenger not in self._made_with:  # later, a sweep may have left things
+            made_with = {
+                k: v for k, v in vars(passenger).items() if k not in passenger.kept
+            }
+            self._made_with[passenger] = digest([type(passenger).__name__, made_with])
+        so_far = [vars(passenger)[name] for name in passenger.kept]
+        measurement = [self._made_with[passenger], so_far, memory, _share()]
         key = {
             "model": self._model_digest(),
             "samples": digest(samples),
@@ -79,8 +90,6 @@ class ProfileCache:
         if found is not None:
             vars(passenger).update(found)
             return
-        if not passenger.kept:
-            raise TypeError(f"{type(passenger).__name__}.kept names nothing to keep")
         sweep()
         self._keep(what, key, {name: vars(passenger)[name] for name in passenger.kept})
 

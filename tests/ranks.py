@@ -20,6 +20,7 @@ from llmcompressor.core import reset_session
 from torch import distributed
 from torch.utils.data import DataLoader
 
+import absorb_plugin.allocation as allocation
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.calibration import cache_batches
 from absorb_plugin.hookspecs import hookimpl
@@ -130,6 +131,16 @@ def allocations(world: int, rank: int) -> dict[str, Any]:
     return found
 
 
+def kept(world: int, rank: int, folder: Path) -> list[dict[str, Any]]:
+    """An allocation that fills a profile_cache, and one that must not run the model."""
+    fields = {**ALLOCATIONS["auto"], "profile_cache": folder / f"kept{world}"}
+    first = allocate(fields, shard("unequal", world, rank))
+    sweep, allocation.sweep = allocation.sweep, None
+    second = allocate(fields, shard("unequal", world, rank))
+    allocation.sweep = sweep
+    return [first, second]
+
+
 def failures(world: int, rank: int) -> dict[str, str]:
     """What every rank says when one of them fails."""
     poisoned = shard("unequal", world, rank)
@@ -221,7 +232,8 @@ def run_rank(rank: int, world: int, folder: Path) -> None:
     if world > 1:
         store = f"file://{folder}/store{world}"
         distributed.init_process_group("gloo", store, rank=rank, world_size=world)
-    found = {"allocations": allocations(world, rank)}
+    found: dict[str, Any] = {"allocations": allocations(world, rank)}
+    found["kept"] = kept(world, rank, folder)
     if world > 1:
         found["failures"] = failures(world, rank)
     (folder / f"{world}-{rank}.json").write_text(json.dumps(found))

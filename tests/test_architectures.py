@@ -37,6 +37,7 @@ BLOCKS = {
     "olmo2": ("model.layers.0", 7, 0),
     "granite": ("model.layers.0", 7, 0),
     "granitemoe": ("model.layers.0", 4 + 4 * 3, 0),
+    "phimoe": ("model.layers.0", 4 + 4 * 3, 1),
     "cohere2": ("model.layers.0", 7, 0),
     "stablelm": ("model.layers.0", 7, 0),
     "starcoder2": ("model.layers.0", 6, 0),
@@ -143,7 +144,7 @@ def test_half_precision_with_tied_embeddings(
 
 
 @pytest.mark.parametrize("targets", [["Linear"], ["re:.*layers.*"]], ids=str)
-@pytest.mark.parametrize("architecture", ["jamba", "qwen2_moe"])
+@pytest.mark.parametrize("architecture", ["jamba", "qwen2_moe", "phimoe"])
 def test_routers_stay_dense(
     architecture: str,
     targets: list[str],
@@ -153,7 +154,7 @@ def test_routers_stay_dense(
     model = tiny.make_model(architecture)
     before = tiny.snapshot(model)
     routers = find_blocks(model).routers
-    assert len(routers) == {"jamba": 1, "qwen2_moe": 3}[architecture]
+    assert len(routers) == {"jamba": 1, "qwen2_moe": 3, "phimoe": 3}[architecture]
     monkeypatch.setattr("absorb_plugin.report.profile.draw", lambda profile: b"")
     ours = runs.absorption(report_dir=tmp_path)
     pruner = runs.pruner(targets=targets)

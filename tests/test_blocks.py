@@ -99,3 +99,15 @@ def test_a_block_without_linears_is_not_prunable(llama: PreTrainedModel) -> None
     llama.model.layers[1] = Bare()
     found = find_blocks(llama)
     assert len(found) == 3 and found.prunable == [0, 2]
+
+
+def test_attention_beside_experts_is_no_router(llama: PreTrainedModel) -> None:
+    """Experts may lie in the block itself, where sizes alone could deceive."""
+    layer = llama.model.layers[0]
+    experts = [torch.nn.Sequential(torch.nn.Linear(32, 32)) for _ in range(16)]
+    layer.experts = torch.nn.ModuleList([*experts, torch.nn.SiLU()])
+    layer.router = torch.nn.Linear(32, 16)
+    assert layer.self_attn.k_proj.out_features == 16
+    block = find_blocks(llama).blocks[0]
+    assert block.routers == ("router",)
+    assert "self_attn.k_proj" in block.linears and "experts.15.0" in block.linears

@@ -81,6 +81,13 @@ def test_the_allocation_of_one_process(folder: Path, world: int) -> None:
     assert alone["auto, unequal"]["chosen"][0] != 0
 
 
+@pytest.mark.parametrize("world", ranks.WORLDS)
+def test_every_rank_finds_its_own_measurements_again(folder: Path, world: int) -> None:
+    measured = [entry["auto, unequal"] for entry in found(folder, "allocations", world)]
+    for entry, (first, second) in zip(measured, found(folder, "kept", world)):
+        assert first == second == entry
+
+
 @pytest.mark.parametrize("world", SEVERAL)
 def test_what_fails_on_one_rank_fails_on_all(folder: Path, world: int) -> None:
     said = found(folder, "failures", world)

@@ -106,6 +106,8 @@ OURS = {
     ),
     "noise_magnitude": rarely(st.floats(1e-6, 10), NUMBERS | st.floats(0, 1e300)),
     "noise_samples": rarely(st.integers(1, 9), NUMBERS),
+    "noise_samples_limit": rarely(st.integers(1, 9), NUMBERS),
+    "noise_dtype": rarely(st.sampled_from(["model", "float32"]), st.text(max_size=3)),
     "noise_seed": rarely(st.integers(0, 2**63 - 1), NUMBERS | st.just(2**63)),
     "sink_tokens": rarely(
         st.sampled_from(["perturb", "spare", "auto"]), st.text(max_size=3)
@@ -117,10 +119,19 @@ OURS = {
     "response_step": rarely(st.floats(1e-3, 0.99), NUMBERS | st.floats(1e-300, 1)),
     "max_sparsity": rarely(st.floats(0.6, 0.999), NUMBERS | st.floats(0, 1)),
     "sweep_memory": rarely(st.integers(1, 2**40), NUMBERS),
+    "reduce_peer_statistics": rarely(st.booleans(), NUMBERS),
     "ignore": patterns(),
     "unknown": st.just(1),
 }
 USUAL = [name for name in OURS if name not in ("ignore", "unknown")]
+
+
+def test_every_field_is_drawn() -> None:
+    own = set(AbsorptionAllocationModifier.model_fields) - set(Modifier.model_fields)
+    # directories have tests of their own
+    assert set(OURS) - {"unknown"} == own - {
+        "report_dir", "profile_cache", "requires_calibration_data"
+    }  # fmt: skip
 
 
 @st.composite

@@ -120,6 +120,10 @@ MORE_ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         "GraniteMoeForCausalLM",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16},
     ),
+    "phimoe": (
+        "PhimoeForCausalLM",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16},
+    ),
     "cohere2": ("Cohere2ForCausalLM", {"sliding_window": 4}),
     "stablelm": ("StableLmForCausalLM", {}),
     "starcoder2": ("Starcoder2ForCausalLM", {"sliding_window": 4}),
