@@ -80,8 +80,10 @@ def test_example(
 # llm-compressor's init_dist asks for an accelerator; gloo needs none.
 DRIVER = """
 import runpy, sys
-import compressed_tensors.distributed, torch
+import compressed_tensors.distributed, compressed_tensors.offload.load, torch
 torch.set_num_threads(1)
+# A machine with little shared memory would put even this model on the disk.
+compressed_tensors.offload.load._get_shared_memory = lambda *sizes: 64 * 2**30
 if not torch.accelerator.is_available():
     start = torch.distributed.init_process_group
     compressed_tensors.distributed.init_dist = lambda: start("gloo")
@@ -103,5 +105,5 @@ def test_torchrun(constants: dict[str, Any], tmp_path: Path) -> None:
         text=True,
         timeout=600,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr
     check_output(constants)

@@ -31,6 +31,7 @@ KEYS = {
     "achieved",
     "realised",
     "blocks",
+    "unseen_linears",
     "versions",
 }
 BLOCK_KEYS = {

@@ -119,8 +119,9 @@ def test_noise_probe_costs_half_a_square_of_block_passes(
     batches = [tiny.make_batch(seed=seed) for seed in range(2)]
     with tiny.counted(first_linears(blocks)) as passes:
         ride(any_model, batches, NoiseProbe(range(count), count, 1e-2, 0))
-    assert list(passes.values()) == [2 * (index + 1) for index in range(count)]
-    assert sum(passes.values()) == 2 * count * (count + 1) // 2
+    # the rounding floor's trajectory starts behind the first block
+    assert list(passes.values()) == [2] + [2 * (k + 2) for k in range(1, count)]
+    assert sum(passes.values()) == 2 * (count * (count + 1) // 2 + count - 1)
 
 
 def passengers_of(blocks: BlockMap, batch: Batch, model: PreTrainedModel) -> dict:
@@ -131,7 +132,7 @@ def passengers_of(blocks: BlockMap, batch: Batch, model: PreTrainedModel) -> dic
         "statistics": (InputStatistics(blocks), count),
         "response": (ResponseProbe(blocks, sums, flat, 0.1), count * (count + 3) // 2),
         "gradient": (GradientProbe(blocks, sums, flat, 0.1), 2 * count),
-        "candidates": (CandidateScores(blocks, sums, [flat] * 4), 5 * count),
+        "candidates": (CandidateScores(blocks, sums, [flat] * 4), 4 * count),
     }
 
 
