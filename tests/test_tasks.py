@@ -10,11 +10,11 @@ import tiny
 import torch
 from accelerate import cpu_offload
 from cli_fixtures import make_tokenizer, words
-from compressed_tensors.offload import offload_model
+from compressed_tensors.offload import set_onload_device
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from absorb_plugin import evaluate, tasks
-from absorb_plugin.evaluate import linear_sparsity
+from absorb_plugin.evaluate import linear_sparsity, perplexity
 from absorb_plugin.tasks import (
     Request,
     TaskResult,
@@ -181,8 +181,8 @@ def test_sequences_that_are_the_same_run_once(
     )
     scores_of(llama, make_tokenizer(True), task_file, 4)
     hook.remove()
-    # 24 candidates; row 0 and 2 share one and 4 ten contexts with one token behind
-    assert sum(batches) == 24 - 1 - 1 - 1 - 9
+    # 25 candidates; rows 0, 2 and 3 share one and 4 ten contexts with one token behind
+    assert sum(batches) == 25 - 1 - 1 - 1 - 9
     assert max(batches) == 4
 
 
@@ -228,15 +228,18 @@ def test_softmax_is_float32_for_16_bit_models(
 def test_offloaded_models(task_file: Path, llama: PreTrainedModel, kind: str) -> None:
     llama.model.layers[0].mlp.gate_proj.weight.data[:24].zero_()
     expected = scores_of(llama, make_tokenizer(True), task_file, 4)
+    windows = [list(range(3, 40))]
+    value, _ = perplexity(llama, windows, progress=False)
     sparsity = linear_sparsity(llama)
     if kind == "accelerate":
         cpu_offload(llama, torch.device("cpu"))
         assert llama.model.layers[0].mlp.gate_proj.weight.is_meta
     else:
-        offload_model(llama, torch.device("cpu"))
+        set_onload_device(llama, torch.device("cpu"))
     found = scores_of(llama, make_tokenizer(True), task_file, 4)
     assert found == pytest.approx(expected, abs=1e-5)
     assert linear_sparsity(llama) == sparsity > 0
+    assert perplexity(llama, windows, progress=False)[0] == pytest.approx(value)
 
 
 def test_the_left_is_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
