@@ -138,7 +138,10 @@ def prune(
             pruning.keep_profiles(parsed, profile_cache)
         documents, tokenizer = read_inputs(model, text, dataset, split, seq_len, dtype)
         data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
-        with pruning.staged_directory(out) as staging:
+        with (
+            pruning.staged_directory(out) as staging,
+            pruning.kept_files(out, staging),
+        ):
             pruned = pruning.prune(
                 model,
                 tokenizer,

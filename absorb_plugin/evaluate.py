@@ -16,7 +16,13 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-__all__ = ["linear_sparsity", "perplexity", "render", "sparsity_if_known"]
+__all__ = [
+    "input_device",
+    "linear_sparsity",
+    "perplexity",
+    "render",
+    "sparsity_if_known",
+]
 
 # Rows of logits that go through the float32 softmax at once: 64 MB per 256k vocabulary.
 ROWS = 64
@@ -41,7 +47,7 @@ def perplexity(
     :return: (perplexity, number of predicted tokens)
     :raises ValueError: if there is nothing to predict or the logits are not finite
     """
-    device = get_execution_device(model.get_input_embeddings())
+    device = input_device(model)
     was_training = model.training
     model.eval()
     total, tokens = 0.0, 0
@@ -64,6 +70,15 @@ def perplexity(
     if tokens == 0:
         raise ValueError("no token to predict: every window has fewer than two tokens")
     return math.exp(total / tokens), tokens
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where the model wants its token ids, whoever has offloaded it."""
+    embedding = model.get_input_embeddings()
+    # accelerate leaves a meta tensor as the weight, and a hook that knows
+    hook = getattr(embedding, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return get_execution_device(embedding) if device is None else torch.device(device)
 
 
 def _negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> float:

@@ -25,6 +25,7 @@ __all__ = [
     "check_output",
     "check_space",
     "keep_profiles",
+    "kept_files",
     "load_config",
     "load_recipe",
     "prune",
@@ -223,3 +224,29 @@ def staged_directory(out: Path) -> Iterator[Path]:
             old.rename(out)
         for leftover in (staging, old):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextmanager
+def kept_files(out: Path, staging: Path) -> Iterator[None]:
+    """
+    Files that the run itself writes into `out`, as a report whose directory the recipe
+    puts there, come along when `staging` takes the place of `out`.
+    """
+    out = out.expanduser().absolute()
+    existed, before = out.exists(), _times(out)
+    try:
+        yield
+        for path, time in _times(out).items():
+            if before.get(path) != time:
+                target = staging / path.relative_to(out)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(path, target)
+    finally:
+        if not existed:
+            shutil.rmtree(out, ignore_errors=True)
+
+
+def _times(folder: Path) -> dict[Path, int]:
+    return {
+        path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()
+    }

@@ -24,13 +24,12 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from compressed_tensors.offload import get_execution_device
 from loguru import logger
 from pydantic import BaseModel, Field, StrictInt, StrictStr, ValidationError
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
-from absorb_plugin.evaluate import ROWS
+from absorb_plugin.evaluate import ROWS, input_device
 from absorb_plugin.sampling import standard_error
 from absorb_plugin.text import Tokenizer, prefix_ids
 
@@ -451,7 +450,7 @@ def _logits(
     for row, sequence in enumerate(batch):
         ids[row, : len(sequence)] = torch.tensor(sequence)
         mask[row, : len(sequence)] = 1
-    device = get_execution_device(model.get_input_embeddings())
+    device = input_device(model)
     # Most models can leave out the logits that nobody wants: gigabytes for a large
     # vocabulary and long contexts.
     can_cut = "logits_to_keep" in inspect.signature(type(model).forward).parameters

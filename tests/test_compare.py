@@ -12,6 +12,7 @@ from test_page import make_profile
 
 from absorb_plugin import compare
 from absorb_plugin.compare import Run, draw, read_runs
+from absorb_plugin.prune import kept_files, staged_directory
 
 TASKS = {
     "arc": {"acc": 0.5, "acc_norm": 0.45, "stderr": 0.05, "n": 100},
@@ -194,3 +195,48 @@ def test_eval_errors_come_before_the_model(model_dir, tmp_path):  # noqa: F811
         assert "--out" in line and "is a directory" in line
     finally:
         (tmp_path / "hidden").rename(model_dir / "model.safetensors")
+
+
+def test_a_report_inside_the_new_model_stays(
+    model_dir, text_file, tmp_path  # noqa: F811
+):  # fmt: skip
+    """`absorb prune` replaces the whole directory; the recipe wrote into it."""
+    out, recipe = tmp_path / "pruned", tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "prune_stage:\n"
+        "  prune_modifiers:\n"
+        "    AbsorptionAllocationModifier:\n"
+        "      allocator: uniform\n"
+        "      strength: 0\n"
+        f"      report_dir: {out}/report\n"
+        "    WandaPruningModifier:\n"
+        "      sparsity: 0.5\n"
+        '      targets: ["Linear"]\n'
+        '      ignore: ["re:.*lm_head"]\n'
+    )
+    arguments = ["--recipe", recipe, "--text", text_file, "--samples", 4]
+    arguments += ["--seq-len", 16, "--out", out]
+    for overwrite in ([], ["--overwrite"]):
+        result = absorb("prune", model_dir, *arguments, *overwrite)
+        assert result.exit_code == 0, result.output
+        assert {"profile.json", "profile.png", "report.html"} == {
+            path.name for path in (out / "report").iterdir()
+        }
+        assert (out / "config.json").is_file()
+        (run,) = read_runs([out])
+        assert (run.allocation, run.pruner) == ("uniform", "WandaPruningModifier")
+        assert run.sparsity == pytest.approx(0.5, abs=0.02)
+        assert not (out / "stale.txt").exists()
+        (out / "stale.txt").write_text("of the run before")
+
+
+def test_a_run_that_fails_leaves_no_report(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with (
+        pytest.raises(RuntimeError),
+        staged_directory(out) as staging,
+        kept_files(out, staging),
+    ):
+        write(out / "report" / "profile.json", {})
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []

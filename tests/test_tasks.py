@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from accelerate import cpu_offload
 from cli_fixtures import make_tokenizer, words
 from compressed_tensors.offload import set_onload_device
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from absorb_plugin import evaluate, tasks
-from absorb_plugin.evaluate import linear_sparsity
+from absorb_plugin.evaluate import linear_sparsity, perplexity
 from absorb_plugin.tasks import (
     Request,
     TaskResult,
@@ -180,7 +181,7 @@ def test_sequences_that_are_the_same_run_once(
     )
     scores_of(llama, make_tokenizer(True), task_file, 4)
     hook.remove()
-    # 25 candidates; row 0 and 2 share one and 4 ten contexts with one token behind
+    # 25 candidates; rows 0, 2 and 3 share one and 4 ten contexts with one token behind
     assert sum(batches) == 25 - 1 - 1 - 1 - 9
     assert max(batches) == 4
 
@@ -223,14 +224,22 @@ def test_softmax_is_float32_for_16_bit_models(
     assert len(set(found)) == len(found)  # bfloat16 sums would collide
 
 
-def test_offloaded_models(task_file: Path, llama: PreTrainedModel) -> None:
+@pytest.mark.parametrize("kind", ["accelerate", "compressed_tensors"])
+def test_offloaded_models(task_file: Path, llama: PreTrainedModel, kind: str) -> None:
     llama.model.layers[0].mlp.gate_proj.weight.data[:24].zero_()
     expected = scores_of(llama, make_tokenizer(True), task_file, 4)
+    windows = [list(range(3, 40))]
+    value, _ = perplexity(llama, windows, progress=False)
     sparsity = linear_sparsity(llama)
-    set_onload_device(llama, torch.device("cpu"))
+    if kind == "accelerate":
+        cpu_offload(llama, torch.device("cpu"))
+        assert llama.model.layers[0].mlp.gate_proj.weight.is_meta
+    else:
+        set_onload_device(llama, torch.device("cpu"))
     found = scores_of(llama, make_tokenizer(True), task_file, 4)
     assert found == pytest.approx(expected, abs=1e-5)
     assert linear_sparsity(llama) == sparsity > 0
+    assert perplexity(llama, windows, progress=False)[0] == pytest.approx(value)
 
 
 def test_the_left_is_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
