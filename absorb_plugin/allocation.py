@@ -281,8 +281,9 @@ class Calibration:
                 f"{len(self.unseen)} of {len(self._blocks.linears())} Linears saw no "
                 f"token of {len(chosen)} calibration samples ({self.unseen[0]} …): "
                 "experts that were never chosen, or Linears that the block does not "
-                "call. Those that the pruner sees no token for either stay dense, so "
-                "less than the budget is pruned. For experts use more samples, or "
+                "call. If the pruner has no token for them either, the latter stay "
+                "dense, and of the former Wanda zeroes the first columns and "
+                "SparseGPT every weight. For experts use more samples, or "
                 "oneshot(moe_calibrate_all_experts=True); profile.json lists them"
             )
         return sums
