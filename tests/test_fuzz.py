@@ -54,7 +54,7 @@ PATTERNS = [
     "re:.*_proj$", "re:.*", "re:lm_head", "re:.*lm_head$", "re:model.layers.0.*", "re:",
     "re:(", "", "nonsense", "LINEAR",
 ]  # fmt: skip
-NAMES = {"calibration"} | set(AbsorptionAllocationModifier.model_fields)
+NAMES = {"calibration", "recipe"} | set(AbsorptionAllocationModifier.model_fields)
 NAMES |= set(WandaPruningModifier.model_fields)
 NAMES |= {name for x in allocators().values() for name in x.allocator.model_fields}
 
