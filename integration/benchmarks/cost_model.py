@@ -82,7 +82,7 @@ def stations(layers: int, samples: int, tokens: int, probe: int) -> list[Station
             "candidates, a round",
             samples,
             probe,
-            (1 + CANDIDATES) * layers,
+            CANDIDATES * layers,
             CANDIDATES,
             1,
             CANDIDATES,
