@@ -149,6 +149,6 @@ def test_a_rank_without_samples_prunes_as_the_others(folder: Path) -> None:
 @pytest.mark.parametrize("world", [1, 3])
 def test_the_first_rank_alone_writes_and_tells(folder: Path, world: int) -> None:
     first, *others = (entry["one empty"] for entry in pruned(folder, world))
-    assert first["reports"] == ["profile.json", "profile.png"]
+    assert first["reports"] == ["profile.json", "profile.png", "report.html"]
     assert first["hooks"] == 1
     assert all(entry["reports"] == [] and entry["hooks"] == 0 for entry in others)

@@ -105,7 +105,9 @@ def test_it_is_stopped_by_a_signal(
 ) -> None:
     log = tmp_path / "server.log"
     script = (
-        f"import sys, time; sys.path.insert(0, {str(FOLDER)!r})\n"
+        f"import signal, sys, time; sys.path.insert(0, {str(FOLDER)!r})\n"
+        # in a shell's background jobs it is ignored, and children inherit that
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from pathlib import Path\n"
         "from server import serve\n"
         f"with serve({command!r}, Path({str(log)!r})) as server:\n"
