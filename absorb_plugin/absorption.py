@@ -106,6 +106,7 @@ class NoiseProbe(Passenger):
     """
 
     kept = ("_sums", "_counts", "_floors", "_spared")
+    widens = True
 
     def __init__(
         self,

@@ -33,6 +33,7 @@ class Rider(Protocol):
     trajectories: int
     masked: bool
     differentiates: bool
+    widens: bool
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def footprint(
     weights = max(map(_weights, linears), default=0)
     return Footprint(
         max(_masks(weights, element, passengers), CHUNK_COPIES * chunk)
+        + _widened(weights, element, passengers)
         + _float32_copies(model, linears, backward),
         chunk,
         element * config.hidden_size * states + inside,
@@ -106,6 +108,12 @@ def _masks(weights: int, element: int, passengers: Sequence[Rider]) -> int:
         return 0
     backward = any(passenger.differentiates for passenger in passengers)
     return weights * (8 + 2 * element + (5 if backward else 2))
+
+
+def _widened(weights: int, element: int, passengers: Sequence[Rider]) -> int:
+    """One block in float32, beside its weights in 16 bits."""
+    widens = any(passenger.widens for passenger in passengers)
+    return 4 * weights if widens and element < 4 else 0
 
 
 def _float32_copies(

@@ -103,7 +103,8 @@ class Passenger:
 
     All hidden states have shape (batch, tokens, hidden). `trajectories` says how many
     of them the passenger carries at most, `masked` whether it runs blocks under masks,
-    `differentiates` whether it runs them backward: they set the memory of a batch.
+    `differentiates` whether it runs them backward, `widens` whether it runs them in
+    float32: they set the memory of a batch.
     `kept` names the attributes that hold what was measured; what the others were set to
     when it was made tells one measurement from another (`profile_cache`).
     """
@@ -111,6 +112,7 @@ class Passenger:
     trajectories = 0
     masked = False
     differentiates = False
+    widens = False
     kept: tuple[str, ...] = ()
 
     def start(self, batch: Batch) -> None:

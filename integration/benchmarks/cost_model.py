@@ -69,6 +69,7 @@ class Station:
     trajectories: int
     masked: bool = False
     differentiates: bool = False
+    widens: bool = False
 
 
 def stations(layers: int, samples: int, tokens: int, probe: int) -> list[Station]:
@@ -85,11 +86,18 @@ def stations(layers: int, samples: int, tokens: int, probe: int) -> list[Station
             CANDIDATES * layers,
             CANDIDATES,
             1,
-            CANDIDATES,
+            CANDIDATES - 1,
             True,
         ),
         Station(
-            "noise, for the report", 1, probe, layers * (layers + 1) / 2, 0, 1, layers
+            "noise, for the report",
+            1,
+            probe,
+            layers * (layers + 1) / 2 + layers - 1,
+            0,
+            1,
+            layers + 2,
+            widens=True,
         ),
         Station(
             "response instead of the signal",
