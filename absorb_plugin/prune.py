@@ -161,7 +161,8 @@ def check_output(out: Path, overwrite: bool) -> None:
         return
     if not out.is_dir():
         raise FileExistsError(f"{out} is a file, not a directory")
-    if not any(out.iterdir()):
+    # a run that was killed may have left a directory for its report
+    if all(path.is_dir() for path in out.rglob("*")):
         return
     if not overwrite:
         raise FileExistsError(f"{out} is not empty: choose another, or --overwrite")

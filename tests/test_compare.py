@@ -12,7 +12,7 @@ from test_page import make_profile
 
 from absorb_plugin import compare
 from absorb_plugin.compare import Run, draw, read_runs
-from absorb_plugin.prune import kept_files, staged_directory
+from absorb_plugin.prune import check_output, kept_files, staged_directory
 
 TASKS = {
     "arc": {"acc": 0.5, "acc_norm": 0.45, "stderr": 0.05, "n": 100},
@@ -240,3 +240,12 @@ def test_a_run_that_fails_leaves_no_report(tmp_path: Path) -> None:
         write(out / "report" / "profile.json", {})
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_empty_directories_are_no_files(tmp_path: Path) -> None:
+    """What a run leaves that is killed after it made room for its report."""
+    (tmp_path / "out" / "report").mkdir(parents=True)
+    check_output(tmp_path / "out", overwrite=False)
+    write(tmp_path / "out" / "report" / "profile.json", {})
+    with pytest.raises(FileExistsError, match="is not empty"):
+        check_output(tmp_path / "out", overwrite=False)
