@@ -250,6 +250,25 @@ def test_charts_leave_gaps_and_stay_inside() -> None:
     assert chart(lines[:1], "", "", "").count("M") >= 2  # the pen is lifted at the gap
 
 
+def ticks(low: float, high: float, log: bool) -> list[float]:
+    drawn = chart([Line("", "final", [0, 1], [low, high])], "", "x", "y", log)
+    found = re.findall(r'text-anchor="end">([^<]+)<', drawn)
+    return [float(text.replace("−", "-")) for text in found]
+
+
+@pytest.mark.parametrize("low", [1e-8, 1e-3, 0.3, 20.0])
+@pytest.mark.parametrize("factor", [1.5, 4, 11, 1e3, 1e9])
+@pytest.mark.parametrize("log", [False, True])
+def test_an_axis_has_some_round_ticks_within(
+    low: float, factor: float, log: bool
+) -> None:
+    found = ticks(low, low * factor, log)
+    assert 2 <= len(found) <= 10
+    assert found == sorted(set(found))
+    margin = 0.0 if log else 0.05 * low * factor
+    assert found[0] >= low * 0.4 - margin and found[-1] <= low * factor * 2.5 + margin
+
+
 def test_numbers() -> None:
     assert [number(x) for x in (0, 1e-17, -0.05, 1e-7, 2e-5, 0.0123456, 30)] == [
         "0", "0", "−0.05", "1e−7", "2e−5", "0.0123", "30",

@@ -435,7 +435,7 @@ th button::after { color: var(--muted); content: " ↕"; }
 th[aria-sort=ascending] button::after { content: " ↑"; }
 th[aria-sort=descending] button::after { content: " ↓"; }
 pre { background: var(--card); border-radius: 8px; font-size: .85rem; margin: 8px 0;
- overflow-x: auto; padding: 12px 14px; }
+ overflow-wrap: anywhere; padding: 12px 14px; white-space: pre-wrap; }
 details { border-top: 1px solid var(--line); padding: 8px 0; }
 summary { cursor: pointer; font-weight: 600; }
 .pairs { display: grid; font-size: .9rem; gap: 2px 16px; margin: 8px 0;
@@ -445,7 +445,7 @@ summary { cursor: pointer; font-weight: 600; }
 footer { color: var(--muted); font-size: .85rem; margin-top: 24px; }
 @media (max-width: 480px) { body { padding: 16px 16px 32px; }
  .tiles { grid-template-columns: 1fr 1fr; } svg text { font-size: 15px; }
- th, td { padding: 5px 6px; } }
+ th, td { padding: 5px 6px; } th:not([aria-sort]) button::after { content: none; } }
 """
 
 SCRIPT = """

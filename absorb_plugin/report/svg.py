@@ -8,7 +8,7 @@ from html import escape
 __all__ = ["Line", "chart", "legend", "number"]
 
 WIDTH, HEIGHT = 480, 270
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 12, 42
+LEFT, RIGHT, TOP, BOTTOM = 64, 10, 12, 42
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,20 @@ class _Scale:
         return self.start + share * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        if self.log:
-            powers = range(math.floor(self.low), math.ceil(self.high) + 1)
-            factors = (1, 2, 5) if len(powers) < 5 else (1,)
-            chosen = powers[:: max(1, len(powers) // 5)]
-            ticks = [factor * 10.0**power for power in chosen for factor in factors]
-            return [t for t in ticks if self.low <= math.log10(t) <= self.high]
-        span = self.high - self.low
-        step = 10.0 ** math.floor(math.log10(span / 4))
-        step *= next(m for m in (1, 2, 5, 10) if span / (m * step) < 6)
-        first, last = math.ceil(self.low / step), math.floor(self.high / step)
-        return [tick * step for tick in range(first, last + 1)]
+        if not self.log:
+            return _round_steps(self.low, self.high)
+        if self.high - self.low < 2:  # decades
+            return _round_steps(10**self.low, 10**self.high)
+        powers = range(math.ceil(self.low), math.floor(self.high) + 1)
+        return [10.0**power for power in powers[:: max(1, len(powers) // 5)]]
+
+
+def _round_steps(low: float, high: float) -> list[float]:
+    span = high - low
+    step = 10.0 ** math.floor(math.log10(span / 4))
+    step *= next(m for m in (1, 2, 5, 10) if span / (m * step) < 6)
+    first, last = math.ceil(low / step), math.floor(high / step)
+    return [tick * step for tick in range(first, last + 1)]
 
 
 def chart(
@@ -91,7 +94,7 @@ def chart(
 
 
 def legend(lines: Sequence[Line]) -> str:
-    """:return: a list of the lines that have a name"""
+    """:return: a list of the lines that have a name; "" if none has"""
     dot = '<circle cx="13" cy="5" r="3"/>'
     items = "".join(
         f'<li><svg viewBox="0 0 26 10" aria-hidden="true"><g class="{line.style}" '
@@ -100,7 +103,7 @@ def legend(lines: Sequence[Line]) -> str:
         for line in lines
         if line.name
     )
-    return f'<ul class="legend">{items}</ul>'
+    return f'<ul class="legend">{items}</ul>' if items else ""
 
 
 def _drawable(line: Line, log: bool) -> Line:
@@ -176,5 +179,8 @@ def number(value: float) -> str:
     """Three digits, and no more zeros than needed."""
     if abs(value) < 1e-12:
         return "0"
-    text = f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.0e}".replace("e-0", "e-")
+    text = f"{value:.3g}"
+    if abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        text = f"{float(mantissa):g}e{int(exponent)}"
     return text.replace("-", "−")
