@@ -147,12 +147,13 @@ class NoiseProbe(Passenger):
     def leave(
         self, index: int, before: torch.Tensor, after: torch.Tensor, run: RunBlock
     ) -> None:
-        clean = self._advance(before, after, run)
-        if index in self._rows:
-            self._inject(index, clean)
-        clean = clean.float()
+        state = self._advance(before, after, run)
+        clean = state.float()
         norm = clean.norm(dim=-1)
-        self._record_floor(index, clean, norm)
+        counted = self._mask & ~self._is_sink(norm)
+        if index in self._rows:
+            self._inject(index, state, norm, counted)
+        self._record_floor(index, clean, norm, counted)
         for source, hidden in self._noisy.items():
             noisy = hidden.float()
             drift = _drift(noisy, clean, norm)
@@ -223,34 +224,40 @@ class NoiseProbe(Passenger):
             self._reference = run(self._reference)
 
     def _record_floor(
-        self, index: int, clean: torch.Tensor, norm: torch.Tensor
+        self,
+        index: int,
+        clean: torch.Tensor,
+        norm: torch.Tensor,
+        counted: torch.Tensor,
     ) -> None:
-        counted = self._mask & ~self._is_sink(norm)
         if self._reference is None:  # computing in float32: one rounding unit
-            self._reference = self._perturbed(clean, counted, FLOAT32_UNIT)
+            size = torch.where(counted, FLOAT32_UNIT * norm, 0.0)
+            self._reference = self._perturbed(clean, size)
         drift = _drift(self._reference, clean, norm)
         sums = torch.where(counted, drift.double(), 0.0).sum(dim=1).tolist()
         start = len(self._floors) - len(sums)
         for sample, pair in enumerate(zip(sums, counted.sum(dim=1).tolist())):
             self._floors[start + sample][:, index] = pair
 
-    def _perturbed(
-        self, hidden: torch.Tensor, counted: torch.Tensor, magnitude: float
-    ) -> torch.Tensor:
-        """Noise of relative length `magnitude` on the tokens that count."""
+    def _perturbed(self, hidden: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+        """:param size: length of the noise, shape (batch, tokens)"""
         if self._noise is None:
             # One direction per token for all injection blocks: blocks are compared
             # under the same noise, which takes its share out of their differences.
             self._noise = unit_noise(self._batch, hidden.shape[-1], self._seed)
         self._noise = self._noise.to(hidden.device)
-        full = hidden.float()
-        size = magnitude * full.norm(dim=-1)
-        size = torch.where(counted, size, 0.0).unsqueeze(-1)
-        return (full + size * self._noise).to(hidden.dtype)
+        noisy = hidden.float() + size.unsqueeze(-1) * self._noise
+        return noisy.to(hidden.dtype)
 
-    def _inject(self, index: int, hidden: torch.Tensor) -> None:
-        counted = self._mask & ~self._is_sink(hidden.float().norm(dim=-1))
-        self._noisy[index] = self._perturbed(hidden, counted, self._magnitude)
+    def _inject(
+        self,
+        index: int,
+        hidden: torch.Tensor,
+        norm: torch.Tensor,
+        counted: torch.Tensor,
+    ) -> None:
+        size = torch.where(counted, self._magnitude * norm, 0.0)
+        self._noisy[index] = self._perturbed(hidden, size)
         self._counted[index] = counted
         start = len(self._counts) - len(counted)
         for sample, count in enumerate(counted.sum(dim=1).tolist()):

@@ -25,6 +25,7 @@ from absorb_plugin.calibration import (
     in_fixed_order,
     interleaved,
     join_samples,
+    samples_of,
     single_samples,
     spread,
 )
@@ -232,10 +233,11 @@ class Calibration:
         if settings.signal == "auto":
             few = len(blocks) <= RESPONSE_BLOCKS
             self.signal = "response" if few else "gradient"
-        by_loss = settings.strength != 0 and (
+        # of the pruned network, under masks: for a signal, or to judge strengths
+        self._by_loss = settings.strength != 0 and (
             self.signal != "noise" or settings.strength == "auto"
         )
-        tokens = settings.probe_tokens if by_loss else None
+        tokens = settings.probe_tokens if self._by_loss else None
         samples = in_fixed_order(single_samples(batches, tokens))
         self.samples = len(samples)
         _check_alike(samples)
@@ -266,10 +268,7 @@ class Calibration:
         :param for_allocator: whether the base allocator needs it too
         """
         settings = self._settings
-        needed = settings.strength != 0 and (
-            self.signal != "noise" or settings.strength == "auto"
-        )
-        if not (needed or for_allocator):
+        if not (self._by_loss or for_allocator):
             return {}
         chosen = spread(self._samples, settings.statistics_samples)
         watcher = InputStatistics(self._blocks)
@@ -414,9 +413,7 @@ def allocate_model(
     check_budget(sparsity, settings.max_sparsity)
     linearize_moe(model)  # as oneshot does: the experts' weights become Linears
     blocks = find_blocks(model)
-    rows = samples.with_format("torch")
-    batches = [{name: row[name][None] for name in row} for row in rows]
-    return settings.allocate(model, blocks, batches, sparsity)
+    return settings.allocate(model, blocks, samples_of(samples), sparsity)
 
 
 def as_dict(allocation: Allocation, allocator: str) -> dict[str, Any]:

@@ -20,13 +20,12 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from compressed_tensors.distributed import is_distributed
 from loguru import logger
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import distributed
 from transformers import PreTrainedModel
 
+from absorb_plugin import distributed
 from absorb_plugin.allocators.base import Remember
 from absorb_plugin.files import replace_file
 from absorb_plugin.fingerprint import digest, model_digest
@@ -80,7 +79,9 @@ class ProfileCache:
             }
             self._made_with[passenger] = digest([type(passenger).__name__, made_with])
         so_far = [vars(passenger)[name] for name in passenger.kept]
-        measurement = [self._made_with[passenger], so_far, memory, _share()]
+        # what a passenger has measured is that of its rank's samples
+        share = (distributed.rank(), distributed.ranks())
+        measurement = [self._made_with[passenger], so_far, memory, share]
         key = {
             "model": self._model_digest(),
             "samples": digest(samples),
@@ -172,13 +173,6 @@ class ProfileCache:
         slug = "".join(c if c.isalnum() else "_" for c in what.lower())
         shown = "-".join(part[:SHOWN] for part in key.values())
         return self._folder / f"{slug}-{shown}.safetensors"
-
-
-def _share() -> tuple[int, int]:
-    """Rank and ranks: what a passenger has measured is that of its rank's samples."""
-    if not is_distributed():
-        return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()
 
 
 def pack(value: object, tensors: dict[str, torch.Tensor]) -> Any:

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 import torch
+from datasets import Dataset
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.utils.helpers import (
     DisableQuantization,
@@ -27,6 +28,7 @@ __all__ = [
     "in_fixed_order",
     "interleaved",
     "join_samples",
+    "samples_of",
     "single_samples",
     "split_samples",
     "spread",
@@ -121,6 +123,12 @@ def _keep_generator(loader: object) -> Iterator[None]:
     finally:
         for generator, state in states:
             generator.set_state(state)
+
+
+def samples_of(dataset: Dataset) -> list[dict]:
+    """:param dataset: rows of `input_ids` and `attention_mask`; a batch of one each"""
+    rows = dataset.with_format("torch")
+    return [{name: row[name][None] for name in row} for row in rows]
 
 
 def split_samples(batches: Iterable[Batch], size: int) -> Iterator[dict]:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from absorb_plugin.files import replace_file
+from absorb_plugin.files import json_object, replace_file
 from absorb_plugin.report.profile import SCHEMA_VERSION
 
 __all__ = ["Run", "as_dict", "draw", "read_runs", "render", "save_result"]
@@ -87,7 +87,7 @@ def _read_run(path: Path, name: str) -> Run:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such run")
     files = [path] if path.is_file() else _files_of(path)
-    contents = {file: _read_json(file) for file in files}
+    contents = {file: json_object(file.read_bytes(), str(file)) for file in files}
     profiles = {f: x for f, x in contents.items() if "schema_version" in x}
     results = [(f, x) for f, x in contents.items() if f not in profiles]
     fields: dict[str, Any] = {"tasks": {}}
@@ -115,16 +115,6 @@ def _files_of(folder: Path) -> list[Path]:
             f"eval*.json. Make one: absorb eval {folder} ... --out {folder}/eval.json"
         )
     return found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return content
 
 
 def _from_profiles(profiles: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

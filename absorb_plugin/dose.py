@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from absorb_plugin.absorption import AbsorptionProfile, NoiseProbe
 from absorb_plugin.blocks import find_blocks
-from absorb_plugin.calibration import join_samples
+from absorb_plugin.calibration import join_samples, samples_of
+from absorb_plugin.files import json_numbers
 from absorb_plugin.sweep import sweep
 
 __all__ = ["DoseProfile", "as_dict", "measure_doses", "parse_magnitudes", "render"]
@@ -91,8 +92,7 @@ def measure_doses(
     :param sweep_memory: bytes that the hidden states may take
     """
     blocks = find_blocks(model)
-    rows = samples.with_format("torch")
-    batches = join_samples({name: row[name][None] for name in row} for row in rows)
+    batches = join_samples(samples_of(samples))
     probes = [
         NoiseProbe(blocks.prunable, len(blocks), eta, seed, sink_tokens, noise_dtype)
         for eta in magnitudes
@@ -128,10 +128,10 @@ def as_dict(found: DoseProfile) -> dict[str, Any]:
             {
                 "eta": eta,
                 "tokens": profile.tokens,
-                "ratio": _plain(profile.ratio),
-                "ratio_error": _plain(profile.ratio_error),
-                "drift": [_plain(row) for row in profile.drift],
-                "realignment": [_plain(row) for row in profile.realignment],
+                "ratio": json_numbers(profile.ratio),
+                "ratio_error": json_numbers(profile.ratio_error),
+                "drift": [json_numbers(row) for row in profile.drift],
+                "realignment": [json_numbers(row) for row in profile.realignment],
                 "spared_positions": {
                     str(index): positions for index, positions in profile.spared.items()
                 },
@@ -139,10 +139,6 @@ def as_dict(found: DoseProfile) -> dict[str, Any]:
             for eta, profile in zip(found.magnitudes, found.profiles, strict=True)
         ],
     }
-
-
-def _plain(values: np.ndarray) -> list[float | None]:
-    return [float(value) if np.isfinite(value) else None for value in values]
 
 
 def render(found: DoseProfile, file: TextIO) -> None:

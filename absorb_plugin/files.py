@@ -1,10 +1,39 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and what JSON does not say by itself."""
 
+import json
+import math
 import uuid
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-__all__ = ["check_file", "check_writable", "replace_file"]
+__all__ = [
+    "check_file",
+    "check_writable",
+    "json_numbers",
+    "json_object",
+    "replace_file",
+]
+
+
+def json_object(text: str | bytes, where: str) -> dict[str, Any]:
+    """
+    :param where: file, and line if it is one of several, for the message
+    :raises ValueError: if `text` is not JSON, not UTF-8, or no object
+    """
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: not a JSON object")
+    return content
+
+
+def json_numbers(values: Iterable[float]) -> list[float | None]:
+    """JSON has no NaN and no infinity: None stands for what was not measured."""
+    return [float(value) if math.isfinite(value) else None for value in values]
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.budget import check_budget
 
-__all__ = ["Peer", "find_peers", "forget", "recipe_text"]
+__all__ = ["Peer", "find_peers", "forget", "own_fields", "recipe_text"]
 
 # Fields that llm-compressor fills in by itself.
 HOUSEKEEPING = {"index", "group", "start", "end", "update"}
@@ -140,6 +140,16 @@ def find_peers(
     return [_resolve(other, model, blocks, ignore, max_sparsity) for other in found]
 
 
+def own_fields(modifier: Modifier, **options: Any) -> dict[str, Any]:
+    """
+    The fields of a modifier that are its user's, not llm-compressor's own.
+
+    :param options: of pydantic's `model_dump`
+    """
+    fields = modifier.model_dump(exclude=HOUSEKEEPING, **options)
+    return {key: value for key, value in fields.items() if not key.endswith("_")}
+
+
 def recipe_text() -> str:
     """
     The active recipe as YAML, with the fields that the user has set. Call it in
@@ -147,16 +157,13 @@ def recipe_text() -> str:
     """
     groups: dict[str, dict[str, Any]] = {}
     for modifier in active_session().lifecycle.recipe.modifiers:
-        fields = modifier.model_dump(
-            mode="json", exclude_unset=True, exclude=HOUSEKEEPING
-        )
         name = type(modifier).__name__
         # Of two modifiers of one class in one group, one would be lost.
         twins = sum(name in group for group in groups.values())
         group = f"prune_{twins + 1}_modifiers" if twins else "prune_modifiers"
-        groups.setdefault(group, {})[name] = {
-            key: value for key, value in fields.items() if not key.endswith("_")
-        }
+        groups.setdefault(group, {})[name] = own_fields(
+            modifier, mode="json", exclude_unset=True
+        )
     return yaml.safe_dump({"prune_stage": groups}, sort_keys=False, allow_unicode=True)
 
 

@@ -15,7 +15,6 @@ docs/evaluation.md has a comparison on the same items.
 """
 
 import inspect
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
 from absorb_plugin.evaluate import ROWS, input_device
+from absorb_plugin.files import json_object
 from absorb_plugin.sampling import standard_error
 from absorb_plugin.text import Tokenizer, prefix_ids
 
@@ -190,12 +190,7 @@ def _read_items(path: Path) -> Iterator[Item]:
 
 
 def _read_item(text: str, line: int, where: str) -> Item:
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: not a JSON object")
+    row = json_object(text, where)
     try:
         pairs, gold = _pairs(row, where)
     except ValidationError as error:

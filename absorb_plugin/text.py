@@ -1,6 +1,5 @@
 """Text in, windows of tokens out: for calibration and for perplexity."""
 
-import json
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -9,6 +8,8 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 from loguru import logger
+
+from absorb_plugin.files import json_object
 
 __all__ = [
     "calibration_samples",
@@ -238,12 +239,7 @@ def _texts_of_json_lines(path: Path, lines: Sequence[str]) -> Iterator[str]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: not a JSON object")
+        record = json_object(line, f"{path}, line {number}")
         if "text" not in record:
             fields = ", ".join(record) or "none at all"
             raise ValueError(

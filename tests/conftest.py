@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from llmcompressor.core import reset_session
+from loguru import logger
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import absorb_plugin  # noqa: F401  registers the modifier
@@ -39,3 +40,22 @@ def llama_for_oneshot(
     tmp_path: Path,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     return tiny.with_tokenizer(tiny.make_model("llama"), tmp_path / "config")
+
+
+@pytest.fixture
+def warnings() -> Iterator[list[str]]:
+    """What is said at level WARNING or above."""
+    yield from _messages("WARNING", "{message}")
+
+
+@pytest.fixture
+def logs() -> Iterator[list[str]]:
+    """What is said at level INFO or above, with the level in front."""
+    yield from _messages("INFO", "{level} {message}")
+
+
+def _messages(level: str, template: str) -> Iterator[list[str]]:
+    seen: list[str] = []
+    sink = logger.add(seen.append, level=level, format=template)
+    yield seen
+    logger.remove(sink)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from loguru import logger
 from test_sweep import ride
 from transformers import PreTrainedModel
 
@@ -235,21 +234,16 @@ def test_float32_noise_in_a_16_bit_model_is_that_of_a_float32_model(
     assert profile.floor[-1] < 1e-4 < measured(narrow, batch).floor[-1]
 
 
-def test_eta_below_the_floor_is_warned_of() -> None:
+def test_eta_below_the_floor_is_warned_of(warnings: list[str]) -> None:
     model, batch = tiny.make_model("llama").bfloat16(), tiny.make_batch()
     profile = measured(model, batch)
     limit = FLOOR_MARGIN * profile.floor[-1]
     assert profile.drowned(0.99 * limit) and not profile.drowned(1.01 * limit)
-    lines: list[str] = []
-    handler = logger.add(lines.append, level="WARNING", format="{message}")
-    try:
-        profile.warn_if_drowned(1.01 * limit)
-        assert lines == []
-        profile.warn_if_drowned(0.99 * limit)
-    finally:
-        logger.remove(handler)
-    assert len(lines) == 1
-    assert "noise_magnitude=" in lines[0] and "noise_dtype: float32" in lines[0]
+    profile.warn_if_drowned(1.01 * limit)
+    assert warnings == []
+    profile.warn_if_drowned(0.99 * limit)
+    (line,) = warnings
+    assert "noise_magnitude=" in line and "noise_dtype: float32" in line
 
 
 class Sums:

@@ -1,7 +1,6 @@
 """Allocation and pruning over the architectures of transformers."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import tiny
 import torch
 import transformers
 from llmcompressor.core import reset_session
-from loguru import logger
 from transformers import PreTrainedModel
 
 from absorb_plugin.allocation import allocate_model
@@ -54,14 +52,6 @@ BLOCKS = {
 }
 # Linears whose weight the block uses without calling them, so nobody sees their input
 UNCALLED = {"jamba": "mamba.dt_proj", "mamba": "mixer.dt_proj"}
-
-
-@pytest.fixture
-def warnings() -> Iterator[list[str]]:
-    seen: list[str] = []
-    sink = logger.add(lambda message: seen.append(str(message)), level="WARNING")
-    yield seen
-    logger.remove(sink)
 
 
 def check_pruned(

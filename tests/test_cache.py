@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import tiny
 import torch
 from compressed_tensors import offload
 from llmcompressor.core import reset_session
-from loguru import logger
 from transformers import PreTrainedModel
 
 from absorb_plugin.absorption import NoiseProbe
@@ -27,14 +26,6 @@ from absorb_plugin.statistics import InputStatistics
 from absorb_plugin.sweep import Passenger, sweep
 
 STATIONS = {"input_statistics", "noise_probe", "held_out_loss", "loss_slope"}
-
-
-@pytest.fixture
-def logs() -> Iterator[list[str]]:
-    seen: list[str] = []
-    sink = logger.add(seen.append, format="{level} {message}", level="INFO")
-    yield seen
-    logger.remove(sink)
 
 
 @pytest.fixture

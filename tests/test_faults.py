@@ -24,7 +24,6 @@ import torch
 from cli_fixtures import model_dir, text_file, wanda_recipe  # noqa: F401  fixtures
 from llmcompressor.core import reset_session
 from llmcompressor.modifiers.utils.hooks import HooksMixin
-from loguru import logger
 from test_cli import error_of, files_in
 from test_pipelines import small
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -38,14 +37,6 @@ from absorb_plugin.prune import check_output, check_space, staged_directory
 
 NIGHTLY = "ABSORB_NIGHTLY" in os.environ  # `make fuzz`: every line, not 4 of them
 PACKAGE = Path(absorb_plugin.__file__).parent
-
-
-@pytest.fixture
-def logs() -> Iterator[list[str]]:
-    seen: list[str] = []
-    sink = logger.add(seen.append, format="{level} {message}", level="INFO")
-    yield seen
-    logger.remove(sink)
 
 
 def random_states() -> list[Any]:

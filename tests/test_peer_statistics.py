@@ -7,7 +7,6 @@ import runs
 import tiny
 import torch
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
-from loguru import logger
 from torch import distributed
 
 from absorb_plugin.peer_statistics import leave_statistics, reduce_statistics
@@ -33,14 +32,6 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         distributed.init_process_group("gloo", store, rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
-
-
-@pytest.fixture
-def warnings() -> Iterator[list[str]]:
-    said: list[str] = []
-    sink = logger.add(lambda message: said.append(str(message)), level="WARNING")
-    yield said
-    logger.remove(sink)
 
 
 def calibrated(kind: str) -> tuple[SparsityModifierBase, torch.nn.Module]:

@@ -1,7 +1,6 @@
 """The hand-off through the real `oneshot`, under every pipeline and kind of target."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import runs
 import tiny
 import torch
 from llmcompressor.core import reset_session
-from loguru import logger
 from transformers import PreTrainedModel
 
 from absorb_plugin.blocks import find_blocks
@@ -25,14 +23,6 @@ BUDGET = 0.5
 def no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than all the rest; test_report has figures."""
     monkeypatch.setattr("absorb_plugin.report.profile.draw", lambda profile: b"")
-
-
-@pytest.fixture
-def warnings() -> Iterator[list[str]]:
-    seen: list[str] = []
-    sink = logger.add(lambda message: seen.append(str(message)), level="WARNING")
-    yield seen
-    logger.remove(sink)
 
 
 def small(**fields: Any) -> PreTrainedModel:

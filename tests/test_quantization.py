@@ -1,7 +1,7 @@
 """Pruning and quantisation in one recipe: what is zero stays zero."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,6 @@ from llmcompressor.modifiers.transform.quip import QuIPModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from llmcompressor.modifiers.transform.spinquant import SpinQuantModifier
 from llmcompressor.recipe import Recipe
-from loguru import logger
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
@@ -83,14 +82,6 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Masks:
     runs.run(model, recipe, tmp_path_factory.mktemp("pruned"))
     reset_session()
     return zeros_of(model)
-
-
-@pytest.fixture
-def warnings() -> Iterator[list[str]]:
-    messages: list[str] = []
-    sink = logger.add(messages.append, level="WARNING", format="{message}")
-    yield messages
-    logger.remove(sink)
 
 
 CASES: dict[str, tuple[Callable[[], list[Modifier]], str, str]] = {

@@ -14,19 +14,10 @@ from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import (
     PRUNABLE_LAYER_TYPES,
     SparsityModifierBase,
 )
-from loguru import logger
 
 from absorb_plugin import AbsorptionAllocationModifier, peers
 
 pytestmark = pytest.mark.contract
-
-
-@pytest.fixture
-def warnings() -> Iterator[list[str]]:
-    seen: list[str] = []
-    sink = logger.add(lambda message: seen.append(str(message)), level="WARNING")
-    yield seen
-    logger.remove(sink)
 
 
 @pytest.fixture(autouse=True)

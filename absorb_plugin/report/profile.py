@@ -1,7 +1,6 @@
 """The profile of a run: every number that led to the allocation, as JSON."""
 
 import json
-import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -16,8 +15,8 @@ from transformers import PreTrainedModel
 from absorb_plugin.allocation import Allocation
 from absorb_plugin.blocks import linear_parameters
 from absorb_plugin.calibration import Batch, token_mask
-from absorb_plugin.files import replace_file
-from absorb_plugin.peers import Peer
+from absorb_plugin.files import json_numbers, replace_file
+from absorb_plugin.peers import Peer, own_fields
 from absorb_plugin.report.figure import draw
 from absorb_plugin.report.page import render
 
@@ -102,10 +101,7 @@ class Report:
             },
             "recipe": settings.recipe,
             "command": command_line(),
-            "settings": settings.model_dump(
-                exclude={"index", "group", "start", "end", "update"}
-                | {name for name in type(settings).model_fields if name.endswith("_")}
-            ),
+            "settings": own_fields(settings),
             "noise": None,
             "search": None,
             "budget": allocation.budget,
@@ -122,7 +118,7 @@ class Report:
             profile["noise"] = {
                 "magnitude": settings.noise_magnitude,
                 "dtype": settings.noise_dtype,
-                "floor": _plain(absorption.floor),
+                "floor": json_numbers(absorption.floor),
                 "seed": settings.noise_seed,
                 "samples": absorption.samples,
                 "tokens": absorption.tokens,
@@ -134,14 +130,14 @@ class Report:
         if search is not None:
             profile["search"] = {
                 "start": search.start,
-                "base_loss": _plain([search.base_loss])[0],
-                "uniform_loss": _plain([search.uniform_loss])[0],
-                "loss": _plain([search.loss])[0],
+                "base_loss": json_numbers([search.base_loss])[0],
+                "uniform_loss": json_numbers([search.uniform_loss])[0],
+                "loss": json_numbers([search.loss])[0],
                 "rounds": [
                     {
                         "direction": entry.direction.tolist(),
                         "strengths": entry.strengths,
-                        "losses": _plain(entry.losses),
+                        "losses": json_numbers(entry.losses),
                         "chosen": entry.chosen,
                     }
                     for entry in search.rounds
@@ -165,10 +161,10 @@ class Report:
             }
             if absorption is not None:
                 entry |= {
-                    "drift": _plain(absorption.drift[row]),
-                    "realignment": _plain(absorption.realignment[row]),
+                    "drift": json_numbers(absorption.drift[row]),
+                    "realignment": json_numbers(absorption.realignment[row]),
                     "ratio": float(absorption.ratio[row]),
-                    "ratio_error": _plain([absorption.ratio_error[row]])[0],
+                    "ratio_error": json_numbers([absorption.ratio_error[row]])[0],
                 }
             for name, linear in block.linears.items():
                 full = block.full_name(name)
@@ -226,7 +222,3 @@ def command_line() -> str | None:
     if by_module or Path(sys.argv[0]).name == "absorb":
         return shlex.join(["absorb", *sys.argv[1:]])
     return None
-
-
-def _plain(values: Any) -> list[float | None]:
-    return [float(value) if math.isfinite(value) else None for value in values]
