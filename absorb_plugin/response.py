@@ -90,7 +90,7 @@ class MaskedPassenger(Passenger):
         return {n: min(1.0, max(0.0, sparsity + o)) for n, o in offsets.items()}
 
     def _seen(self, index: int) -> list[str]:
-        """Linears that saw a token: the pruners leave the others dense (experts)."""
+        """Linears that saw a token: for the others there is no score to mask by."""
         block = self._blocks.blocks[index]
         return [n for n in block.linears if block.full_name(n) in self._square_sums]
 

@@ -234,6 +234,15 @@ def test_linears_that_stayed_dense_are_named() -> None:
     assert "model.layers.0.mlp.up_proj, " in found and "and 1 more" in found
 
 
+def test_linears_without_tokens_are_named_once() -> None:
+    profile = make_profile()
+    name = f"{profile['blocks'][0]['name']}.{NAMES[1]}"
+    profile["blocks"][0]["linears"][NAMES[1]]["realised_sparsity"] = 0.0
+    profile["unseen_linears"] = [name]
+    (found,) = findings(profile)
+    assert found.startswith("Saw no token") and name in found
+
+
 def test_charts_leave_gaps_and_stay_inside() -> None:
     lines = [
         Line("a <b>", "final", [0, 1, 2, 3], [0.1, None, 10.0, 0.0], ring=2),

@@ -17,7 +17,7 @@ def findings(profile: Mapping[str, Any]) -> list[str]:
     :param profile: from `Report.profile`
     :return: sentences, each about something that is not as one would expect
     """
-    parts = (_correction, _noise, _cap, _unfinished, _dense, _missed)
+    parts = (_correction, _noise, _cap, _unfinished, _unseen, _dense, _missed)
     return [sentence for part in parts if (sentence := part(profile))]
 
 
@@ -70,20 +70,30 @@ def _unfinished(profile: Mapping[str, Any]) -> str:
     return "Written before pruning was finished: the realised sparsity is not known."
 
 
+def _unseen(profile: Mapping[str, Any]) -> str:
+    unseen = profile.get("unseen_linears")
+    if not unseen:
+        return ""
+    return (
+        f"Saw no token when the statistics were taken: {_listed(unseen)}. Where the "
+        "pruner has none for them either, it prunes an expert blindly and leaves a "
+        "Linear that is not called dense; more calibration samples help experts."
+    )
+
+
 def _dense(profile: Mapping[str, Any]) -> str:
-    # what the calibration tokens did not reach is listed where the allocation knows it
-    dense = profile.get("unseen_linears") or [
-        f"{block['name']}.{name}"
+    known = set(profile.get("unseen_linears") or ())
+    dense = [
+        name
         for block in profile["blocks"]
-        for name, linear in block["linears"].items()
-        if linear["realised_sparsity"] == 0 and linear["sparsity"] > 0
+        for short, linear in block["linears"].items()
+        if linear["realised_sparsity"] == 0
+        and linear["sparsity"] > 0
+        and (name := f"{block['name']}.{short}") not in known
     ]
     if not dense:
         return ""
-    return (
-        f"Left dense although a share was to go: {_listed(dense)}. Experts that no "
-        "calibration token reached are not pruned; more calibration samples help."
-    )
+    return f"Left dense although a share was to go: {_listed(dense)}."
 
 
 def _missed(profile: Mapping[str, Any]) -> str:

@@ -71,7 +71,11 @@ def _tiles(profile: Mapping[str, Any]) -> str:
                 change = math.expm1(search["loss"] - loss)
                 label = profile["settings"]["allocator"] if name == "base" else name
                 tiles.append(
-                    (f"against {label}", f"{change:+.1%}", "perplexity, held-out text")
+                    (
+                        f"against {label}",
+                        f"{change:+.1%}",
+                        "masked perplexity, held-out calibration text",
+                    )
                 )
     tiles.append(
         (
