@@ -1,25 +1,19 @@
 """
 The command `absorb`: parse, call, print.
 
-A command's result goes to stdout and everything else (logs, progress, warnings,
-errors) to stderr. Modules that need torch are imported inside the commands.
+Modules that need torch are imported inside the commands.
 """
 
-import contextlib
 import dataclasses
 import json
-import os
-import signal
-import sys
-import threading
 import time
-import traceback
-from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
+
+from absorb_plugin.command import command, show
 
 __all__ = ["app"]
 
@@ -415,93 +409,6 @@ def demo(
             show(stdout, result.as_dict(), as_json)
         else:
             render(result, stdout)
-
-
-@contextlib.contextmanager
-def command(debug: bool) -> Iterator[TextIO]:
-    """
-    The frame of every command. In it `sys.stdout` is stderr, for llm-compressor and
-    others print and log to it; the result is written to what the block receives. An
-    exception becomes one line on stderr and exit code 1.
-
-    :param debug: show a traceback and all logs instead
-    """
-    stdout = sys.stdout
-    try:
-        with contextlib.redirect_stdout(sys.stderr), termination_as_interrupt():
-            route_logs(debug)
-            yield stdout
-    except (typer.Exit, typer.Abort):
-        raise
-    except KeyboardInterrupt as error:
-        typer.echo("interrupted: no result was written", err=True)
-        raise typer.Exit(130) from error
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        else:
-            typer.echo(f"error: {one_line(error)}", err=True)
-        raise typer.Exit(1) from error
-
-
-@contextlib.contextmanager
-def termination_as_interrupt() -> Iterator[None]:
-    """SIGTERM, as batch systems send it, leaves as little behind as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only there can a signal be handled
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def route_logs(debug: bool) -> None:
-    """
-    Send loguru to stderr: our lines and warnings of llm-compressor, or everything.
-    LLM_COMPRESSOR_LOG_LEVEL is obeyed as in llm-compressor itself.
-    """
-    import llmcompressor  # noqa: F401  it sets up loguru when it is first imported
-    from loguru import logger
-
-    level = os.environ.get("LLM_COMPRESSOR_LOG_LEVEL", "WARNING").upper()
-    lowest = "DEBUG" if debug else logger.level(level).no
-
-    def wanted(record: Any) -> bool:
-        # "METRIC" (no. 38): four lines for each pruned Linear, not a warning
-        is_metric = record["level"].name == "METRIC"
-        return (record["name"] or "").startswith("absorb_plugin") or (
-            debug or (record["level"].no >= lowest and not is_metric)
-        )
-
-    logger.remove()
-    logger.add(
-        # looked up anew for every line, since tests replace sys.stderr
-        lambda message: print(message, end="", file=sys.stderr),
-        level="DEBUG" if debug else "INFO",
-        format="{level: <7} {message}" if not debug else "{time} {level} {message}",
-        filter=wanted,
-    )
-
-
-def one_line(error: Exception) -> str:
-    """The message of an exception, with its kind where that is needed to read it."""
-    message = " ".join(str(error).split())
-    if isinstance(error, ValueError | OSError | ImportError) and message:
-        return message
-    return f"{type(error).__name__}: {message} (--debug shows where)"
-
-
-def show(
-    stdout: TextIO, result: Mapping[str, Any], as_json: bool, line: str = ""
-) -> None:
-    """
-    :param result: names and values, all of them for JSON
-    :param line: template of the same for people
-    """
-    text = json.dumps(result, allow_nan=False) if as_json else line.format(**result)
-    print(text, file=stdout, flush=True)
 
 
 def parse_argument(argument: str) -> tuple[str, Any]:
