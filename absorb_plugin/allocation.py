@@ -25,16 +25,19 @@ from absorb_plugin.calibration import (
     in_fixed_order,
     interleaved,
     join_samples,
+    padded,
     samples_of,
     single_samples,
     spread,
 )
+from absorb_plugin.compensation import Compensation
 from absorb_plugin.correction import direction_from_ratio, direction_from_response
 from absorb_plugin.gradient import GradientProbe
 from absorb_plugin.plugins import owner_of, run_allocator
+from absorb_plugin.rehearsal import Rehearsal
 from absorb_plugin.response import CandidateScores, ResponseProbe
 from absorb_plugin.statistics import InputStatistics, groups_of, unseen_linears
-from absorb_plugin.strength import Search
+from absorb_plugin.strength import Score, Search
 from absorb_plugin.sweep import Passenger, sweep
 
 if TYPE_CHECKING:
@@ -365,17 +368,51 @@ class Calibration:
         self._sweep(self._held_out, scores, "Held-out loss")
         return scores.losses()
 
+    def rehearsal(
+        self,
+        base: Base,
+        statistics: Mapping[str, torch.Tensor],
+        compensation: Compensation | None,
+    ) -> Score | None:
+        """
+        Scores as `score` does, but prunes as SparseGPT does, by a few calibration
+        samples; None where that is not wanted.
+        """
+        settings = self._settings
+        if compensation is None or settings.rehearsal_samples == 0:
+            return None
+        chosen = spread(self._samples, settings.rehearsal_samples)
+        samples = [cut_tokens(x, settings.probe_tokens) for x in chosen]
+
+        def rehearse(
+            candidates: Sequence[np.ndarray],
+        ) -> tuple[np.ndarray, np.ndarray]:
+            passenger = Rehearsal(
+                self._blocks,
+                statistics,
+                distributed.from_first(candidates),
+                compensation,
+                len(samples),
+                base.offsets,
+            )
+            self._sweep([*samples, *self._held_out], passenger, "Rehearsal")
+            return passenger.losses()
+
+        return rehearse
+
     def _sweep(self, samples: list[dict], passenger: Passenger, what: str) -> None:
+        """Every rank its share; all of them where a passenger takes but one batch."""
         tokens = sum(sample["input_ids"].numel() for sample in samples)
         logger.info(f"{what}: {len(samples)} samples, {tokens} tokens")
-        mine, memory = distributed.share(samples), self._settings.sweep_memory
+        memory, whole = self._settings.sweep_memory, passenger.undivided
+        mine = samples if whole else distributed.share(samples)
 
         def run() -> None:
             sweep(
                 self._model,
                 self._blocks.modules,
                 [block.name for block in self._blocks.blocks],
-                join_samples(mine),
+                [padded(mine)] if whole else join_samples(mine),
                 [passenger],
                 memory=memory,
                 description=what,

@@ -28,6 +28,7 @@ __all__ = [
     "in_fixed_order",
     "interleaved",
     "join_samples",
+    "padded",
     "samples_of",
     "single_samples",
     "split_samples",
@@ -186,6 +187,28 @@ def join_samples(samples: Iterable[Batch], size: int = 8) -> list[dict]:
         else:
             batches.append(dict(sample))
     return batches
+
+
+def padded(samples: Sequence[Batch]) -> dict:
+    """
+    One batch of single samples of whatever length, padded on the right where theirs
+    differ.
+    """
+    lengths = [sample["input_ids"].shape[1] for sample in samples]
+    longest = max(lengths)
+    filled = []
+    for sample, length in zip(samples, lengths, strict=True):
+        short = dict(sample)
+        if min(lengths) < longest:
+            mask = token_mask(sample).to(sample["input_ids"])
+            short = {"attention_mask": mask} | short
+        for name, tensor in short.items():
+            if tensor.dim() > 1 and tensor.shape[1] == length < longest:
+                room = tensor.new_zeros(1, longest - length, *tensor.shape[2:])
+                short[name] = torch.cat([tensor, room], dim=1)
+        filled.append(short)
+    names = set.intersection(*(set(sample) for sample in filled))
+    return {name: torch.cat([sample[name] for sample in filled]) for name in names}
 
 
 def in_fixed_order(samples: Iterable[Batch]) -> list[dict]:

@@ -26,6 +26,7 @@ from absorb_plugin import distributed
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch
 from absorb_plugin.loss import check_predicted, cross_entropy_sums
+from absorb_plugin.masks import replaced_weights
 from absorb_plugin.response import MaskedPassenger
 from absorb_plugin.sweep import RunBlock, Tail
 
@@ -115,7 +116,8 @@ class GradientProbe(MaskedPassenger):
                     name: masks.masked(name, s).detach().clone().requires_grad_()
                     for name, s in sparsities.items()
                 }
-                stack.enter_context(masks.replaced(weights))
+                linears = self._blocks.blocks[index].linears
+                stack.enter_context(replaced_weights(linears, weights))
             stack.enter_context(torch.enable_grad())
             source = before.detach().requires_grad_()
             inputs = [source, *weights.values()]

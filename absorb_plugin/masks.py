@@ -9,7 +9,7 @@ from torch.nn.functional import linear as apply_linear
 
 from absorb_plugin.sweep import replaced_forward
 
-__all__ = ["BlockMasks"]
+__all__ = ["BlockMasks", "replaced_weights"]
 
 
 class BlockMasks:
@@ -48,16 +48,7 @@ class BlockMasks:
         :param sparsities: name of a Linear -> sparsity in [0, 1]
         """
         weights = {name: self.masked(name, s) for name, s in sparsities.items()}
-        with self.replaced(weights):
-            yield
-
-    @contextmanager
-    def replaced(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Within the context the Linears named compute with the weights given."""
-        with ExitStack() as stack:
-            for name, weight in weights.items():
-                module = self._linears[name]
-                stack.enter_context(replaced_forward(module, _forward(module, weight)))
+        with replaced_weights(self._linears, weights):
             yield
 
     def masked(self, name: str, sparsity: float) -> torch.Tensor:
@@ -89,6 +80,18 @@ class BlockMasks:
             band &= scores > ranked[:, low - 1 : low]
         total = torch.where(band, gradient.float() * weight.float(), 0.0).sum()
         return float(total) * 2 * step * columns / (high - low)
+
+
+@contextmanager
+def replaced_weights(
+    linears: Mapping[str, torch.nn.Linear], weights: Mapping[str, torch.Tensor]
+) -> Iterator[None]:
+    """Within the context the Linears named in `weights` compute with these."""
+    with ExitStack() as stack:
+        for name, weight in weights.items():
+            module = linears[name]
+            stack.enter_context(replaced_forward(module, _forward(module, weight)))
+        yield
 
 
 def _sorted_rows(scores: torch.Tensor) -> torch.Tensor:

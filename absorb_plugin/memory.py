@@ -34,6 +34,7 @@ class Rider(Protocol):
     masked: bool
     differentiates: bool
     widens: bool
+    compensates: bool
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def footprint(
     return Footprint(
         max(_masks(weights, element, passengers), CHUNK_COPIES * chunk)
         + _widened(weights, element, passengers)
+        + _hessians(linears, passengers)
         + _float32_copies(model, linears, backward),
         chunk,
         element * config.hidden_size * states + inside,
@@ -114,6 +116,14 @@ def _widened(weights: int, element: int, passengers: Sequence[Rider]) -> int:
     """One block in float32, beside its weights in 16 bits."""
     widens = any(passenger.widens for passenger in passengers)
     return 4 * weights if widens and element < 4 else 0
+
+
+def _hessians(linears: Sequence[Sequence[Linear]], passengers: Sequence[Rider]) -> int:
+    """One at a time, in float32: itself, its factor, the inverse of that."""
+    if not any(passenger.compensates for passenger in passengers):
+        return 0
+    widest = max((x.in_features for block in linears for x in block), default=0)
+    return 3 * 4 * widest**2
 
 
 def _float32_copies(

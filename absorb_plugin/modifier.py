@@ -17,6 +17,7 @@ from absorb_plugin.allocators.base import Allocator
 from absorb_plugin.blocks import BlockMap, find_blocks
 from absorb_plugin.budget import meet_budget
 from absorb_plugin.calibration import cache_batches
+from absorb_plugin.compensation import Compensation
 from absorb_plugin.correction import corrected
 from absorb_plugin.files import check_writable
 from absorb_plugin.peer_statistics import leave_statistics, reduce_statistics
@@ -59,7 +60,7 @@ class AbsorptionAllocationModifier(Modifier):
         - find_blocks, find_peers: everything that can be refused is refused here
     - on_event (calibration start, before any hook of the pruning modifiers)
         - calibration batches -> statistics -> base allocation -> signal -> correction
-          -> budget -> peers
+          -> budget -> rehearsal -> peers
     - on_finalize
         - measure the realised sparsity, write the report
 
@@ -93,8 +94,11 @@ class AbsorptionAllocationModifier(Modifier):
     :param statistics_samples: calibration samples for the inputs' statistics
     :param signal_samples: calibration samples for "gradient" and "response"
     :param holdout_samples: calibration samples held out to judge strengths
+    :param rehearsal_samples: calibration samples by which SparseGPT is rehearsed with
+        strength "auto", if SparseGPTModifier follows: what the search found must not do
+        worse in it than the base allocation. 0 for no rehearsal
     :param probe_tokens: so many tokens of a sample are used by "gradient" and
-        "response", to judge strengths, and by a noise probe for the report
+        "response", to judge strengths, to rehearse, and by a noise probe for the report
     :param response_step: δ, by how much "response" relaxes a block; "gradient" looks at
         weights within ± δ/2 of the threshold
     :param max_sparsity: no block is pruned beyond it
@@ -129,6 +133,7 @@ class AbsorptionAllocationModifier(Modifier):
     statistics_samples: int = Field(default=32, ge=1)
     signal_samples: int = Field(default=8, ge=1)
     holdout_samples: int = Field(default=8, ge=1)
+    rehearsal_samples: int = Field(default=8, ge=0)
     probe_tokens: int = Field(default=128, ge=2)
     response_step: float = Field(default=0.1, gt=0, lt=1)
     max_sparsity: float = Field(default=0.95, gt=0, lt=1)
@@ -190,7 +195,9 @@ class AbsorptionAllocationModifier(Modifier):
             return
         batches = cache_batches(state.data.calib)
         for number, peer in enumerate(self._peers):
-            allocation = self.allocate(state.model, peer.blocks, batches, peer.sparsity)
+            allocation = self.allocate(
+                state.model, peer.blocks, batches, peer.sparsity, peer.compensation
+            )
             peer.hand_over(distributed.from_first(allocation.linear_sparsities()))
             report = Report(self, state.model, peer, allocation, batches, number)
             self._reports.append(report)
@@ -204,15 +211,17 @@ class AbsorptionAllocationModifier(Modifier):
         blocks: BlockMap,
         batches: list[dict],
         sparsity: float,
+        compensation: Compensation | None = None,
     ) -> Allocation:
         """
         The whole method: calibration batches -> statistics -> base allocation ->
-        signal -> correction -> budget.
+        signal -> correction -> budget -> rehearsal.
 
         :param model: the dense model; its weights are not touched
         :param blocks: its blocks, with the Linears that will be pruned
         :param batches: tokenised calibration batches, the same on all ranks
         :param sparsity: the budget S
+        :param compensation: how SparseGPT will prune, if it is SparseGPT that will
         """
         calibration = Calibration(model, blocks, batches, self)
         allocator = self.base_allocator()
@@ -247,6 +256,7 @@ class AbsorptionAllocationModifier(Modifier):
                 measure,
                 score,
                 rounds,
+                calibration.rehearsal(base, statistics, compensation),
             )
             direction, final = search.rounds[0].direction, search.sparsity
         else:

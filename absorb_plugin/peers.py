@@ -19,6 +19,7 @@ import yaml
 from compressed_tensors.utils import match_named_modules, match_targets
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.pruning import SparseGPTModifier
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import (
     PRUNABLE_LAYER_TYPES,
     SparsityModifierBase,
@@ -28,6 +29,7 @@ from transformers import PreTrainedModel
 
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.budget import check_budget
+from absorb_plugin.compensation import Compensation
 
 __all__ = ["Peer", "find_peers", "forget", "own_fields", "recipe_text"]
 
@@ -68,6 +70,17 @@ class Peer:
     @property
     def name(self) -> str:
         return type(self.modifier).__name__
+
+    @property
+    def compensation(self) -> Compensation | None:
+        """How it makes up for what it prunes, where that can be rehearsed."""
+        modifier = self.modifier
+        if (
+            not isinstance(modifier, SparseGPTModifier)
+            or modifier.preserve_sparsity_mask
+        ):
+            return None
+        return Compensation(modifier.block_size, modifier.dampening_frac or 0.0)
 
     def hand_over(self, sparsities: Mapping[str, float]) -> None:
         """

@@ -1,10 +1,11 @@
 """
 The strength of the correction, tuned on held-out calibration text: never worse there
-than the base allocation or than uniform.
+than the base allocation or than uniform. What the masks of the search promise is
+rehearsed with the pruner's own arithmetic where that is another.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from loguru import logger
@@ -14,7 +15,7 @@ from absorb_plugin.budget import meet_budget
 from absorb_plugin.correction import corrected
 from absorb_plugin.sampling import standard_error
 
-__all__ = ["Round", "Search", "search_strength"]
+__all__ = ["Rehearsed", "Round", "Score", "Search", "search_strength"]
 
 # The negative side is there because a signal can point the wrong way: the noise ratio
 # does on some models. Whether it does shows in the first round, so later ones leave it
@@ -46,6 +47,21 @@ class Round:
 
 
 @dataclass(frozen=True)
+class Rehearsed:
+    """
+    What the pruner's own arithmetic made of the allocations.
+
+    :param losses: held-out cross-entropy in nats per token, of those rehearsed among
+        "base", "uniform", "searched" (the outcome of all rounds) and "halfway" (between
+        the better of base and uniform and that)
+    :param chosen: the one taken
+    """
+
+    losses: dict[str, float]
+    chosen: str
+
+
+@dataclass(frozen=True)
 class Search:
     """
     Outcome of the search.
@@ -54,7 +70,8 @@ class Search:
     :param start: "base", or "uniform" where uniform scored better
     :param base_loss: held-out cross-entropy of the base allocation, nats per token
     :param uniform_loss: the same of the uniform allocation
-    :param loss: the same of the allocation chosen
+    :param loss: the same of the outcome of all rounds
+    :param rehearsed: what the pruner made of that, where it was asked
     """
 
     sparsity: np.ndarray
@@ -63,6 +80,7 @@ class Search:
     uniform_loss: float
     loss: float
     rounds: list[Round] = field(default_factory=list)
+    rehearsed: Rehearsed | None = None
 
 
 def search_strength(
@@ -73,6 +91,7 @@ def search_strength(
     measure: Measure,
     score: Score,
     rounds: int,
+    rehearse: Score | None = None,
 ) -> Search:
     """
     Line search along the correction, judged on held-out text; each round starts from
@@ -85,13 +104,20 @@ def search_strength(
     :param measure: allocation -> direction Δ
     :param score: allocations -> (loss sums (allocations, samples), tokens (samples,))
     :param rounds: at most so many; the search stops when a round chooses 0
+    :param rehearse: scores as `score` does, by the arithmetic of a pruner that does
+        more than mask. It has the last word: between base and uniform as the start, and
+        on the outcome, which must not be worse than the start or the base
     """
     uniform = meet_budget(
         np.full_like(base, sparsity), parameters, sparsity, max_sparsity
     )
     sums, tokens = _finite(*score([base, uniform]))
     base_loss, uniform_loss = (sums.sum(axis=1) / tokens.sum()).tolist()
-    start = distributed.from_first("uniform" if uniform_loss < base_loss else "base")
+    stage = None if rehearse is None else _Stage(rehearse, base, uniform)
+    better = uniform_loss < base_loss
+    if stage is not None and better:
+        better = stage.better("uniform", "base")
+    start = distributed.from_first("uniform" if better else "base")
     current = uniform if start == "uniform" else base
     own = sums[1] if start == "uniform" else sums[0]
 
@@ -131,7 +157,72 @@ def search_strength(
         f"Held-out loss {base_loss:.3f} (base), {uniform_loss:.3f} (uniform) -> "
         f"{loss:.3f}: started from {start}, took {[entry.chosen for entry in done]}"
     )
-    return Search(current, start, base_loss, uniform_loss, loss, done)
+    search = Search(current, start, base_loss, uniform_loss, loss, done)
+    if stage is None or current is base or current is uniform:
+        return search
+    return stage.last_word(search, parameters, sparsity, max_sparsity)
+
+
+class _Stage:
+    """Allocations that are rehearsed, each once."""
+
+    def __init__(self, rehearse: Score, base: np.ndarray, uniform: np.ndarray) -> None:
+        self._rehearse = rehearse
+        self._allocations = {"base": base, "uniform": uniform}
+        self._sums: dict[str, np.ndarray] = {}
+        self._tokens = np.array([])
+
+    def better(self, one: str, other: str) -> bool:
+        """Whether the one has the lower held-out loss."""
+        self._ask(one, other)
+        return self.loss(one) < self.loss(other)
+
+    def loss(self, name: str) -> float:
+        """Held-out cross-entropy of what has been asked for, nats per token."""
+        return float(self._sums[name].sum() / self._tokens.sum())
+
+    def last_word(
+        self,
+        search: Search,
+        parameters: np.ndarray,
+        sparsity: float,
+        max_sparsity: float,
+    ) -> Search:
+        """
+        The outcome of the search if it is no worse than the base allocation (and than
+        uniform, where that was rehearsed), else halfway if that is better by more than
+        its standard error, else the better of those two.
+        """
+        self._allocations["searched"] = search.sparsity
+        self._ask("base", "searched")
+        best = min((n for n in self._sums if n != "searched"), key=self.loss)
+        chosen = "searched"
+        if distributed.from_first(self.better(best, "searched")):
+            middle = (self._allocations[best] + search.sparsity) / 2
+            self._allocations["halfway"] = meet_budget(
+                middle, parameters, sparsity, max_sparsity
+            )
+            self._ask("halfway")
+            sums = np.stack([self._sums["halfway"]])
+            chosen = "halfway"
+            if _choose(self._sums[best], sums, self._tokens, [1.0]) is None:
+                chosen = best
+        chosen = distributed.from_first(chosen)
+        losses = {name: self.loss(name) for name in self._sums}
+        told = ", ".join(f"{loss:.3f} ({name})" for name, loss in losses.items())
+        logger.info(f"Rehearsed: {told}; taking {chosen}")
+        return replace(
+            search,
+            sparsity=self._allocations[chosen],
+            rehearsed=Rehearsed(losses, chosen),
+        )
+
+    def _ask(self, *names: str) -> None:
+        new = [name for name in names if name not in self._sums]
+        if new:
+            asked = self._rehearse([self._allocations[name] for name in new])
+            sums, self._tokens = _finite(*asked)
+            self._sums |= dict(zip(new, sums, strict=True))
 
 
 def _finite(sums: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -104,7 +104,8 @@ class Passenger:
     All hidden states have shape (batch, tokens, hidden). `trajectories` says how many
     of them the passenger carries at most, `masked` whether it runs blocks under masks,
     `differentiates` whether it runs them backward, `widens` whether it runs them in
-    float32: they set the memory of a batch.
+    float32, `compensates` whether it inverts Hessians: they set the memory of a batch.
+    `undivided` says that all samples must pass a block before the next one.
     `kept` names the attributes that hold what was measured; what the others were set to
     when it was made tells one measurement from another (`profile_cache`).
     """
@@ -113,6 +114,8 @@ class Passenger:
     masked = False
     differentiates = False
     widens = False
+    compensates = False
+    undivided = False
     kept: tuple[str, ...] = ()
 
     def start(self, batch: Batch) -> None:
@@ -123,11 +126,15 @@ class Passenger:
 
     def leave(
         self, index: int, before: torch.Tensor, after: torch.Tensor, run: RunBlock
-    ) -> None:
+    ) -> torch.Tensor | None:
         """
         The model's own pass took `before` to `after`; `run` takes any other hidden
         state through the same block, with the block's own mask and rotary embedding.
+
+        :return: what the model's own pass goes on with in the place of `after`, if not
+            with that; of a sweep with one passenger
         """
+        return None
 
     def finish(self, batch: Batch, tail: "Tail") -> None:
         """All blocks have run; `tail` turns hidden states into logits."""
@@ -237,9 +244,10 @@ def sweep(
         stack.push(ride)  # before it begins: an interrupt may come in between
         ride.__enter__()
         need = footprint(model, blocks, passengers, memory)
+        undivided = any(passenger.undivided for passenger in passengers)
         tail.chunk_bytes = need.chunk
         for batch in tqdm(
-            list(_within_memory(batches, need, memory)),
+            list(_within_memory(batches, need, memory, undivided)),
             desc=description,
             disable=not distributed.is_first(),
         ):
@@ -254,12 +262,13 @@ def sweep(
 
 
 def _within_memory(
-    batches: Iterable[Batch], need: Footprint, memory: int | None
+    batches: Iterable[Batch], need: Footprint, memory: int | None, undivided: bool
 ) -> Iterator[dict]:
     for batch in batches:
         samples, tokens = batch["input_ids"].shape
         if memory is not None:
-            samples = min(samples, need.samples(tokens, memory))
+            if not undivided:
+                samples = min(samples, need.samples(tokens, memory))
             most = need.fixed + samples * need.sample(tokens)
             if most > memory:
                 _warn_of_memory(memory, most, need.fixed, samples, tokens)
@@ -335,9 +344,9 @@ class _Ride:
         return hook
 
     def _leave(self, index: int) -> Callable:
-        def hook(block: Module, args: tuple, kwargs: dict, output: object) -> None:
+        def hook(block: Module, args: tuple, kwargs: dict, output: object) -> object:
             if not self._listening:
-                return
+                return None
             before = args[0] if args else kwargs["hidden_states"]
             after = _hidden_state(output)
             self._tail.tuple_length = len(output) if isinstance(output, tuple) else 0
@@ -356,12 +365,16 @@ class _Ride:
 
             run = RunBlock(block, args, kwargs)
             self._listening = False
+            onward: torch.Tensor | None = None
             try:
                 for passenger in self._passengers:
-                    passenger.leave(index, before, after, run)
+                    onward = passenger.leave(index, before, after, run)
             finally:
                 self._listening = True
             self._onloaded.close()
+            if onward is None or not isinstance(output, tuple):
+                return onward
+            return (onward, *output[1:])
 
         return hook
 
