@@ -90,6 +90,10 @@ def footprint(
         inside += 3 * element * max(map(_widths, linears), default=0)
     else:  # gate, up, activation, product
         inside += 4 * element * max(map(_widest, linears), default=0)
+    if any(passenger.compensates for passenger in passengers):
+        # inputs of all Linears of a block are kept, and widened one at a time
+        inside += element * max(map(_entering, linears), default=0)
+        inside += 4 * max(map(_widest, linears), default=0)
     chunk = CHUNK_BYTES if memory is None else max(1, memory // CHUNK_SHARE)
     chunk = min(CHUNK_BYTES, chunk)
     weights = max(map(_weights, linears), default=0)
@@ -142,6 +146,10 @@ def _float32_copies(
 def _weights(linears: Sequence[Linear]) -> int:
     # not weight.numel(): reading a weight may onload it
     return sum(linear.in_features * linear.out_features for linear in linears)
+
+
+def _entering(linears: Sequence[Linear]) -> int:
+    return sum(linear.in_features for linear in linears)
 
 
 def _widths(linears: Sequence[Linear]) -> int:

@@ -130,7 +130,7 @@ class AbsorptionAllocationModifier(Modifier):
     noise_samples_limit: int = Field(default=64, ge=1)
     noise_seed: int = Field(default=0, ge=0, lt=2**63)
     sink_tokens: Literal["perturb", "spare", "auto"] = "auto"
-    statistics_samples: int = Field(default=32, ge=1)
+    statistics_samples: int = Field(default=16, ge=1)
     signal_samples: int = Field(default=8, ge=1)
     holdout_samples: int = Field(default=8, ge=1)
     rehearsal_samples: int = Field(default=8, ge=0)

@@ -174,7 +174,7 @@ class _Stage:
 
     def better(self, one: str, other: str) -> bool:
         """Whether the one has the lower held-out loss."""
-        self._ask(one, other)
+        self._ask(other, one)
         return self.loss(one) < self.loss(other)
 
     def loss(self, name: str) -> float:

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 import absorb_plugin.allocation as allocation
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.calibration import cache_batches
+from absorb_plugin.compensation import Compensation
 from absorb_plugin.hookspecs import hookimpl
 from absorb_plugin.plugins import manager
 
@@ -40,6 +41,13 @@ ALLOCATIONS: dict[str, dict[str, Any]] = {
         "rounds": 2,
         "report_dir": "for the noise probe",
         "seed": 2,  # a model on which the first round takes a step
+    },
+    "rehearsed": {
+        "allocator": "uniform",
+        "strength": "auto",
+        "rounds": 2,
+        "seed": 2,
+        "compensation": Compensation(),
     },
     "alpha": {"allocator": "alpha_pruning", "granularity": "linear"},
     "experts": {"architecture": "qwen3_moe", "statistics_samples": 3},
@@ -109,8 +117,11 @@ def allocate(fields: dict[str, Any], loader: Sequence[Any]) -> dict[str, Any]:
     model = tiny.make_model(
         fields.pop("architecture", "llama"), seed=fields.pop("seed", 0)
     )
+    compensation = fields.pop("compensation", None)
     settings = runs.absorption(**{"signal_samples": 5, "holdout_samples": 4} | fields)
-    found = settings.allocate(model, find_blocks(model), cache_batches(loader), 0.6)
+    found = settings.allocate(
+        model, find_blocks(model), cache_batches(loader), 0.6, compensation
+    )
     noise, search = found.absorption, found.search
     return {
         "targets": list(found.linear_sparsities().values()),

@@ -19,8 +19,10 @@ from absorb_plugin.absorption import NoiseProbe
 from absorb_plugin.allocation import Allocation
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.cache import ProfileCache, pack, unpack
+from absorb_plugin.compensation import Compensation
 from absorb_plugin.fingerprint import digest, model_digest, weights_digest
 from absorb_plugin.gradient import GradientProbe
+from absorb_plugin.rehearsal import Rehearsal
 from absorb_plugin.response import CandidateScores, ResponseProbe
 from absorb_plugin.statistics import InputStatistics
 from absorb_plugin.sweep import Passenger, sweep
@@ -354,6 +356,7 @@ def passengers(model: PreTrainedModel, batch: dict) -> dict[str, Passenger]:
         "response": ResponseProbe(blocks, sums, half, 0.1),
         "gradient": GradientProbe(blocks, sums, half, 0.1),
         "candidates": CandidateScores(blocks, sums, [half, half - 0.1], {"a": 0.1}),
+        "rehearsal": Rehearsal(blocks, sums, [half], Compensation(), 1),
     }
 
 
@@ -371,7 +374,7 @@ def result(passenger: Passenger) -> object:
         return vars(passenger.profile())
     if isinstance(passenger, ResponseProbe):
         return vars(passenger.response())
-    if isinstance(passenger, CandidateScores):
+    if isinstance(passenger, CandidateScores | Rehearsal):
         return passenger.losses()
     if isinstance(passenger, GradientProbe):
         return [passenger.slope(), passenger.loss()]
@@ -380,7 +383,8 @@ def result(passenger: Passenger) -> object:
 
 
 @pytest.mark.parametrize(
-    "which", ["noise", "statistics", "response", "gradient", "candidates"]
+    "which",
+    ["noise", "statistics", "response", "gradient", "candidates", "rehearsal"],
 )
 def test_every_passenger_comes_back_bit_by_bit(tmp_path: Path, which: str) -> None:
     model, batch = small(), tiny.make_batch(padding="left")

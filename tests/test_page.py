@@ -188,6 +188,10 @@ def search_with(**changes: Any) -> dict[str, Any]:
     return {**make_profile()["search"], **changes}
 
 
+def rehearsed(chosen: str, **losses: float) -> dict[str, Any]:
+    return {"losses": {**losses, "searched": 4.5}, "chosen": chosen}
+
+
 ZERO = [{"direction": [], "strengths": [0.0], "losses": [4.5], "chosen": 0.0}]
 
 
@@ -208,6 +212,15 @@ ZERO = [{"direction": [], "strengths": [0.0], "losses": [4.5], "chosen": 0.0}]
             "no strength beat it: this is a uniform allocation",
         ),
         (
+            {"search": search_with(rehearsed=rehearsed("base", base=4.4))},
+            r"did not hold \(nats: base 4\.400, searched 4\.500\), so the "
+            r"allocation is base\.$",
+        ),
+        (
+            {"search": search_with(rehearsed=rehearsed("halfway", halfway=4.3))},
+            r"halfway to what the search had found\.$",
+        ),
+        (
             {"noise": {"magnitude": 0.01, "floor": [1e-3, 3e-3]}},
             r"η = 0\.01, is less than 5 times the rounding floor of 3\.0e-03",
         ),
@@ -224,6 +237,21 @@ def test_findings(changes: dict[str, Any], message: str) -> None:
     (found,) = findings(make_profile(**changes))
     assert re.search(message, found)
     assert html.escape(found) in render(make_profile(**changes))
+
+
+def test_the_gain_is_that_of_the_rehearsal() -> None:
+    masked = render(make_profile())
+    assert "against uniform" in masked and "−22.1%" in masked  # exp(4.25 − 4.5)
+    assert "masked perplexity" in masked and "rehearsed" not in masked
+    found = rehearsed("searched", base=4.6)
+    page = render(make_profile(search=search_with(rehearsed=found)))
+    assert "−9.5%" in page and "rehearsed perplexity" in page  # exp(4.5 − 4.6)
+    assert "masked perplexity" not in page and "against uniform" not in page
+    assert findings(make_profile(search=search_with(rehearsed=found))) == []
+    unknown = {"losses": {"base": 4.6, "searched": None}, "chosen": "searched"}
+    assert "rehearsed perplexity" not in render(
+        make_profile(search=search_with(rehearsed=unknown))
+    )
 
 
 def test_linears_that_stayed_dense_are_named() -> None:

@@ -112,6 +112,7 @@ def test_report_of_a_whole_run(tmp_path: Path) -> None:
         "uniform_loss",
         "loss",
         "rounds",
+        "rehearsed",
     }
     assert len(profile["blocks"]) == 3
     zeros = weights = 0

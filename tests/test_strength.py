@@ -183,6 +183,109 @@ def test_never_worse_than_base_or_uniform(
     assert SIZES @ found.sparsity / SIZES.sum() == pytest.approx(S, abs=1e-6)
 
 
+class Stage(Text):
+    """A rehearsal, which remembers whom it has seen."""
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__(loss)
+        self.seen: list[np.ndarray] = []
+
+    def __call__(
+        self, candidates: Sequence[np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        self.seen += candidates
+        return super().__call__(candidates)
+
+
+def rehearse(
+    masks: Loss, pruner: Loss, base: np.ndarray = BASE
+) -> tuple[Search, Stage]:
+    stage = Stage(pruner)
+    found = search_strength(
+        base, SIZES, S, CAP, lambda allocation: UP, Text(masks), 1, stage
+    )
+    return found, stage
+
+
+GOAL = step(BASE, 0.2)
+HALF = meet_budget((BASE + GOAL) / 2, SIZES, S, CAP)
+
+
+def test_what_stands_the_rehearsal_is_kept() -> None:
+    found, stage = rehearse(distance_from(GOAL), distance_from(GOAL))
+    np.testing.assert_allclose(found.sparsity, GOAL)
+    assert found.rehearsed is not None and found.rehearsed.chosen == "searched"
+    assert found.rehearsed.losses.keys() == {"base", "searched"}
+    assert found.rehearsed.losses["searched"] == pytest.approx(2.0)
+    assert len(stage.seen) == 2 and stage.asked == 1
+
+
+def test_what_fails_the_rehearsal_is_taken_back() -> None:
+    found, stage = rehearse(distance_from(GOAL), distance_from(BASE))
+    np.testing.assert_array_equal(found.sparsity, BASE)
+    assert found.rehearsed is not None and found.rehearsed.chosen == "base"
+    assert found.rehearsed.losses.keys() == {"base", "searched", "halfway"}
+    assert found.rounds[0].chosen == 0.2 and found.loss == pytest.approx(2.0)
+
+
+def test_halfway_is_tried_before_all_is_given_up() -> None:
+    def pruner(allocation: np.ndarray) -> float:
+        overdone = 3.0 * (np.abs(allocation - GOAL).sum() < 1e-6)
+        return distance_from(HALF)(allocation) + overdone
+
+    found, stage = rehearse(distance_from(GOAL), pruner)
+    np.testing.assert_allclose(found.sparsity, HALF)
+    assert found.rehearsed is not None and found.rehearsed.chosen == "halfway"
+    assert len(stage.seen) == 3
+
+
+def test_the_rehearsal_chooses_between_base_and_uniform() -> None:
+    """Masks say uniform; the pruner says base, and the search starts there."""
+    found, stage = rehearse(distance_from(UNIFORM), distance_from(BASE))
+    assert found.start == "base" and found.uniform_loss < found.base_loss
+    np.testing.assert_array_equal(found.sparsity, BASE)
+    np.testing.assert_array_equal(stage.seen[:2], [BASE, UNIFORM])
+    found, stage = rehearse(distance_from(UNIFORM), distance_from(UNIFORM))
+    assert found.start == "uniform"
+    np.testing.assert_array_equal(found.sparsity, UNIFORM)
+
+
+def test_nothing_is_rehearsed_where_nothing_was_found() -> None:
+    found, stage = rehearse(distance_from(BASE), distance_from(GOAL))
+    assert stage.asked == 0 and found.rehearsed is None
+
+
+def test_an_overflow_fails_the_rehearsal() -> None:
+    def pruner(allocation: np.ndarray) -> float:
+        return 2.0 if np.abs(allocation - BASE).sum() < 1e-6 else float("nan")
+
+    found, _ = rehearse(distance_from(GOAL), pruner)
+    np.testing.assert_array_equal(found.sparsity, BASE)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.floats(0, 0.9), min_size=4, max_size=4),
+    st.lists(st.floats(-3, 3), min_size=4, max_size=4),
+    st.lists(st.floats(-3, 3), min_size=4, max_size=4),
+)
+def test_never_worse_than_base_in_the_rehearsal(
+    wished: list[float], masks: list[float], pruner: list[float]
+) -> None:
+    base = meet_budget(np.array(wished), SIZES, S, CAP)
+
+    def loss(slope: list[float]) -> Loss:
+        return lambda a: 5 + float(a @ np.array(slope)) + float((a**2).sum())
+
+    found, stage = rehearse(loss(masks), loss(pruner), base)
+    final = loss(pruner)(found.sparsity)
+    assert final <= loss(pruner)(base) + 1e-9
+    if found.rehearsed is not None:
+        losses = found.rehearsed.losses
+        assert losses[found.rehearsed.chosen] == pytest.approx(final)
+    assert SIZES @ found.sparsity / SIZES.sum() == pytest.approx(S, abs=1e-6)
+
+
 def calibration_of(
     model: PreTrainedModel, samples: int, **fields: object
 ) -> Calibration:

@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 from absorb_plugin.absorption import NoiseProbe
 from absorb_plugin.blocks import BlockMap, find_blocks
 from absorb_plugin.calibration import Batch
+from absorb_plugin.compensation import Compensation
 from absorb_plugin.gradient import GradientProbe
 from absorb_plugin.memory import footprint
+from absorb_plugin.rehearsal import Rehearsal
 from absorb_plugin.response import CandidateScores, ResponseProbe
 from absorb_plugin.statistics import InputStatistics
 from absorb_plugin.sweep import (
@@ -133,10 +135,17 @@ def passengers_of(blocks: BlockMap, batch: Batch, model: PreTrainedModel) -> dic
         "response": (ResponseProbe(blocks, sums, flat, 0.1), count * (count + 3) // 2),
         "gradient": (GradientProbe(blocks, sums, flat, 0.1), 2 * count),
         "candidates": (CandidateScores(blocks, sums, [flat] * 4), 4 * count),
+        # twice through every block, for the first the model's own pass is one of them
+        "rehearsal": (
+            Rehearsal(blocks, sums, [flat] * 3, Compensation(), 2),
+            6 * count,
+        ),
     }
 
 
-@pytest.mark.parametrize("which", ["statistics", "response", "gradient", "candidates"])
+@pytest.mark.parametrize(
+    "which", ["statistics", "response", "gradient", "candidates", "rehearsal"]
+)
 def test_block_passes_of_the_other_passengers(
     llama: PreTrainedModel, which: str
 ) -> None:

@@ -140,7 +140,7 @@ def test_tokens_may_differ_from_a_near_tie_on() -> None:
     expected = [Continuation([1, 2, 3, 4], [1.0, 0.01, 1.0, 1.0])]
 
     def differences(served: list[int]) -> tuple[int, list[str]]:
-        found = compare(expected, [served], [[-1.0]], [[-1.0]], tie=0.05)
+        found = compare(expected, [served], [[-1.0]], [[-1.0]], [[-1.0]], tie=0.05)
         return found.tokens_compared, found.differences
 
     assert differences([1, 2, 3, 4]) == (4, [])
@@ -157,10 +157,35 @@ def test_tokens_may_differ_from_a_near_tie_on() -> None:
 def test_log_probabilities_and_perplexity() -> None:
     same = Continuation([1], [1.0])
     one, other = [[-1.0, -2.0], [-3.0]], [[-1.0, -2.5], [-3.1]]
-    found = compare([same], [[1]], one, other, tie=0.05)
+    found = compare([same], [[1]], one, other, one, tie=0.05)
     assert found.log_prob_mean == pytest.approx(0.2)
     assert found.log_prob_max == pytest.approx(0.5)
     assert found.perplexity_change == pytest.approx(2.718281828**0.2 - 1)
+    assert found.own_mean == 0 and not found.chaotic
+    assert len(found.failures()) == 3
+
+
+def test_a_model_that_does_not_agree_with_itself_is_compared_with_that() -> None:
+    here = [[-1.0, -2.0, -1.5, -2.5] * 50]
+    there = [[-1.3, -1.7, -1.8, -2.2] * 50]  # far apart, and yet no worse a model
+    one, other = Continuation([1], [1.0]), [2]
+    close = compare([one], [[1]], here, here, here, tie=0.05)
+    assert not close.failures()
+    strict = compare([one], [other], here, there, here, tie=0.05)
+    assert len(strict.failures()) == 3 + (strict.perplexity_change > 0.01)
+    own = compare([one], [other], here, there, there, tie=0.05)
+    assert own.chaotic and not own.failures()
+    worse = [[value - 0.3 for value in here[0]]]
+    (failure,) = compare([one], [other], here, worse, there, tie=0.05).failures()
+    assert "perplexity" in failure
+
+
+def test_a_disturbance_moves_a_model_a_little() -> None:
+    model = tiny.make_model("llama")
+    text = list(range(3, 15))
+    plain, disturbed = (log_probs(model, text, size) for size in (0.0, 1e-6))
+    apart = max(abs(a - b) for a, b in zip(plain, disturbed, strict=True))
+    assert 0 < apart < 1e-3
 
 
 def test_reference_against_generate() -> None:

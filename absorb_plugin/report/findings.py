@@ -17,7 +17,16 @@ def findings(profile: Mapping[str, Any]) -> list[str]:
     :param profile: from `Report.profile`
     :return: sentences, each about something that is not as one would expect
     """
-    parts = (_correction, _noise, _cap, _unfinished, _unseen, _dense, _missed)
+    parts = (
+        _correction,
+        _rehearsal,
+        _noise,
+        _cap,
+        _unfinished,
+        _unseen,
+        _dense,
+        _missed,
+    )
     return [sentence for part in parts if (sentence := part(profile))]
 
 
@@ -43,6 +52,20 @@ def _correction(profile: Mapping[str, Any]) -> str:
             "held-out samples by more than their standard error."
         )
     return ""
+
+
+def _rehearsal(profile: Mapping[str, Any]) -> str:
+    rehearsed = (profile["search"] or {}).get("rehearsed")
+    if not rehearsed or rehearsed["chosen"] == "searched":
+        return ""
+    losses = {n: v for n, v in rehearsed["losses"].items() if v is not None}
+    told = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+    taken = {"halfway": "halfway to what the search had found"}
+    chosen = taken.get(rehearsed["chosen"], rehearsed["chosen"])
+    return (
+        "Rehearsed as SparseGPT prunes, what the masks had promised did not hold "
+        f"(nats: {told}), so the allocation is {chosen}."
+    )
 
 
 def _noise(profile: Mapping[str, Any]) -> str:

@@ -64,19 +64,8 @@ def _tiles(profile: Mapping[str, Any]) -> str:
         ("sparsity", "–" if realised is None else f"{realised:.4f}", "realised"),
         ("budget", f"{profile['budget']:.4f}", f"{len(profile['blocks'])} blocks"),
     ]
-    search = profile["search"]
-    if search is not None and search["loss"] is not None:
-        for name in ("base", "uniform"):
-            if (loss := search[f"{name}_loss"]) is not None:
-                change = math.expm1(search["loss"] - loss)
-                label = profile["settings"]["allocator"] if name == "base" else name
-                tiles.append(
-                    (
-                        f"against {label}",
-                        f"{change:+.1%}",
-                        "masked perplexity, held-out calibration text",
-                    )
-                )
+    if profile["search"] is not None:
+        tiles += _gains(profile["search"], profile["settings"]["allocator"])
     tiles.append(
         (
             "calibration",
@@ -90,6 +79,23 @@ def _tiles(profile: Mapping[str, Any]) -> str:
         for label, value, unit in tiles
     )
     return f'<dl class="tiles">{items}</dl>'
+
+
+def _gains(search: Mapping[str, Any], allocator: str) -> Iterator[tuple[str, str, str]]:
+    """What was gained on held-out text; by a rehearsal, where there was one."""
+    losses = {name: search[f"{name}_loss"] for name in ("base", "uniform")}
+    final, how = search["loss"], "masked perplexity"
+    if rehearsed := search.get("rehearsed"):
+        final, how = rehearsed["losses"][rehearsed["chosen"]], "rehearsed perplexity"
+        losses = {name: rehearsed["losses"].get(name) for name in losses}
+    for name, loss in losses.items():
+        if loss is not None and final is not None:
+            label = allocator if name == "base" else name
+            yield (
+                f"against {label}",
+                f"{math.expm1(final - loss):+.1%}",
+                f"{how}, held-out calibration text",
+            )
 
 
 def _notes(profile: Mapping[str, Any]) -> str:

@@ -142,7 +142,16 @@ class Report:
                     }
                     for entry in search.rounds
                 ],
+                "rehearsed": None,
             }
+            if search.rehearsed is not None:
+                losses = search.rehearsed.losses
+                profile["search"]["rehearsed"] = {
+                    "losses": dict(
+                        zip(losses, json_numbers(losses.values()), strict=True)
+                    ),
+                    "chosen": search.rehearsed.chosen,
+                }
         for row, index in enumerate(allocation.blocks.prunable):
             block = allocation.blocks.blocks[index]
             entry: dict[str, Any] = {

