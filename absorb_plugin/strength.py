@@ -105,8 +105,9 @@ def search_strength(
     :param score: allocations -> (loss sums (allocations, samples), tokens (samples,))
     :param rounds: at most so many; the search stops when a round chooses 0
     :param rehearse: scores as `score` does, by the arithmetic of a pruner that does
-        more than mask. It has the last word: between base and uniform as the start, and
-        on the outcome, which must not be worse than the start or the base
+        more than mask. Where masks would start from uniform it may say that the base
+        is clearly better, and it has the last word on the outcome, which must not be
+        worse than the base or the start
     """
     uniform = meet_budget(
         np.full_like(base, sparsity), parameters, sparsity, max_sparsity
@@ -116,7 +117,8 @@ def search_strength(
     stage = None if rehearse is None else _Stage(rehearse, base, uniform)
     better = uniform_loss < base_loss
     if stage is not None and better:
-        better = stage.better("uniform", "base")
+        # the search goes by masks, so theirs is the word unless this is clearly another
+        better = not stage.gains("base", "uniform")
     start = distributed.from_first("uniform" if better else "base")
     current = uniform if start == "uniform" else base
     own = sums[1] if start == "uniform" else sums[0]
@@ -158,7 +160,7 @@ def search_strength(
         f"{loss:.3f}: started from {start}, took {[entry.chosen for entry in done]}"
     )
     search = Search(current, start, base_loss, uniform_loss, loss, done)
-    if stage is None or current is base or current is uniform:
+    if stage is None or current is base:
         return search
     return stage.last_word(search, parameters, sparsity, max_sparsity)
 
@@ -172,10 +174,14 @@ class _Stage:
         self._sums: dict[str, np.ndarray] = {}
         self._tokens = np.array([])
 
-    def better(self, one: str, other: str) -> bool:
-        """Whether the one has the lower held-out loss."""
-        self._ask(other, one)
-        return self.loss(one) < self.loss(other)
+    def gains(self, one: str, other: str) -> bool:
+        """
+        Whether the one has the lower held-out loss, by more than a tie and than the
+        standard error.
+        """
+        self._ask(one, other)
+        sums = self._sums[one][None]
+        return _choose(self._sums[other], sums, self._tokens, [1.0]) is not None
 
     def loss(self, name: str) -> float:
         """Held-out cross-entropy of what has been asked for, nats per token."""
@@ -193,20 +199,19 @@ class _Stage:
         uniform, where that was rehearsed), else halfway if that is better by more than
         its standard error, else the better of those two.
         """
-        self._allocations["searched"] = search.sparsity
-        self._ask("base", "searched")
-        best = min((n for n in self._sums if n != "searched"), key=self.loss)
-        chosen = "searched"
-        if distributed.from_first(self.better(best, "searched")):
+        outcome = "uniform"
+        if search.sparsity is not self._allocations[outcome]:
+            outcome = "searched"
+            self._allocations[outcome] = search.sparsity
+        self._ask("base", outcome)
+        best = min((name for name in self._sums if name != outcome), key=self.loss)
+        chosen = outcome
+        if distributed.from_first(self.loss(outcome) > self.loss(best)):
             middle = (self._allocations[best] + search.sparsity) / 2
             self._allocations["halfway"] = meet_budget(
                 middle, parameters, sparsity, max_sparsity
             )
-            self._ask("halfway")
-            sums = np.stack([self._sums["halfway"]])
-            chosen = "halfway"
-            if _choose(self._sums[best], sums, self._tokens, [1.0]) is None:
-                chosen = best
+            chosen = "halfway" if self.gains("halfway", best) else best
         chosen = distributed.from_first(chosen)
         losses = {name: self.loss(name) for name in self._sums}
         told = ", ".join(f"{loss:.3f} ({name})" for name, loss in losses.items())

@@ -115,6 +115,7 @@ OURS = {
     "statistics_samples": rarely(st.integers(1, 9), NUMBERS),
     "signal_samples": rarely(st.integers(1, 9), NUMBERS),
     "holdout_samples": rarely(st.integers(1, 9), NUMBERS),
+    "rehearsal_samples": rarely(st.integers(0, 9), NUMBERS),
     "probe_tokens": rarely(st.integers(2, 9), NUMBERS),
     "response_step": rarely(st.floats(1e-3, 0.99), NUMBERS | st.floats(1e-300, 1)),
     "max_sparsity": rarely(st.floats(0.6, 0.999), NUMBERS | st.floats(0, 1)),

@@ -121,6 +121,7 @@ def test_auto_needs_two_samples(model: PreTrainedModel, tmp_path: Path) -> None:
         {"noise_magnitude": 0.0},
         {"noise_samples": 0},
         {"statistics_samples": 0},
+        {"rehearsal_samples": -1},
         {"signal_samples": 0},
         {"holdout_samples": 0},
         {"response_step": 1.0},

@@ -240,14 +240,22 @@ def test_halfway_is_tried_before_all_is_given_up() -> None:
 
 
 def test_the_rehearsal_chooses_between_base_and_uniform() -> None:
-    """Masks say uniform; the pruner says base, and the search starts there."""
+    """Masks say uniform; the pruner clearly says base, and the search starts there."""
     found, stage = rehearse(distance_from(UNIFORM), distance_from(BASE))
     assert found.start == "base" and found.uniform_loss < found.base_loss
     np.testing.assert_array_equal(found.sparsity, BASE)
     np.testing.assert_array_equal(stage.seen[:2], [BASE, UNIFORM])
     found, stage = rehearse(distance_from(UNIFORM), distance_from(UNIFORM))
-    assert found.start == "uniform"
+    assert found.start == "uniform" and len(stage.seen) == 2
     np.testing.assert_array_equal(found.sparsity, UNIFORM)
+    assert found.rehearsed is not None and found.rehearsed.chosen == "uniform"
+    # too close to call: the search goes by masks, and so does its start
+    found, _ = rehearse(
+        distance_from(UNIFORM),
+        lambda a: 2.0 - 0.9 * TIE * float(np.abs(a - BASE).sum() < 1e-6),
+    )
+    assert found.start == "uniform" and found.rehearsed is not None
+    assert found.rehearsed.chosen == "base"
 
 
 def test_nothing_is_rehearsed_where_nothing_was_found() -> None:

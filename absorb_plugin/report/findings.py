@@ -56,7 +56,11 @@ def _correction(profile: Mapping[str, Any]) -> str:
 
 def _rehearsal(profile: Mapping[str, Any]) -> str:
     rehearsed = (profile["search"] or {}).get("rehearsed")
-    if not rehearsed or rehearsed["chosen"] == "searched":
+    if not rehearsed:
+        return ""
+    # "uniform" is the outcome where no round took a step from there
+    outcome = "searched" if "searched" in rehearsed["losses"] else "uniform"
+    if rehearsed["chosen"] == outcome:
         return ""
     losses = {n: v for n, v in rehearsed["losses"].items() if v is not None}
     told = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())

@@ -70,12 +70,14 @@ class Station:
     masked: bool = False
     differentiates: bool = False
     widens: bool = False
+    compensates: bool = False
+    undivided: bool = False
 
 
 def stations(layers: int, samples: int, tokens: int, probe: int) -> list[Station]:
     """The stations of the defaults, each with all its rounds' runs counted once."""
     return [
-        Station("statistics", 32, tokens, layers, 0, 1, 0),
+        Station("statistics", 16, tokens, layers, 0, 1, 0),
         Station(
             "signal, a round", samples, probe, 4 * layers, 3, 2, layers + 2, True, True
         ),
@@ -88,6 +90,19 @@ def stations(layers: int, samples: int, tokens: int, probe: int) -> list[Station
             1,
             CANDIDATES - 1,
             True,
+        ),
+        # calibrates by as many samples again, and passes every block twice
+        Station(
+            "rehearsal of base and outcome",
+            2 * samples,
+            probe,
+            4 * layers,
+            1,
+            1,
+            2,
+            True,
+            compensates=True,
+            undivided=True,
         ),
         Station(
             "noise, for the report",
@@ -132,8 +147,11 @@ def memory_of(fields: dict, station: Station) -> Footprint:
 def costs(fields: dict, station: Station, gpus: int) -> dict:
     size = Size.of(**fields)
     need = memory_of(fields, station)
-    mine = math.ceil(station.samples / gpus)
-    together = min(JOINED, mine, need.samples(station.tokens, MEMORY))
+    if station.undivided:  # one batch, on every GPU the same
+        mine = together = station.samples
+    else:
+        mine = math.ceil(station.samples / gpus)
+        together = min(JOINED, mine, need.samples(station.tokens, MEMORY))
     batches = math.ceil(mine / together)
     tokens = mine * station.tokens
     return {
