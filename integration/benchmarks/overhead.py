@@ -2,11 +2,15 @@
 What the allocation costs beside the `oneshot` it serves, in one run.
 
     python integration/benchmarks/overhead.py MODEL --text CALIBRATION \
-        [--pruner sparsegpt] [--samples 128] [--seq-len 512] [--dtype float32]
+        [--pruner sparsegpt] [--samples 128] [--seq-len 512] [--dtype float32] \
+        [--layers N] [--allocation-only] [--out results.jsonl]
 
-Prints one JSON object: seconds of every station of the allocation, of the allocation,
-and of the whole `oneshot`, and the share of the allocation in what pruning takes
-without it.
+Prints one JSON object, and appends it to `--out`: seconds of every station of the
+allocation, of the allocation, and of the whole `oneshot`; its share in the whole, and
+in what pruning takes without it; and the most memory that the allocation and the
+pruning took beside what there was before, on the accelerator, or, without one, resident
+(Linux). `--layers` keeps the first N blocks only and `--allocation-only` ends before
+pruning, to see how the cost grows.
 """
 
 import argparse
@@ -14,6 +18,8 @@ import functools
 import json
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -24,13 +30,36 @@ from absorb_plugin.allocation import Calibration
 from absorb_plugin.prune import prune
 from absorb_plugin.text import calibration_samples, read_text
 
+from memory import GIB, status  # isort: skip
 from quality import PRUNERS  # isort: skip
 
 seconds: dict[str, float] = defaultdict(float)
+gib: dict[str, float] = {}
 
 
-def timed(owner: type, name: str) -> None:
-    """Add up the time spent in a method."""
+@contextmanager
+def peak(name: str) -> Iterator[None]:
+    """Note the most memory taken meanwhile."""
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM = VmRSS
+        before = status("VmRSS")
+    try:
+        yield
+    finally:
+        most = torch.cuda.max_memory_allocated() if gpu else status("VmHWM")
+        gib[name] = round((most - before) / GIB, 3)
+
+
+class Done(Exception):
+    """The allocation is made."""
+
+
+def timed(owner: type, name: str, label: Callable[..., str]) -> None:
+    """Add up the time spent in a method, by what its arguments say it is."""
     method = getattr(owner, name)
 
     @functools.wraps(method)
@@ -39,7 +68,7 @@ def timed(owner: type, name: str) -> None:
         try:
             return method(*args, **kwargs)
         finally:
-            seconds[name] += time.perf_counter() - begin
+            seconds[label(*args)] += time.perf_counter() - begin
 
     setattr(owner, name, wrapper)
 
@@ -56,39 +85,60 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--allocation-only", action="store_true")
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
 
-    for station in ("statistics", "absorption", "direction", "score"):
-        timed(Calibration, station)
-    timed(AbsorptionAllocationModifier, "allocate")
+    timed(Calibration, "_sweep", lambda self, samples, passenger, what: what.lower())
+    timed(AbsorptionAllocationModifier, "allocate", lambda *args: "allocate")
+    allocate = AbsorptionAllocationModifier.allocate
+
+    def watched(*args, **kwargs):
+        with peak("allocation_gib"):
+            allocation = allocate(*args, **kwargs)
+        if options.allocation_only:
+            raise Done
+        return allocation
+
+    AbsorptionAllocationModifier.allocate = watched
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     samples = calibration_samples(
         read_text(options.text), tokenizer, options.samples, options.seq_len, 0
     )
     model = AutoModelForCausalLM.from_pretrained(
-        options.model, dtype=getattr(torch, options.dtype)
+        options.model,
+        dtype=getattr(torch, options.dtype),
+        **({} if options.layers is None else {"num_hidden_layers": options.layers}),
     )
     pruner = PRUNERS[options.pruner](
         sparsity=options.sparsity, targets=["Linear"], ignore=["re:.*lm_head"]
     )
     modifier = AbsorptionAllocationModifier(allocator=options.allocator)
     begin = time.perf_counter()
-    prune(model, tokenizer, [modifier, pruner], samples)
-    total = time.perf_counter() - begin
-    print(
-        json.dumps(
-            {
-                "model": Path(options.model).name,
-                "pruner": options.pruner,
-                "samples": options.samples,
-                "seq_len": options.seq_len,
-                "dtype": options.dtype,
-                **{name: round(value, 1) for name, value in seconds.items()},
-                "oneshot": round(total, 1),
-                "share": round(seconds["allocate"] / (total - seconds["allocate"]), 3),
-            }
-        )
-    )
+    with suppress(Done), peak("oneshot_gib"):
+        prune(model, tokenizer, [modifier, pruner], samples)
+    total, allocation = time.perf_counter() - begin, seconds["allocate"]
+    result = {
+        "model": Path(options.model).name,
+        "layers": model.config.num_hidden_layers,
+        "pruner": options.pruner,
+        "samples": options.samples,
+        "seq_len": options.seq_len,
+        "dtype": options.dtype,
+        **{name: round(value, 1) for name, value in seconds.items()},
+        **gib,
+    }
+    if not options.allocation_only:
+        result |= {
+            "oneshot": round(total, 1),
+            "share_of_whole": round(allocation / total, 3),
+            "share_of_pruning": round(allocation / (total - allocation), 3),
+        }
+    print(json.dumps(result))
+    if options.out is not None:
+        with options.out.open("a") as file:
+            file.write(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ not repeated. `--table` prints the Markdown tables of files of results and runs 
 Methods: `dense`; `uniform`; `atp`, the depth-only ramp at the best of a few β, chosen
 on the very text that it is judged by, which favours it; `base`, the allocator alone;
 `paper`, the noise ratio at η = 1e-2 with noise on every token and strength 0.1; `ours`,
-the defaults of the modifier; `gradient`, `response` and `noise`, the same with that
-signal (not in the table, but in the results).
+the defaults of the modifier; `masks`, the same without the rehearsal of SparseGPT, and
+`gradient`, `response` and `noise`, with that signal (not in the table, but in the
+results).
 """
 
 import argparse
@@ -55,6 +56,7 @@ def allocation(
         "base": {"strength": 0},
         "paper": {"signal": "noise", "strength": 0.1, "sink_tokens": "perturb"},
         "ours": {},
+        "masks": {"rehearsal_samples": 0},
         "gradient": {"signal": "gradient"},
         "response": {"signal": "response"},
         "noise": {"signal": "noise"},
