@@ -196,19 +196,19 @@ def padded(samples: Sequence[Batch]) -> dict:
     """
     lengths = [sample["input_ids"].shape[1] for sample in samples]
     longest = max(lengths)
+    masked = min(lengths) < longest or any("attention_mask" in x for x in samples)
     filled = []
     for sample, length in zip(samples, lengths, strict=True):
-        short = dict(sample)
-        if min(lengths) < longest:
-            mask = token_mask(sample).to(sample["input_ids"])
-            short = {"attention_mask": mask} | short
-        for name, tensor in short.items():
+        rows = dict(sample)
+        if masked:
+            rows["attention_mask"] = token_mask(sample).to(sample["input_ids"])
+        for name, tensor in rows.items():
             if tensor.dim() > 1 and tensor.shape[1] == length < longest:
                 room = tensor.new_zeros(1, longest - length, *tensor.shape[2:])
-                short[name] = torch.cat([tensor, room], dim=1)
-        filled.append(short)
-    names = set.intersection(*(set(sample) for sample in filled))
-    return {name: torch.cat([sample[name] for sample in filled]) for name in names}
+                rows[name] = torch.cat([tensor, room], dim=1)
+        filled.append(rows)
+    names = [name for name in filled[0] if all(name in rows for rows in filled)]
+    return {name: torch.cat([rows[name] for rows in filled]) for name in names}
 
 
 def in_fixed_order(samples: Iterable[Batch]) -> list[dict]:

@@ -11,6 +11,8 @@ from torch import distributed
 
 from absorb_plugin.peer_statistics import leave_statistics, reduce_statistics
 
+pytestmark = pytest.mark.contract
+
 
 class Fake(SparsityModifierBase):
     """A pruner that keeps its statistics elsewhere."""
