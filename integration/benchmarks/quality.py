@@ -22,6 +22,7 @@ results).
 import argparse
 import json
 import logging
+import math
 import sys
 import time
 from pathlib import Path
@@ -176,6 +177,10 @@ def change(ours: dict, other: dict) -> float:
     return geometric_mean(ours[seed] / other[seed] for seed in seeds) - 1
 
 
+def percent(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:+.1%}"
+
+
 def shown(values: dict) -> str:
     """Mean and sample standard deviation over seeds."""
     if not values:
@@ -197,7 +202,7 @@ def table(results: Results) -> str:
         cells = [pruner, f"{sparsity:.0%}", shown(row["uniform"]), shown(row["atp"])]
         cells += [allocator, *(shown(row[name]) for name in ("base", "paper", "ours"))]
         others = [row[name] for name in ("base", "uniform", "atp")]
-        cells += [f"{change(row['ours'], other):+.1%}" for other in others]
+        cells += [percent(change(row["ours"], other)) for other in others]
         out.append(f"| {' | '.join(cells)} |")
     return "\n".join(out)
 
