@@ -128,8 +128,8 @@ class Rehearsal(MaskedPassenger):
                     last[:] = [x]
                     found.append((self._of_calibration(x), [name]))
 
-            handle = linears[name].register_forward_pre_hook(note)
-            stack.callback(handle.remove)
+            # in one line: between two lines an interrupt may come
+            stack.callback(linears[name].register_forward_pre_hook(note).remove)
 
         linears = self._blocks.blocks[index].linears
         with ExitStack() as stack:

@@ -26,14 +26,17 @@ from llmcompressor.core import reset_session
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from test_cli import error_of, files_in
 from test_pipelines import small
+from test_sweep import ride
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import absorb_plugin
 from absorb_plugin.allocators.base import Allocator, BaseAllocation
 from absorb_plugin.blocks import find_blocks
+from absorb_plugin.compensation import Compensation
 from absorb_plugin.hookspecs import hookimpl
 from absorb_plugin.plugins import PluginError, manager
 from absorb_plugin.prune import check_output, check_space, staged_directory
+from absorb_plugin.rehearsal import Rehearsal
 
 NIGHTLY = "ABSORB_NIGHTLY" in os.environ  # `make fuzz`: every line, not 4 of them
 PACKAGE = Path(absorb_plugin.__file__).parent
@@ -69,7 +72,7 @@ def cleanup_lines(path: Path) -> set[int]:
 
 
 WATCHED = ("sweep", "masks", "calibration", "response", "gradient", "statistics",
-           "absorption", "loss")  # fmt: skip
+           "absorption", "loss", "rehearsal", "compensation")  # fmt: skip
 FILES = {str(PACKAGE / f"{name}.py"): name for name in WATCHED}
 
 
@@ -96,7 +99,14 @@ class Tracer:
         return self.line
 
 
-@pytest.mark.parametrize("signal", ["gradient", "response", "noise"])
+def rehearse(model: PreTrainedModel, batches: list[dict]) -> None:
+    blocks = find_blocks(model)
+    sums = {name: torch.ones(x.in_features) for name, x in blocks.linears().items()}
+    half = np.full(len(blocks), 0.5)
+    ride(model, batches, Rehearsal(blocks, sums, [half, half], Compensation(4), 1))
+
+
+@pytest.mark.parametrize("signal", ["gradient", "response", "noise", "rehearsal"])
 def test_interrupted_at_any_line_leaves_nothing_behind(signal: str) -> None:
     model = tiny.make_model("llama", num_hidden_layers=2, hidden_size=8)
     before, states = tiny.snapshot(model), random_states()
@@ -107,7 +117,10 @@ def test_interrupted_at_any_line_leaves_nothing_behind(signal: str) -> None:
         previous = sys.gettrace()
         sys.settrace(tracer)
         try:
-            allocate(model, batches, signal=signal, strength=0.1, noise_samples=2)
+            if signal == "rehearsal":
+                rehearse(model, batches)
+            else:
+                allocate(model, batches, signal=signal, strength=0.1, noise_samples=2)
         finally:
             sys.settrace(previous)
         return tracer
