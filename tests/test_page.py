@@ -214,7 +214,7 @@ ZERO = [{"direction": [], "strengths": [0.0], "losses": [4.5], "chosen": 0.0}]
         (
             {"search": search_with(rehearsed=rehearsed("base", base=4.4))},
             r"did not hold \(nats: base 4\.400, searched 4\.500\), so the "
-            r"allocation is base\.$",
+            r"allocation is that of owl alone\.$",
         ),
         (
             {"search": search_with(rehearsed=rehearsed("halfway", halfway=4.3))},

@@ -64,8 +64,11 @@ def _rehearsal(profile: Mapping[str, Any]) -> str:
         return ""
     losses = {n: v for n, v in rehearsed["losses"].items() if v is not None}
     told = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
-    taken = {"halfway": "halfway to what the search had found"}
-    chosen = taken.get(rehearsed["chosen"], rehearsed["chosen"])
+    chosen = {
+        "base": f"that of {profile['settings']['allocator']} alone",
+        "uniform": "uniform",
+        "halfway": "halfway to what the search had found",
+    }[rehearsed["chosen"]]
     return (
         "Rehearsed as SparseGPT prunes, what the masks had promised did not hold "
         f"(nats: {told}), so the allocation is {chosen}."
