@@ -2,7 +2,8 @@
 Resident memory that every station takes beside the model, against `sweep_memory`.
 
     python integration/benchmarks/memory.py [--memory 1.5] [--samples 4] [--tokens 32] \
-        [--stations statistics noise response gradient candidates] [--dtype bfloat16]
+        [--stations statistics noise response gradient candidates rehearsal] \
+        [--dtype bfloat16]
 
 Each station runs in a process of its own on a LLaMA of 1.1 billion random weights (22
 blocks of hidden size 2,048, vocabulary 32,000). The peak is what the kernel saw: VmHWM,
@@ -19,7 +20,14 @@ import sys
 import time
 from pathlib import Path
 
-STATIONS = ("statistics", "noise", "response", "gradient", "candidates")
+STATIONS = (
+    "statistics",
+    "noise",
+    "response",
+    "gradient",
+    "candidates",
+    "rehearsal",
+)
 GIB = 2**30
 
 
@@ -67,8 +75,10 @@ def measure(options: argparse.Namespace) -> dict:
 
     from absorb_plugin.absorption import NoiseProbe
     from absorb_plugin.blocks import find_blocks
+    from absorb_plugin.compensation import Compensation
     from absorb_plugin.gradient import GradientProbe
     from absorb_plugin.memory import footprint
+    from absorb_plugin.rehearsal import Rehearsal
     from absorb_plugin.response import CandidateScores, ResponseProbe
     from absorb_plugin.statistics import InputStatistics
     from absorb_plugin.sweep import sweep
@@ -89,6 +99,7 @@ def measure(options: argparse.Namespace) -> dict:
         "response": lambda: ResponseProbe(some, sums, flat[: len(few)], 0.1),
         "gradient": lambda: GradientProbe(blocks, sums, flat, 0.05),
         "candidates": lambda: CandidateScores(blocks, sums, [flat] * 2),
+        "rehearsal": lambda: Rehearsal(blocks, sums, [flat] * 2, Compensation(), 2),
     }[options.stations[0]]()
     ids = torch.randint(3, 32000, (options.samples, options.tokens))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
