@@ -89,11 +89,10 @@ class Rehearsal(MaskedPassenger):
 
     def finish(self, batch: Batch, tail: Tail) -> None:
         judged = {
-            name: batch[name]
+            name: batch[name][self._calibrating :]
             for name in ("input_ids", "attention_mask")
             if name in batch
         }
-        judged = {name: rows[self._calibrating :] for name, rows in judged.items()}
         with disable_offloading():  # the head, once for all of them
             scored = [
                 cross_entropy_sums(tail, judged, hidden[self._calibrating :])

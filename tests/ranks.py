@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 import absorb_plugin.allocation as allocation
 from absorb_plugin.blocks import find_blocks
-from absorb_plugin.calibration import cache_batches
+from absorb_plugin.calibration import cache_batches, padded
 from absorb_plugin.compensation import Compensation
 from absorb_plugin.hookspecs import hookimpl
 from absorb_plugin.plugins import manager
@@ -96,20 +96,7 @@ def shard(scheme: str, world: int, rank: int) -> Batches:
         start, stop = SHARDS[scheme][world][rank : rank + 2]
         return every[start:stop]
     mine = every[rank::world][::-1]
-    return [_padded(mine[i : i + 2]) for i in range(0, len(mine), 2)]
-
-
-def _padded(batch: Batches) -> dict[str, torch.Tensor]:
-    width = max(sample["input_ids"].shape[1] for sample in batch)
-    return {
-        name: torch.cat(
-            [
-                torch.nn.functional.pad(x[name], (0, width - x[name].shape[1]))
-                for x in batch
-            ]
-        )
-        for name in batch[0]
-    }
+    return [padded(mine[i : i + 2]) for i in range(0, len(mine), 2)]
 
 
 def allocate(fields: dict[str, Any], loader: Sequence[Any]) -> dict[str, Any]:
