@@ -13,7 +13,8 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 CODE := absorb_plugin tests integration
 
 # A contract test of its own for each version of llm-compressor, in .venv-VERSION; where
-# its pins ask for another torch, name that: make contract-0.12.0 TORCH=torch==2.12.0
+# its pins ask for another torch, name that: make contract-0.12.0 TORCH=torch==2.12.0,
+# make contract-0.11.0 TORCH=torch==2.11.0
 VERSIONS := 0.13.0 0.14.0.1
 
 .PHONY: demo test fuzz quality style vllm-check contract

@@ -1,6 +1,7 @@
 """
-The first import of llm-compressor. While it is imported it logs to stdout (that there
-is no accelerator), where `absorb eval --json` promises one JSON object and no more.
+The first import of llm-compressor, and what its versions name differently. While it is
+imported it logs to stdout (that there is no accelerator), where `absorb eval --json`
+promises one JSON object and no more.
 """
 
 import contextlib
@@ -13,5 +14,14 @@ if "llmcompressor" not in sys.modules:
     llmcompressor.configure_logger()
 
 from llmcompressor.modifiers import ModifierFactory
+from transformers import PreTrainedModel
 
-__all__ = ["ModifierFactory"]
+try:
+    from llmcompressor.modeling.moe.linearize import linearize_moe
+except ModuleNotFoundError:  # 0.11, whose transformers 4 has experts of Linears
+
+    def linearize_moe(model: PreTrainedModel) -> None:
+        pass
+
+
+__all__ = ["ModifierFactory", "linearize_moe"]

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 import torch
 from datasets import Dataset
-from llmcompressor.modeling.moe.linearize import linearize_moe
 from loguru import logger
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
 from absorb_plugin import distributed
+from absorb_plugin._llmcompressor import linearize_moe
 from absorb_plugin.absorption import AbsorptionProfile, NoiseProbe, until_known
 from absorb_plugin.allocators.base import Allocator, BaseAllocation, LinearGroup
 from absorb_plugin.blocks import BlockMap, find_blocks, linear_parameters

@@ -10,7 +10,13 @@ import runs
 import tiny
 import torch
 
-pytestmark = pytest.mark.contract
+pytestmark = [
+    pytest.mark.contract,
+    pytest.mark.skipif(
+        tiny.linearize_moe is None,
+        reason="llm-compressor 0.11 calls no expert that has no token",
+    ),
+]
 
 
 @pytest.mark.parametrize("kind", ["wanda", "sparsegpt"])
