@@ -37,17 +37,35 @@ class Size:
     """
     :param block: weights of one block's Linears
     :param head: weights of the output head
+    :param groups: (in_features, out_features) of the Linears that share an input
     """
 
     layers: int
-    hidden: int
     block: int
     head: int
+    groups: tuple[tuple[int, int], ...]
 
     @classmethod
     def of(cls, hidden, inner, layers, heads, kv, vocab) -> "Size":
-        attention = 2 * hidden * hidden * (1 + kv / heads)
-        return cls(layers, hidden, int(attention + 3 * hidden * inner), hidden * vocab)
+        projections = int(hidden * (1 + 2 * kv / heads))
+        groups = (
+            (hidden, projections),
+            (hidden, hidden),
+            (hidden, 2 * inner),
+            (inner, hidden),
+        )
+        return cls(layers, sum(i * o for i, o in groups), hidden * vocab, groups)
+
+    def pruning(self, tokens: int) -> float:
+        """
+        FLOP of SparseGPT on all blocks: per input the Hessian of the tokens, its
+        Cholesky factor and that factor's inverse, then each column's error taken up by
+        the columns behind it.
+        """
+        return self.layers * sum(
+            2.0 * tokens * i * i + (1 / 3 + 1) * i**3 + float(i) * i * o
+            for i, o in self.groups
+        )
 
 
 @dataclass(frozen=True)
@@ -91,7 +109,8 @@ def stations(layers: int, samples: int, tokens: int, probe: int) -> list[Station
             CANDIDATES - 1,
             True,
         ),
-        # calibrates by as many samples again, and passes every block twice
+        # calibrates by as many samples again, and passes every block twice; the model's
+        # own pass carries one of the two allocations
         Station(
             "rehearsal of base and outcome",
             2 * samples,
@@ -154,15 +173,16 @@ def costs(fields: dict, station: Station, gpus: int) -> dict:
         together = min(JOINED, mine, need.samples(station.tokens, MEMORY))
     batches = math.ceil(mine / together)
     tokens = mine * station.tokens
+    flops = 2.0 * tokens * (station.passes * size.block + station.scored * size.head)
+    if station.compensates:
+        flops += station.trajectories * size.pruning(tokens // 2)
     return {
         "station": station.name,
         "gpus": gpus,
         "tokens": tokens,
         "block_passes": station.passes,
         "batches": batches,
-        "flops": 2.0
-        * tokens
-        * (station.passes * size.block + station.scored * size.head),
+        "flops": flops,
         # the embedding is as large as the head
         "moved": ELEMENT
         * float(batches)

@@ -4,7 +4,8 @@ Perplexity of every allocation on held-out text, through the real `oneshot`.
     python integration/benchmarks/quality.py MODEL --text CALIBRATION \
         --eval-text HELD_OUT [--allocators owl alpha_pruning] \
         [--pruners wanda sparsegpt] [--sparsities 0.5 0.6 0.7] [--seeds 0 1 2] \
-        [--methods dense uniform atp base paper ours] --out results.jsonl
+        [--methods dense uniform atp base paper ours] [--tasks FILE ...] \
+        --out results.jsonl
 
 One line of JSON per run, appended as it completes; a run whose line is there already is
 not repeated. `--table` prints the Markdown tables of files of results and runs nothing:
@@ -17,6 +18,9 @@ on the very text that it is judged by, which favours it; `base`, the allocator a
 the defaults of the modifier; `masks`, the same without the rehearsal of SparseGPT, and
 `gradient`, `response` and `noise`, with that signal (not in the table, but in the
 results).
+
+`--tasks` adds zero-shot accuracies (task files as of `absorb eval`) and a table of
+them; runs whose line lacks a task are repeated.
 """
 
 import argparse
@@ -25,17 +29,19 @@ import logging
 import math
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from statistics import geometric_mean, mean, stdev
 
 import torch
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from loguru import logger
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from absorb_plugin import AbsorptionAllocationModifier
 from absorb_plugin.evaluate import linear_sparsity, perplexity
 from absorb_plugin.prune import prune
+from absorb_plugin.tasks import EncodedTask, encode_tasks, evaluate_tasks, read_tasks
 from absorb_plugin.text import calibration_samples, evaluation_windows, read_text
 
 PRUNERS = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}
@@ -67,7 +73,13 @@ def allocation(
     return AbsorptionAllocationModifier(allocator=allocator, **settings)
 
 
-def run(cell: dict, options: argparse.Namespace, tokenizer, windows) -> dict:
+def run(
+    cell: dict,
+    options: argparse.Namespace,
+    tokenizer,
+    windows: list[list[int]],
+    tasks: list[EncodedTask],
+) -> dict:
     samples = calibration_samples(
         read_text(options.text),
         tokenizer,
@@ -89,12 +101,16 @@ def run(cell: dict, options: argparse.Namespace, tokenizer, windows) -> dict:
         pruned = prune(model, tokenizer, recipe, samples, seed=cell["seed"])
     seconds = time.perf_counter() - begin
     value, tokens = perplexity(pruned, windows)
-    return cell | {
+    line = cell | {
         "perplexity": value,
         "tokens": tokens,
         "realised": linear_sparsity(pruned),
         "seconds": round(seconds, 1),
     }
+    if tasks:
+        found = evaluate_tasks(pruned, tasks, batch_size=16)
+        line["tasks"] = {name: asdict(result) for name, result in found.items()}
+    return line
 
 
 def cells(options: argparse.Namespace) -> list[dict]:
@@ -235,6 +251,26 @@ def summary(models: dict[str, Results]) -> str:
     return "\n".join(out)
 
 
+def accuracies(lines: list[dict]) -> str:
+    """Markdown: a row per run, a column per task; ± one standard error over items."""
+    names = list(dict.fromkeys(name for line in lines for name in line["tasks"]))
+    order = ("pruner", "sparsity", "allocator", "seed")
+    head = ["pruner", "sparsity", "method", "base", "seed", "perplexity", *names]
+    out = [f"| {' | '.join(head)} | mean |", "|---" * (len(head) + 1) + "|"]
+    for line in sorted(lines, key=lambda line: [line[name] for name in order]):
+        found = [line["tasks"].get(name) for name in names]
+        cells = [line["pruner"], f"{line['sparsity']:.0%}", line["method"]]
+        cells += [line["allocator"], str(line["seed"]), f"{line['perplexity']:.1f}"]
+        for entry in found:
+            error = entry and entry["stderr"]
+            spread = f" ± {error:.1%}" if error is not None else ""
+            cells.append(f"{entry['acc']:.1%}{spread}" if entry else "–")
+        known = [entry["acc"] for entry in found if entry]
+        cells.append(f"{mean(known):.1%}" if len(known) == len(names) else "–")
+        out.append(f"| {' | '.join(cells)} |")
+    return "\n".join(out)
+
+
 def print_tables(lines: list[dict]) -> None:
     models: dict[str, Results] = {}
     for name in dict.fromkeys(line["model"] for line in lines):
@@ -248,6 +284,12 @@ def print_tables(lines: list[dict]) -> None:
             f"{max(line['tokens'] for line in results.lines):,} tokens of "
             f"{first['eval_text']}.\n\n{table(results)}\n"
         )
+        if with_tasks := [line for line in results.lines if "tasks" in line]:
+            count = max(x["n"] for line in with_tasks for x in line["tasks"].values())
+            print(
+                f"Zero-shot accuracy, at most {count:,} items per task.\n\n"
+                f"{accuracies(with_tasks)}\n"
+            )
     if len(models) > 1:
         print(f"### All models\n\n{summary(models)}")
 
@@ -272,6 +314,8 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--tasks", type=Path, nargs="+", default=[])
+    parser.add_argument("--limit", type=int, help="first items of every task")
     parser.add_argument(
         "--cache", type=Path, help="profile_cache: one allocation serves both pruners"
     )
@@ -293,10 +337,19 @@ def main() -> None:
         windows = evaluation_windows(
             read_text(options.eval_text), tokenizer, options.seq_len, options.windows
         )
+        tasks = encode_tasks(
+            read_tasks(options.tasks, options.limit),
+            tokenizer,
+            AutoConfig.from_pretrained(options.model),
+        )
+        wanted = {path.stem for path in options.tasks}
         for cell in cells(options):
-            if any(cell.items() <= line.items() for line in done):
+            if any(
+                cell.items() <= line.items() and wanted <= line.get("tasks", {}).keys()
+                for line in done
+            ):
                 continue
-            line = run(cell, options, tokenizer, windows)
+            line = run(cell, options, tokenizer, windows, tasks)
             done.append(line)
             with options.out[0].open("a") as file:
                 file.write(json.dumps(line) + "\n")
