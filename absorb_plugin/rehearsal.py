@@ -10,6 +10,7 @@ calibration samples, as SparseGPT goes about it.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -65,6 +66,7 @@ class Rehearsal(MaskedPassenger):
         self._mask = token_mask(batch).clone()
         self._mask[self._calibrating :] = False
         self._hidden: list[torch.Tensor] = []
+        self._last: torch.Tensor | None = None  # what entered the last Linear
 
     def enter(self, index: int, block: Module) -> None:
         self._own = self._in_force.enter_context(self._inputs(index))
@@ -114,28 +116,30 @@ class Rehearsal(MaskedPassenger):
         inputs (tokens, in_features), and the names of the Linears that share them.
         """
         found: list[tuple[torch.Tensor, list[str]]] = []
-        last: list[torch.Tensor] = []
-
-        def watch(name: str) -> None:
-            def note(module: Module, args: tuple[torch.Tensor, ...]) -> None:
-                x = args[0]
-                if not x.numel():  # an expert that no token was routed to
-                    return
-                if last and last[0] is x:
-                    found[-1][1].append(name)
-                else:
-                    last[:] = [x]
-                    found.append((self._of_calibration(x), [name]))
-
-            # in one line: between two lines an interrupt may come
-            stack.callback(linears[name].register_forward_pre_hook(note).remove)
-
         linears = self._blocks.blocks[index].linears
         with ExitStack() as stack:
             for name in self._seen(index) if index in self._rows else ():
-                watch(name)
+                note = partial(self._note, found, name)
+                # in one line: between two lines an interrupt may come
+                stack.callback(linears[name].register_forward_pre_hook(note).remove)
             yield found
-            last.clear()
+            self._last = None
+
+    def _note(
+        self,
+        found: list[tuple[torch.Tensor, list[str]]],
+        name: str,
+        module: Module,
+        args: tuple[torch.Tensor, ...],
+    ) -> None:
+        x = args[0]
+        if not x.numel():  # an expert that no token was routed to
+            return
+        if self._last is x:
+            found[-1][1].append(name)
+        else:
+            self._last = x
+            found.append((self._of_calibration(x), [name]))
 
     def _of_calibration(self, x: torch.Tensor) -> torch.Tensor:
         rows, mask = x.detach().flatten(0, -2), self._mask.flatten().to(x.device)
