@@ -27,6 +27,10 @@ from absorb_plugin.sweep import RunBlock, Tail
 
 __all__ = ["Rehearsal"]
 
+# what enters a block's Linears: calibration inputs (tokens, in_features), and the names
+# of the Linears that share them
+Inputs = list[tuple[torch.Tensor, list[str]]]
+
 
 class Rehearsal(MaskedPassenger):
     """
@@ -110,12 +114,9 @@ class Rehearsal(MaskedPassenger):
         return np.array(self._losses), np.array(self._tokens)
 
     @contextmanager
-    def _inputs(self, index: int) -> Iterator[list[tuple[torch.Tensor, list[str]]]]:
-        """
-        Collects what enters the Linears of a block while the context lasts: calibration
-        inputs (tokens, in_features), and the names of the Linears that share them.
-        """
-        found: list[tuple[torch.Tensor, list[str]]] = []
+    def _inputs(self, index: int) -> Iterator[Inputs]:
+        """Collects what enters the Linears of a block while the context lasts."""
+        found: Inputs = []
         linears = self._blocks.blocks[index].linears
         with ExitStack() as stack:
             for name in self._seen(index) if index in self._rows else ():
@@ -127,7 +128,7 @@ class Rehearsal(MaskedPassenger):
 
     def _note(
         self,
-        found: list[tuple[torch.Tensor, list[str]]],
+        found: Inputs,
         name: str,
         module: Module,
         args: tuple[torch.Tensor, ...],
@@ -150,7 +151,7 @@ class Rehearsal(MaskedPassenger):
         self,
         index: int,
         candidate: np.ndarray,
-        inputs: Sequence[tuple[torch.Tensor, list[str]]],
+        inputs: Inputs,
     ) -> dict[str, torch.Tensor]:
         """Name -> pruned weight of the block's Linears."""
         if index not in self._rows:

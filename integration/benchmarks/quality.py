@@ -20,7 +20,7 @@ the defaults of the modifier; `masks`, the same without the rehearsal of SparseG
 results).
 
 `--tasks` adds zero-shot accuracies (task files as of `absorb eval`) and a table of
-them; runs whose line lacks a task are repeated.
+them; runs whose line lacks a task, or has it with another `--limit`, are repeated.
 """
 
 import argparse
@@ -253,22 +253,32 @@ def summary(models: dict[str, Results]) -> str:
 
 def accuracies(lines: list[dict]) -> str:
     """Markdown: a row per run, a column per task; ± one standard error over items."""
+    order = ("pruner", "sparsity", "allocator", "seed", "method")
+    runs = {tuple(line[name] for name in order): line for line in lines}
     names = list(dict.fromkeys(name for line in lines for name in line["tasks"]))
-    order = ("pruner", "sparsity", "allocator", "seed")
-    head = ["pruner", "sparsity", "method", "base", "seed", "perplexity", *names]
-    out = [f"| {' | '.join(head)} | mean |", "|---" * (len(head) + 1) + "|"]
-    for line in sorted(lines, key=lambda line: [line[name] for name in order]):
-        found = [line["tasks"].get(name) for name in names]
-        cells = [line["pruner"], f"{line['sparsity']:.0%}", line["method"]]
-        cells += [line["allocator"], str(line["seed"]), f"{line['perplexity']:.1f}"]
-        for entry in found:
-            error = entry and entry["stderr"]
-            spread = f" ± {error:.1%}" if error is not None else ""
-            cells.append(f"{entry['acc']:.1%}{spread}" if entry else "–")
-        known = [entry["acc"] for entry in found if entry]
-        cells.append(f"{mean(known):.1%}" if len(known) == len(names) else "–")
+    head = ["pruner", "sparsity", "base", "seed", "method", "perplexity", *names]
+    out = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for (pruner, sparsity, allocator, seed, method), line in sorted(runs.items()):
+        cells = [pruner, f"{sparsity:.0%}", allocator, str(seed), method]
+        cells.append(f"{line['perplexity']:.1f}")
+        cells += [shown_accuracy(line["tasks"].get(name)) for name in names]
         out.append(f"| {' | '.join(cells)} |")
     return "\n".join(out)
+
+
+def shown_accuracy(result: dict | None) -> str:
+    """
+    :param result: of a task, as `absorb eval` has it; None where it was not run
+    """
+    if result is None:
+        return "–"
+    error = result["stderr"]  # None for a single item
+    return f"{result['acc']:.1%}" + (f" ± {error:.1%}" if error is not None else "")
+
+
+def items(line: dict) -> dict[str, int]:
+    """Task -> number of its items that a run has been judged by."""
+    return {name: result["n"] for name, result in line.get("tasks", {}).items()}
 
 
 def print_tables(lines: list[dict]) -> None:
@@ -285,7 +295,7 @@ def print_tables(lines: list[dict]) -> None:
             f"{first['eval_text']}.\n\n{table(results)}\n"
         )
         if with_tasks := [line for line in results.lines if "tasks" in line]:
-            count = max(x["n"] for line in with_tasks for x in line["tasks"].values())
+            count = max(n for line in with_tasks for n in items(line).values())
             print(
                 f"Zero-shot accuracy, at most {count:,} items per task.\n\n"
                 f"{accuracies(with_tasks)}\n"
@@ -342,10 +352,10 @@ def main() -> None:
             tokenizer,
             AutoConfig.from_pretrained(options.model),
         )
-        wanted = {path.stem for path in options.tasks}
+        wanted = {encoded.task.name: len(encoded.requests) for encoded in tasks}
         for cell in cells(options):
             if any(
-                cell.items() <= line.items() and wanted <= line.get("tasks", {}).keys()
+                cell.items() <= line.items() and wanted.items() <= items(line).items()
                 for line in done
             ):
                 continue
