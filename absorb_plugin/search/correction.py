@@ -1,4 +1,4 @@
-"""From a signal per block to a bounded change of its sparsity: plain mathematics."""
+"""From a signal per group to a bounded change of its sparsity: plain mathematics."""
 
 import math
 
@@ -19,7 +19,7 @@ def direction_from_ratio(ratio: np.ndarray) -> np.ndarray:
     if not (np.isfinite(ratio).all() and (ratio > 0).all()):
         raise ValueError(
             f"amplification ratios must be positive, got {ratio.tolist()}: choose "
-            "another noise_magnitude (noise too small is lost in rounding, noise too "
+            "another magnitude in signal_args (noise too small is lost in rounding, noise too "
             "large overflows), 1e-2 is a good start"
         )
     u = np.clip(np.log(ratio), -math.log(3.0), math.log(3.0))
@@ -28,17 +28,17 @@ def direction_from_ratio(ratio: np.ndarray) -> np.ndarray:
 
 def direction_from_response(response: np.ndarray) -> np.ndarray:
     """
-    Δ_l = −(g_l − mean g), g winsorised at its 5 % and 95 % quantiles.
+    Δ = −(g − mean g), g winsorised at its 5 % and 95 % quantiles.
 
-    :param response: drop of loss g_l when block l alone is pruned less, shape (L,)
-    :return: Δ, shape (L,): negative for blocks whose relief helps most
+    :param response: drop of loss g per weight when a group is pruned less, (groups,)
+    :return: Δ, shape (groups,): negative for those whose relief helps most
     :raises ValueError: if a response is not finite
     """
     response = np.asarray(response, dtype=np.float64)
     if not np.isfinite(response).all():
         raise ValueError(
-            f"the loss answers to changes of single blocks by {response.tolist()}, but "
-            "must be finite: check the weights behind the blocks (final norm, lm_head) "
+            f"the loss answers to changes of single groups by {response.tolist()}, but "
+            "must be finite: check the weights after the blocks (final norm, lm_head) "
             "and the dtype (float16 overflows in some models, use bfloat16)"
         )
     g = np.clip(response, *np.quantile(response, [0.05, 0.95]))
@@ -47,13 +47,13 @@ def direction_from_response(response: np.ndarray) -> np.ndarray:
 
 def corrected(base: np.ndarray, direction: np.ndarray, strength: float) -> np.ndarray:
     """
-    s_b = base_b + β·Δ_b / max|Δ|: no block moves by more than β before the budget
-    step, which must follow (`budget.meet_budget`).
+    s = base + β·Δ / max|Δ|: nothing moves by more than β before the budget step, which
+    must follow (`Budget.meet`).
 
-    :param base: base sparsity per block, shape (L,)
-    :param direction: Δ, shape (L,)
-    :param strength: β, largest change of a block's sparsity; negative turns Δ round
-    :return: shape (L,), not clipped
+    :param base: an allocation, one sparsity per Linear, shape (N,)
+    :param direction: Δ, shape (N,)
+    :param strength: β, largest change of a sparsity; negative turns Δ round
+    :return: shape (N,), not clipped
     """
     base = np.asarray(base, dtype=np.float64)
     direction = np.asarray(direction, dtype=np.float64)

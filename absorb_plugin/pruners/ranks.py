@@ -3,8 +3,8 @@ What llm-compressor's pruners leave out under torch.distributed: add up what the
 saw before pruning. Each rank sees its own calibration samples, and without this each
 prunes by those alone, and writes over what the others wrote to weights that are shared.
 
-With peers.py the only file that relies on private names of llm-compressor
-(`_row_scalars`, `_hessians`, `_num_samples`, `_module_names`).
+With adapter.py the only file that relies on private names of llm-compressor
+(`_num_samples`, `_module_names`, and where a pruner's statistics lie).
 """
 
 from collections.abc import Callable
@@ -21,18 +21,15 @@ from absorb_plugin import distributed
 
 __all__ = ["leave_statistics", "reduce_statistics"]
 
-# Wanda's Σ‖x_j‖²/n and SparseGPT's 2·Σ x xᵀ/n: both are means over the n samples that
-# the module has seen.
-STATISTICS = ("_row_scalars", "_hessians")
 WARNING = (
     "{name} does not keep its statistics as absorb_plugin knows it ({reason}): under "
     "torch.distributed they are left as they are, and each rank prunes by its own "
-    "calibration samples alone. Run on one rank, or set reduce_peer_statistics: false "
+    "calibration samples alone. Run on one rank, or set reduce_pruner_statistics: false "
     "to be rid of this warning"
 )
 
 
-def reduce_statistics(modifier: SparsityModifierBase) -> None:
+def reduce_statistics(modifier: SparsityModifierBase, attribute: str) -> None:
     """
     From now on `modifier.compress_modules` works on the samples of all ranks: each
     module is pruned by one of them, by the mean over all, and its weight is then told
@@ -40,19 +37,22 @@ def reduce_statistics(modifier: SparsityModifierBase) -> None:
     the statistics are not kept as expected.
 
     :param modifier: a WandaPruningModifier, SparseGPTModifier or subclass
+    :param attribute: where it keeps its statistics (`Pruner.rank_statistics`): Wanda's
+        Σ‖x_j‖²/n and SparseGPT's 2·Σ x xᵀ/n are means over the n samples that the
+        module has seen
     """
     if not distributed.active():
         return
-    if _refused(modifier):
+    if _refused(modifier, attribute):
         return
     original = modifier.compress_modules
 
     def compress_modules() -> None:
-        if _refused(modifier):
+        if _refused(modifier, attribute):
             leave_statistics(modifier)  # said once
             original()
         else:
-            _compress_together(modifier, original)
+            _compress_together(modifier, attribute, original)
 
     # past pydantic, which takes no attribute that is no field
     object.__setattr__(modifier, "compress_modules", compress_modules)
@@ -63,40 +63,35 @@ def leave_statistics(modifier: SparsityModifierBase) -> None:
     modifier.__dict__.pop("compress_modules", None)
 
 
-def _refused(modifier: SparsityModifierBase) -> bool:
+def _refused(modifier: SparsityModifierBase, attribute: str) -> bool:
     """Whether on some rank the statistics are not kept as expected."""
-    reasons = [reason for reason in distributed.gather(_unexpected(modifier)) if reason]
+    found = distributed.gather(_unexpected(modifier, attribute))
+    reasons = [reason for reason in found if reason]
     if reasons and distributed.is_first():
         name = type(modifier).__name__
         logger.warning(WARNING.format(name=name, reason=reasons[0]))
     return bool(reasons)
 
 
-def _unexpected(modifier: SparsityModifierBase) -> str | None:
+def _unexpected(modifier: SparsityModifierBase, attribute: str) -> str | None:
     """What is not as expected in the way it keeps its statistics; None if nothing."""
-    kept = [name for name in STATISTICS if hasattr(modifier, name)]
-    if len(kept) != 1:
-        return f"it has {' and '.join(kept) or 'neither'} of {' and '.join(STATISTICS)}"
-    for name in (*kept, "_num_samples", "_module_names"):
+    for name in (attribute, "_num_samples", "_module_names"):
         if not isinstance(getattr(modifier, name, None), dict):
             return f"{name} is no dict"
-    counts, statistics = modifier._num_samples, getattr(modifier, kept[0])
+    counts, statistics = modifier._num_samples, getattr(modifier, attribute)
     if not all(type(count) is int for count in counts.values()):
         return "_num_samples holds something else than ints"
     if not all(isinstance(statistics.get(m), torch.Tensor) for m in counts):
-        return f"{kept[0]} lacks a module that _num_samples counts"
+        return f"{attribute} lacks a module that _num_samples counts"
     if not all(module in modifier._module_names for module in counts):
         return "_module_names lacks a module that _num_samples counts"
     return None
 
 
 def _compress_together(
-    modifier: SparsityModifierBase, original: Callable[[], None]
+    modifier: SparsityModifierBase, attribute: str, original: Callable[[], None]
 ) -> None:
-    samples = modifier._num_samples
-    statistics = next(
-        getattr(modifier, name) for name in STATISTICS if hasattr(modifier, name)
-    )
+    samples, statistics = modifier._num_samples, getattr(modifier, attribute)
     # in the same order on all ranks, which `samples` is not where experts differ
     modules = list(modifier._module_names)
     owners = _add_up(modules, statistics, samples)

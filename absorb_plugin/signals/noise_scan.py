@@ -1,35 +1,33 @@
 """
-Dose and depth: how drift and ratio depend on the length η of the noise.
+How drift and ratio depend on the length η of the noise.
 
-All η ride on one sweep, so they are compared on the same samples under the same noise.
+All η share one forward, so they are compared on the same samples under the same noise.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedModel
 
-from absorb_plugin.absorption import AbsorptionProfile, NoiseProbe
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.calibration import join_samples, samples_of
 from absorb_plugin.files import json_numbers
-from absorb_plugin.sweep import sweep
+from absorb_plugin.forward.run import run_probes
+from absorb_plugin.signals.noise import NoiseProbe, NoiseProfile
 
-__all__ = ["DoseProfile", "as_dict", "measure_doses", "parse_magnitudes", "render"]
+__all__ = ["NoiseScan", "as_dict", "scan_noise", "parse_magnitudes"]
 
 
 @dataclass(frozen=True)
-class DoseProfile:
+class NoiseScan:
     """
     What the noise probe found at several η.
 
-    :param names: the prunable blocks, behind each of which noise was put
+    :param names: the prunable blocks, after each of which noise was put
     :param magnitudes: η, ascending
     :param profiles: one per η
     :param dtype: what the trajectories were computed in
@@ -37,18 +35,18 @@ class DoseProfile:
 
     names: list[str]
     magnitudes: list[float]
-    profiles: list[AbsorptionProfile]
+    profiles: list[NoiseProfile]
     dtype: str
 
     @property
     def floor(self) -> np.ndarray:
-        """Drift behind every block that rounding alone makes, shape (L,)."""
+        """Drift after every block that rounding alone makes, shape (L,)."""
         return self.profiles[0].floor
 
-    def drowned(self) -> list[float]:
+    def below_floor(self) -> list[float]:
         """The η that are too near to the rounding floor."""
         pairs = zip(self.magnitudes, self.profiles, strict=True)
-        return [eta for eta, profile in pairs if profile.drowned(eta)]
+        return [eta for eta, profile in pairs if profile.below_floor(eta)]
 
 
 def parse_magnitudes(text: str) -> list[float]:
@@ -72,7 +70,7 @@ def parse_magnitudes(text: str) -> list[float]:
     return sorted(found)
 
 
-def measure_doses(
+def scan_noise(
     model: PreTrainedModel,
     samples: Dataset,
     magnitudes: Sequence[float],
@@ -80,8 +78,8 @@ def measure_doses(
     seed: int = 0,
     sink_tokens: str = "auto",
     noise_dtype: str = "model",
-    sweep_memory: int = 4 * 2**30,
-) -> DoseProfile:
+    probe_memory: int = 4 * 2**30,
+) -> NoiseScan:
     """
     :param model: the dense model; its weights are not touched
     :param samples: rows of `input_ids` and `attention_mask`
@@ -89,7 +87,7 @@ def measure_doses(
     :param seed: of the noise
     :param sink_tokens: as in `AbsorptionAllocationModifier`
     :param noise_dtype: as in `AbsorptionAllocationModifier`
-    :param sweep_memory: bytes that the hidden states may take
+    :param probe_memory: bytes that the hidden states may take
     """
     blocks = find_blocks(model)
     batches = join_samples(samples_of(samples))
@@ -98,32 +96,31 @@ def measure_doses(
         for eta in magnitudes
     ]
     names = [block.name for block in blocks.blocks]
-    sweep(
+    run_probes(
         model,
-        blocks.modules,
-        names,
+        blocks,
         batches,
         probes,
-        memory=sweep_memory,
+        memory=probe_memory,
         description=f"Noise of {len(probes)} magnitudes",
     )
     dtype = torch.float32 if noise_dtype == "float32" else model.dtype
-    return DoseProfile(
+    return NoiseScan(
         [names[index] for index in blocks.prunable],
         list(magnitudes),
-        [probe.profile() for probe in probes],
+        [probe.result() for probe in probes],
         str(dtype).removeprefix("torch."),
     )
 
 
-def as_dict(found: DoseProfile) -> dict[str, Any]:
-    """What `absorb profile --json` prints; NaN is None."""
+def as_dict(found: NoiseScan) -> dict[str, Any]:
+    """What `absorb noise --json` prints; NaN is None."""
     return {
         "dtype": found.dtype,
         "samples": found.profiles[0].samples,
         "blocks": found.names,
         "floor": found.floor.tolist(),
-        "drowned": found.drowned(),
+        "below_floor": found.below_floor(),
         "eta": [
             {
                 "eta": eta,
@@ -139,22 +136,3 @@ def as_dict(found: DoseProfile) -> dict[str, Any]:
             for eta, profile in zip(found.magnitudes, found.profiles, strict=True)
         ],
     }
-
-
-def render(found: DoseProfile, file: TextIO) -> None:
-    """Print r per block and η as a table for people."""
-    table = Table(title=f"Ratio r, computed in {found.dtype}")
-    table.add_column("noise behind")
-    drowned = found.drowned()
-    for eta in found.magnitudes:
-        table.add_column(
-            f"η={eta:g}" + ("*" if eta in drowned else ""), justify="right"
-        )
-    for row, name in enumerate(found.names):
-        table.add_row(
-            name, *(f"{profile.ratio[row]:.3f}" for profile in found.profiles)
-        )
-    table.caption = f"rounding floor {found.floor[-1]:.1e}"
-    if drowned:
-        table.caption += "; * less than 5 times that"
-    Console(file=file).print(table)

@@ -1,40 +1,32 @@
 """
-What a sweep takes beside the model, in bytes, so that batches can be cut to a limit.
+What a forward with probes takes beside the model, in bytes, so that batches can be cut
+to a limit.
 
 The figures are upper bounds from the tensors that are alive at once, checked against
-the live tensors of real sweeps in tests/test_memory.py and against the resident memory
+the live tensors of real runs in tests/forward/test_memory.py and against the resident memory
 of a process in integration/benchmarks/memory.py.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import reduce
+from operator import or_
 
 import torch
 from torch.nn import Linear, Module
 from transformers import PreTrainedModel
 
 from absorb_plugin.cpu import bfloat16_is_slow
+from absorb_plugin.forward import head as output_head
+from absorb_plugin.forward.probe import Needs
 
-__all__ = ["CHUNK_BYTES", "Footprint", "footprint"]
+__all__ = ["Footprint", "footprint"]
 
-# Logits of one chunk, in float32; at a vocabulary of 128k that is 512 tokens.
-CHUNK_BYTES = 256 * 2**20
 # Alive with a chunk: logits in the model's dtype and in float32, their log-softmax, and
 # the gradients of these.
 CHUNK_COPIES = 5
 # Share of the limit that a chunk may take.
 CHUNK_SHARE = 16
-
-
-class Rider(Protocol):
-    """What counts of a passenger."""
-
-    trajectories: int
-    masked: bool
-    differentiates: bool
-    widens: bool
-    compensates: bool
 
 
 @dataclass(frozen=True)
@@ -68,12 +60,12 @@ class Footprint:
 def footprint(
     model: PreTrainedModel,
     blocks: Sequence[Module],
-    passengers: Sequence[Rider],
+    needs: Sequence[Needs],
     memory: int | None,
 ) -> Footprint:
     """
     :param blocks: the decoder blocks
-    :param passengers: of the sweep
+    :param needs: of every probe
     :param memory: the limit in bytes, or None
     """
     config = model.config.get_text_config()
@@ -82,25 +74,26 @@ def footprint(
     linears = [
         [m for m in block.modules() if isinstance(m, Linear)] for block in blocks
     ]
-    backward = any(passenger.differentiates for passenger in passengers)
-    states = 2 + sum(passenger.trajectories for passenger in passengers)
+    need = reduce(or_, needs, Needs())
+    backward = need.backward
+    states = 2 + need.trajectories
     # of the block that runs: norms and the noise probe work in float32
     inside = 10 * 4 * config.hidden_size
     if backward:  # what every Linear reads and writes is kept
         inside += 3 * element * max(map(_widths, linears), default=0)
     else:  # gate, up, activation, product
         inside += 4 * element * max(map(_widest, linears), default=0)
-    if any(passenger.compensates for passenger in passengers):
+    if need.hessians:
         # inputs of all Linears of a block are kept, and widened one at a time
         inside += element * max(map(_entering, linears), default=0)
         inside += 4 * max(map(_widest, linears), default=0)
-    chunk = CHUNK_BYTES if memory is None else max(1, memory // CHUNK_SHARE)
-    chunk = min(CHUNK_BYTES, chunk)
+    chunk = output_head.CHUNK_BYTES if memory is None else max(1, memory // CHUNK_SHARE)
+    chunk = min(output_head.CHUNK_BYTES, chunk)
     weights = max(map(_weights, linears), default=0)
     return Footprint(
-        max(_masks(weights, element, passengers), CHUNK_COPIES * chunk)
-        + _widened(weights, element, passengers)
-        + _hessians(linears, passengers)
+        max(_masks(weights, element, need), CHUNK_COPIES * chunk)
+        + _float32_block(weights, element, need)
+        + _hessians(linears, need)
         + _float32_copies(model, linears, backward),
         chunk,
         element * config.hidden_size * states + inside,
@@ -108,23 +101,21 @@ def footprint(
     )
 
 
-def _masks(weights: int, element: int, passengers: Sequence[Rider]) -> int:
+def _masks(weights: int, element: int, need: Needs) -> int:
     """Scores and their order in float32, weights masked twice, gradients."""
-    if not any(passenger.masked for passenger in passengers):
+    if not need.pruned:
         return 0
-    backward = any(passenger.differentiates for passenger in passengers)
-    return weights * (8 + 2 * element + (5 if backward else 2))
+    return weights * (8 + 2 * element + (5 if need.backward else 2))
 
 
-def _widened(weights: int, element: int, passengers: Sequence[Rider]) -> int:
+def _float32_block(weights: int, element: int, need: Needs) -> int:
     """One block in float32, beside its weights in 16 bits."""
-    widens = any(passenger.widens for passenger in passengers)
-    return 4 * weights if widens and element < 4 else 0
+    return 4 * weights if need.float32 and element < 4 else 0
 
 
-def _hessians(linears: Sequence[Sequence[Linear]], passengers: Sequence[Rider]) -> int:
+def _hessians(linears: Sequence[Sequence[Linear]], need: Needs) -> int:
     """One at a time, in float32: itself, its factor, the inverse of that."""
-    if not any(passenger.compensates for passenger in passengers):
+    if not need.hessians:
         return 0
     widest = max((x.in_features for block in linears for x in block), default=0)
     return 3 * 4 * widest**2

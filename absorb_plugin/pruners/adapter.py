@@ -1,9 +1,8 @@
 """
-The pruning modifiers that follow in the recipe: find them, hand them their targets.
+The pruning modifiers that follow in the recipe: find them, set their sparsities.
 
-With peer_statistics.py the only file that relies on names of llm-compressor which
-are not part of its recipes (`_target_layers`, `PRUNABLE_LAYER_TYPES`, the session's
-recipe).
+With ranks.py the only file that relies on names of llm-compressor which are not part of
+its recipes (`_target_layers`, `PRUNABLE_LAYER_TYPES`, the session's recipe).
 """
 
 import re
@@ -19,7 +18,6 @@ import yaml
 from compressed_tensors.utils import match_named_modules, match_targets
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
-from llmcompressor.modifiers.pruning import SparseGPTModifier
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import (
     PRUNABLE_LAYER_TYPES,
     SparsityModifierBase,
@@ -28,10 +26,16 @@ from loguru import logger
 from transformers import PreTrainedModel
 
 from absorb_plugin.blocks import BlockMap
-from absorb_plugin.budget import check_budget
-from absorb_plugin.compensation import Compensation
+from absorb_plugin.pruners import Pruner, pruner_class
+from absorb_plugin.search.budget import check_budget
 
-__all__ = ["Peer", "find_peers", "forget", "own_fields", "recipe_text"]
+__all__ = [
+    "PrunerAdapter",
+    "find_pruners",
+    "recipe_text",
+    "remove_from_recipe",
+    "user_fields",
+]
 
 # Fields that llm-compressor fills in by itself.
 HOUSEKEEPING = {"index", "group", "start", "end", "update"}
@@ -49,7 +53,7 @@ NEWEST_TESTED = (0, 14)
 
 
 @dataclass(frozen=True)
-class Peer:
+class PrunerAdapter:
     """
     A pruning modifier with a budget.
 
@@ -59,6 +63,7 @@ class Peer:
         that upstream's list of sparsities follows
     :param blocks: the decoder blocks; of their Linears only those it will prune
     :param named: modules outside the blocks that the user targets by name
+    :param pruner: its arithmetic
     """
 
     modifier: SparsityModifierBase
@@ -66,23 +71,13 @@ class Peer:
     layers: Mapping[str, torch.nn.Module]
     blocks: BlockMap
     named: frozenset[str]
+    pruner: Pruner
 
     @property
     def name(self) -> str:
         return type(self.modifier).__name__
 
-    @property
-    def compensation(self) -> Compensation | None:
-        """How it makes up for what it prunes, where that can be rehearsed."""
-        modifier = self.modifier
-        if (
-            not isinstance(modifier, SparseGPTModifier)
-            or modifier.preserve_sparsity_mask
-        ):
-            return None
-        return Compensation(modifier.block_size, modifier.dampening_frac or 0.0)
-
-    def hand_over(self, sparsities: Mapping[str, float]) -> None:
+    def set_sparsities(self, sparsities: Mapping[str, float]) -> None:
         """
         Replace the scalar `sparsity` by a list in the module order of the targets.
         Where a target holds Linears of unequal sparsity, the targets become the full
@@ -100,7 +95,7 @@ class Peer:
                 if linear in sparsities
             }
             if len(inside) > 1:
-                return self._hand_over_by_name(sparsities)
+                return self._set_by_name(sparsities)
             outside = self.sparsity if name in self.named else 0.0
             values.append(float(inside.pop() if inside else outside))
         if list(modifier._target_layers) != list(self.layers):
@@ -110,7 +105,7 @@ class Peer:
             )
         modifier.sparsity = values
 
-    def _hand_over_by_name(self, sparsities: Mapping[str, float]) -> None:
+    def _set_by_name(self, sparsities: Mapping[str, float]) -> None:
         modifier = self.modifier
         model_order = {
             name: layer
@@ -124,36 +119,36 @@ class Peer:
         ]
 
 
-def find_peers(
+def find_pruners(
     modifier: Modifier,
     model: PreTrainedModel,
     blocks: BlockMap,
     ignore: Sequence[str],
     max_sparsity: float,
-) -> list[Peer]:
+) -> list[PrunerAdapter]:
     """
-    The pruning modifiers behind `modifier` in the active recipe, checked. Call it in
+    The pruning modifiers after `modifier` in the active recipe, checked. Call it in
     `on_initialize`: later the pipelines show one modifier at a time.
 
-    :param modifier: ours; peers behind a second one of its class belong to that
-    :param ignore: names or patterns to leave dense beside the peers' own `ignore`
+    :param modifier: ours; those after a second one of its class belong to that
+    :param ignore: names or patterns to leave dense beside their own `ignore`
     :raises ValueError: if there is none, or one cannot take a list of sparsities
     """
     _warn_of_version(version("llmcompressor"))
     recipe = active_session().lifecycle.recipe.modifiers
-    behind = recipe[recipe.index(modifier) + 1 :]
-    ours = takewhile(lambda other: not isinstance(other, type(modifier)), behind)
+    after = recipe[recipe.index(modifier) + 1 :]
+    ours = takewhile(lambda other: not isinstance(other, type(modifier)), after)
     found = [other for other in ours if isinstance(other, SparsityModifierBase)]
     if not found:
         raise ValueError(
             f"no pruning modifier follows {type(modifier).__name__} in the recipe: put "
-            "a SparseGPTModifier or WandaPruningModifier behind it"
+            "a SparseGPTModifier or WandaPruningModifier after it"
         )
-    _warn_of_lost_zeros(behind[behind.index(found[0]) + 1 :], found[0])
+    _warn_of_lost_zeros(after[after.index(found[0]) + 1 :], found[0])
     return [_resolve(other, model, blocks, ignore, max_sparsity) for other in found]
 
 
-def own_fields(modifier: Modifier, **options: Any) -> dict[str, Any]:
+def user_fields(modifier: Modifier, **options: Any) -> dict[str, Any]:
     """
     The fields of a modifier that are its user's, not llm-compressor's own.
 
@@ -166,7 +161,7 @@ def own_fields(modifier: Modifier, **options: Any) -> dict[str, Any]:
 def recipe_text() -> str:
     """
     The active recipe as YAML, with the fields that the user has set. Call it in
-    `on_initialize`, before `find_peers`.
+    `on_initialize`, before `find_pruners`.
     """
     groups: dict[str, dict[str, Any]] = {}
     for modifier in active_session().lifecycle.recipe.modifiers:
@@ -174,7 +169,7 @@ def recipe_text() -> str:
         # Of two modifiers of one class in one group, one would be lost.
         twins = sum(name in group for group in groups.values())
         group = f"prune_{twins + 1}_modifiers" if twins else "prune_modifiers"
-        groups.setdefault(group, {})[name] = own_fields(
+        groups.setdefault(group, {})[name] = user_fields(
             modifier, mode="json", exclude_unset=True
         )
     return yaml.safe_dump({"prune_stage": groups}, sort_keys=False, allow_unicode=True)
@@ -191,7 +186,7 @@ def _warn_of_version(installed: str) -> None:
         )
 
 
-def forget(modifier: Modifier) -> None:
+def remove_from_recipe(modifier: Modifier) -> None:
     """
     Take `modifier` out of the active recipe, so that the recipe.yaml saved with the
     model holds only what replays without this plugin.
@@ -201,12 +196,12 @@ def forget(modifier: Modifier) -> None:
     recipe.modifiers = [other for other in recipe.modifiers if other is not modifier]
 
 
-def _warn_of_lost_zeros(behind: Sequence[Modifier], pruner: Modifier) -> None:
-    for modifier in behind:
+def _warn_of_lost_zeros(after: Sequence[Modifier], pruner: Modifier) -> None:
+    for modifier in after:
         names = {base.__name__ for base in type(modifier).__mro__}
         for name in names & DESTROYS_ZEROS.keys():
             logger.warning(
-                f"{name} stands behind {type(pruner).__name__} in the recipe and "
+                f"{name} stands after {type(pruner).__name__} in the recipe and "
                 f"{DESTROYS_ZEROS[name]}: the model will be less sparse than asked "
                 "for. QuantizationModifier keeps every zero"
             )
@@ -218,9 +213,11 @@ def _resolve(
     blocks: BlockMap,
     ignore: Sequence[str],
     max_sparsity: float,
-) -> Peer:
+) -> PrunerAdapter:
     name = type(modifier).__name__
-    sparsity = _scalar_sparsity(modifier)
+    kind = pruner_class(modifier)
+    kind.check(modifier)
+    sparsity, pruner = _scalar_sparsity(modifier), kind.of(modifier)
     try:
         check_budget(sparsity, max_sparsity)
     except ValueError as error:
@@ -264,7 +261,7 @@ def _resolve(
         *modifier.ignore,
         *(f"re:{re.escape(linear)}\\.?$" for linear in spared),
     ]
-    return Peer(modifier, sparsity, layers, mine, frozenset(named))
+    return PrunerAdapter(modifier, sparsity, layers, mine, frozenset(named), pruner)
 
 
 def _check_patterns(field: str, patterns: Iterable[str]) -> None:

@@ -1,8 +1,8 @@
 """
-The absorption probe (arXiv 2606.15161): how the rest of the network answers to noise
-behind each block.
+The noise probe (arXiv 2606.15161): how the rest of the network answers to noise after
+each block.
 
-Behind block l every token's hidden state h_l gets noise of relative size η in a random
+After block l every token's hidden state h_l gets noise of relative size η in a random
 direction, and the noisy state runs on through blocks l+1 … L:
 
     h'_l = h_l + η·‖h_l‖₂·n,  ‖n‖₂ = 1
@@ -13,23 +13,29 @@ r_l < 1: the rest of the network absorbs the perturbation; r_l > 1: it amplifies
 
 Beside it runs the rounding floor, the drift that arithmetic alone makes: of a 16-bit
 run from a float32 run of the same weights, or, where the probe itself computes in
-float32, the drift of a perturbation of one rounding unit behind the first block.
+float32, the drift of a perturbation of one rounding unit after the first block.
 """
 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from loguru import logger
+from pydantic import Field
 
 from absorb_plugin import distributed
 from absorb_plugin.calibration import Batch, token_mask
-from absorb_plugin.sampling import standard_error
-from absorb_plugin.sweep import Passenger, RunBlock, Tail
+from absorb_plugin.forward.head import OutputHead
+from absorb_plugin.forward.probe import Needs, Probe, RunBlock
+from absorb_plugin.groups import Groups
+from absorb_plugin.search.correction import direction_from_ratio
+from absorb_plugin.search.standard_error import standard_error
+from absorb_plugin.signals.base import Setting, Signal
 
-__all__ = ["AbsorptionProfile", "NoiseProbe", "unit_noise", "until_known"]
+__all__ = ["Noise", "NoiseProbe", "NoiseProfile", "measure_until", "unit_noise"]
 
 # Every ratio should be known to this, relative to itself.
 KNOWN = 0.05
@@ -43,7 +49,7 @@ FLOAT32_UNIT = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
-class AbsorptionProfile:
+class NoiseProfile:
     """
     What the noise probe measured.
 
@@ -55,7 +61,7 @@ class AbsorptionProfile:
     :param samples: number of calibration samples
     :param tokens: number of tokens that got noise, at most over the injections
     :param spared: injection block -> positions of tokens that got none (sinks)
-    :param floor: drift behind every block that rounding alone makes, shape (L,)
+    :param floor: drift after every block that rounding alone makes, shape (L,)
     """
 
     drift: np.ndarray
@@ -76,27 +82,27 @@ class AbsorptionProfile:
         np.divide(self.ratio_error, self.ratio, out=relative, where=self.ratio > 0)
         return float(relative.max())
 
-    def drowned(self, magnitude: float) -> bool:
+    def below_floor(self, magnitude: float) -> bool:
         """Whether noise of relative length η is too near to the rounding floor."""
         return bool(magnitude < FLOOR_MARGIN * self.floor[-1])
 
-    def warn_if_drowned(self, magnitude: float) -> None:
-        if self.drowned(magnitude):
+    def warn_if_below_floor(self, magnitude: float) -> None:
+        if self.below_floor(magnitude):
             logger.warning(
-                f"noise_magnitude={magnitude:g} is below {FLOOR_MARGIN:g} times the "
+                f"signal_args magnitude={magnitude:g} is below {FLOOR_MARGIN:g} times the "
                 f"rounding floor of {self.floor[-1]:.1e}: the ratios are partly "
-                "arithmetic. Set noise_dtype: float32, or a larger noise_magnitude"
+                "arithmetic. Set dtype: float32 in signal_args, or a larger magnitude"
             )
 
 
-class NoiseProbe(Passenger):
+class NoiseProbe(Probe):
     """
-    Passenger of a sweep that measures drift behind every injection block.
+    Measures drift after every injection block.
 
     Costs L(L−1)/2 block passes beside the model's own L, and L for the rounding floor;
     in float32 another L for a clean run of its own.
 
-    :param injections: indices of the blocks behind which noise is put
+    :param injections: indices of the blocks after which noise is put
     :param blocks: L, number of all blocks
     :param magnitude: η
     :param seed: seed of the noise
@@ -105,8 +111,7 @@ class NoiseProbe(Passenger):
     :param dtype: "model", or "float32": what the trajectories are computed in
     """
 
-    kept = ("_sums", "_counts", "_floors", "_spared")
-    widens = True
+    state = ("_sums", "_counts", "_floors", "_spared")
 
     def __init__(
         self,
@@ -121,14 +126,18 @@ class NoiseProbe(Passenger):
         self._blocks = blocks
         self._magnitude, self._seed, self._sinks = magnitude, seed, sink_tokens
         self._dtype = dtype
-        self.trajectories = len(injections) + 2
-        if dtype == "float32":  # of twice the size in a 16-bit model
-            self.trajectories *= 2
         # One entry per sample: sums over its tokens, divided only at the end.
         self._sums: list[np.ndarray] = []  # (3, injections, blocks): R, cos, R/R_{l→l}
         self._counts: list[np.ndarray] = []  # (injections,): tokens with noise
         self._floors: list[np.ndarray] = []  # (2, blocks): sum over tokens, number
         self._spared: set[tuple[int, int]] = set()  # (injection, position)
+
+    @property
+    def needs(self) -> Needs:
+        trajectories = len(self._rows) + 2
+        if self._dtype == "float32":  # of twice the size in a 16-bit model
+            trajectories *= 2
+        return Needs(trajectories=trajectories, float32=True)
 
     def start(self, batch: Batch) -> None:
         self._noisy: dict[int, torch.Tensor] = {}
@@ -162,15 +171,15 @@ class NoiseProbe(Passenger):
             cosine = torch.cosine_similarity(noisy, clean, dim=-1)
             self._record(source, index, torch.stack([drift, cosine, ratio]))
 
-    def finish(self, batch: Batch, tail: Tail) -> None:
+    def finish(self, batch: Batch, head: OutputHead) -> None:
         del self._noisy, self._injected, self._counted, self._noise, self._batch
         del self._clean, self._reference
 
-    def profile(self) -> AbsorptionProfile:
+    def result(self) -> NoiseProfile:
         """
         Means over all samples and tokens seen so far.
 
-        :raises ValueError: if behind some block no token got noise
+        :raises ValueError: if after some block no token got noise
         """
         sums = np.array(distributed.gather_shares(self._sums))
         counts = np.array(distributed.gather_shares(self._counts))
@@ -188,7 +197,7 @@ class NoiseProbe(Passenger):
         spared: dict[int, list[int]] = {}
         for source, position in sorted(set().union(*distributed.gather(self._spared))):
             spared.setdefault(source, []).append(position)
-        return AbsorptionProfile(
+        return NoiseProfile(
             drift=drift,
             ratio=ratio,
             ratio_error=error,
@@ -284,23 +293,23 @@ class NoiseProbe(Passenger):
             self._sums[start + sample][:, self._rows[source], index] = triple
 
 
-def until_known(
-    sweep: Callable[[list[dict]], None],
+def measure_until(
+    run: Callable[[list[dict]], None],
     probe: NoiseProbe,
     samples: Sequence[dict],
     first: int,
-) -> AbsorptionProfile:
+) -> NoiseProfile:
     """
     Run the probe on the first few samples, and on as many again until every ratio is
     known to 5 % (standard error over samples) or none is left.
 
-    :param sweep: runs the probe over samples
+    :param run: runs the probe over samples
     :param first: number of samples to begin with
     """
     done = 0
     while True:
-        sweep(list(samples[done:first]))
-        profile = probe.profile()
+        run(list(samples[done:first]))
+        profile = probe.result()
         done, first = first, 2 * first
         if done >= len(samples) or profile.uncertainty() <= KNOWN:
             break
@@ -339,3 +348,59 @@ def unit_noise(batch: Batch, hidden_size: int, seed: int) -> torch.Tensor:
         gaussian = torch.randn(int(kept.sum()), hidden_size, generator=generator)
         noise[sample, kept] = gaussian / gaussian.norm(dim=-1, keepdim=True)
     return noise
+
+
+class Noise(Signal):
+    """
+    The paper's ratio: how the dense network absorbs or amplifies noise after each
+    block.
+
+    :param magnitude: η, length of the noise relative to the hidden state
+    :param dtype: what the probe computes in, "model" or "float32"; in 16 bits a small η
+        is lost in rounding, whose floor is measured and reported
+    :param samples: calibration samples the probe begins with; it takes as many again
+        until every ratio is known to 5 %
+    :param samples_limit: it stops there
+    :param seed: of the noise
+    :param sink_tokens: "perturb" puts noise on all tokens, "spare" leaves out the first
+        of every sample, "auto" those whose norm is beyond 20 times the median
+    """
+
+    name: ClassVar[str] = "noise"
+    by_loss: ClassVar[bool] = False
+    once: ClassVar[bool] = True
+
+    magnitude: float = Field(default=1e-2, gt=0, allow_inf_nan=False)
+    dtype: Literal["model", "float32"] = "model"
+    samples: int = Field(default=8, ge=1)
+    samples_limit: int = Field(default=64, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    sink_tokens: Literal["perturb", "spare", "auto"] = "auto"
+
+    def measure(self, setting: Setting, allocation: np.ndarray) -> np.ndarray:
+        profile = self.profile(setting, setting.samples.in_turn())
+        direction = direction_from_ratio(profile.ratio)
+        names = [block.name for block in setting.blocks.blocks if block.linears]
+        by_block = Groups.at("block", setting.blocks)
+        assert by_block.names == tuple(names)
+        return setting.groups.mean(by_block.spread(direction))
+
+    def profile(self, setting: Setting, samples: Sequence[dict]) -> NoiseProfile:
+        """What the probe measures on some samples; also for the report."""
+        probe = NoiseProbe(
+            setting.blocks.prunable,
+            len(setting.blocks),
+            self.magnitude,
+            self.seed,
+            self.sink_tokens,
+            self.dtype,
+        )
+        most = max(self.samples, self.samples_limit)
+        profile = measure_until(
+            lambda chunk: setting.runner.run("Noise probe", chunk, probe),
+            probe,
+            samples[:most],
+            self.samples,
+        )
+        profile.warn_if_below_floor(self.magnitude)
+        return profile
