@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli_fixtures import model_dir, text_file  # noqa: F401  fixtures
-from test_cli import absorb, error_of
+from helpers.cli import absorb, error_of
 
 from absorb_plugin.plugins import allocators
 
@@ -26,7 +25,7 @@ SIZES = {
 
 
 @pytest.fixture
-def allocate(model_dir, text_file):  # noqa: F811
+def allocate(model_dir, text_file):
     def run(allocator: str, *options: object, sparsity: float = 0.6) -> dict[str, Any]:
         result = absorb(
             "allocate", model_dir, "--allocator", allocator, "--sparsity", sparsity,
@@ -146,7 +145,7 @@ def test_arguments_of_the_allocator(allocate):
     assert mid != metric("alpha_pruning", "--set", "variant=peak")
 
 
-def test_allocate_for_people(model_dir, text_file):  # noqa: F811
+def test_allocate_for_people(model_dir, text_file):
     result = absorb(
         "allocate", model_dir, "--allocator", "atp", "--sparsity", 0.6, "--text",
         text_file, *SMALL, "--no-correction", "--set", "beta=0.02",
@@ -172,13 +171,13 @@ def test_allocate_for_people(model_dir, text_file):  # noqa: F811
         ({}, "no-such-model"),
     ],
 )
-def test_arguments_are_checked_before_the_model_is_loaded(text_file, change, message):  # noqa: F811
+def test_arguments_are_checked_before_the_model_is_loaded(text_file, change, message):
     options = {"--allocator": "owl", "--sparsity": 0.6, "--text": text_file, **change}
     flat = [item for option in options.items() for item in option]
     assert message in error_of("allocate", "./no-such-model", *flat, "--json")
 
 
-def test_a_window_longer_than_the_model(model_dir, text_file):  # noqa: F811
+def test_a_window_longer_than_the_model(model_dir, text_file):
     options = ["--allocator", "owl", "--sparsity", 0.6, "--seq-len", 65]
     line = error_of("allocate", model_dir, *options, "--text", text_file)
     assert "longer than the model's 64 positions" in line

@@ -28,10 +28,10 @@ from pydantic import BaseModel, Field, StrictInt, StrictStr, ValidationError
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
-from absorb_plugin.evaluate import ROWS, input_device
+from absorb_plugin.evaluation.perplexity import ROWS, input_device
+from absorb_plugin.evaluation.text import Tokenizer, prefix_ids
 from absorb_plugin.files import json_object
 from absorb_plugin.sampling import standard_error
-from absorb_plugin.text import Tokenizer, prefix_ids
 
 __all__ = [
     "EncodedTask",
@@ -164,12 +164,12 @@ def read_tasks(paths: Sequence[Path], limit: int | None = None) -> list[Task]:
             raise ValueError(f"{path} is not a file")
         if path.stem in tasks:
             raise ValueError(
-                f"--tasks: {tasks[path.stem].path} and {path} would both be the task "
+                f"{tasks[path.stem].path} and {path} would both be the task "
                 f"{path.stem!r}; rename one of them"
             )
         if path.stem in RESERVED:
             raise ValueError(
-                f"--tasks {path}: the task would be called {path.stem!r}, which is "
+                f"{path}: the task would be called {path.stem!r}, which is "
                 "another key of the result; rename the file"
             )
         items = tuple(_read_items(path))

@@ -3,13 +3,13 @@ import json
 from pathlib import Path
 
 import pytest
-from cli_fixtures import make_tokenizer, words
+from helpers.words import make_tokenizer, words
 
-from absorb_plugin.text import (
+from absorb_plugin.evaluation.text import (
     calibration_samples,
     evaluation_windows,
     prefix_ids,
-    read_documents,
+    read_dataset,
     read_text,
     token_windows,
 )
@@ -42,26 +42,19 @@ def test_compressed_json_lines(tmp_path):
 
 def test_dataset_by_name(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"text": "one"}, {"text": "two"}])
-    assert read_documents(None, str(tmp_path), "train") == ["one", "two"]
+    assert read_dataset(str(tmp_path)) == ["one", "two"]
 
 
 def test_dataset_without_text_names_its_columns(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"body": "one", "id": 1}])
     with pytest.raises(ValueError, match=r"no text column `text`, only: body, id"):
-        read_documents(None, str(tmp_path), "train")
+        read_dataset(str(tmp_path))
 
 
 def test_unknown_split(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"text": "one"}])
     with pytest.raises(ValueError, match="cannot load dataset .*split 'dev'"):
-        read_documents(None, str(tmp_path), "dev")
-
-
-def test_exactly_one_source(tmp_path):
-    with pytest.raises(ValueError, match="no text: give --text"):
-        read_documents(None, None)
-    with pytest.raises(ValueError, match="not both"):
-        read_documents(tmp_path / "a.txt", "wikitext")
+        read_dataset(str(tmp_path), "dev")
 
 
 def test_missing_file(tmp_path):

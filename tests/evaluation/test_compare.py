@@ -1,18 +1,16 @@
 import io
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_fixtures import model_dir, text_file, words  # noqa: F401  fixtures
+from helpers.cli import absorb, error_of
+from helpers.profiles import make_profile
 from matplotlib.image import imread
-from test_cli import absorb, error_of
-from test_page import make_profile
 
-from absorb_plugin import compare
-from absorb_plugin.compare import Run, draw, read_runs
-from absorb_plugin.prune import check_output, kept_files, staged_directory
+from absorb_plugin.evaluation import compare
+from absorb_plugin.evaluation.compare import Run, read_runs
+from absorb_plugin.report.compare_figure import draw_runs
 
 TASKS = {
     "arc": {"acc": 0.5, "acc_norm": 0.45, "stderr": 0.05, "n": 100},
@@ -81,12 +79,12 @@ def test_figure(runs: list[Path], tmp_path: Path) -> None:
     assert absorb("compare", *runs, "--figure", path).exit_code == 0
     image = imread(path)
     assert image.ndim == 3 and image.std() > 0
-    one = imread(io.BytesIO(draw([Run("a", perplexity=3.0), Run("b")])))
+    one = imread(io.BytesIO(draw_runs([Run("a", perplexity=3.0), Run("b")])))
     assert one.shape[1] < image.shape[1] / 2  # one panel
     far = [Run("a", perplexity=3.0), Run("b", perplexity=3e5)]
-    assert imread(io.BytesIO(draw(far))).std() > 0
+    assert imread(io.BytesIO(draw_runs(far))).std() > 0
     with pytest.raises(ValueError, match="nothing|anything to draw"):
-        draw([Run("a")])
+        draw_runs([Run("a")])
     assert "is a directory" in error_of("compare", *runs, "--figure", tmp_path)
 
 
@@ -153,99 +151,3 @@ def test_files_that_are_no_json(tmp_path: Path) -> None:
         read_runs([tmp_path])
     with pytest.raises(FileNotFoundError, match="none: no such run"):
         read_runs([tmp_path / "none"])
-
-
-def test_eval_of_tasks(model_dir, text_file, tmp_path):  # noqa: F811
-    row = {"query": words(5), "choices": ["word1", "word2 word3"], "gold": 0}
-    for name in ("one", "two"):
-        (tmp_path / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 3)
-    tasks = ["--tasks", tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
-    result = absorb("eval", model_dir, *tasks, "--limit", 2, "--json")
-    assert result.exit_code == 0, result.output
-    alone = json.loads(result.stdout)
-    assert alone.keys() == {"one", "two"}
-    assert alone["one"].keys() == {"acc", "acc_norm", "stderr", "n"}
-    assert alone["one"]["n"] == 2
-
-    out = tmp_path / "eval.json"
-    text = ["--text", text_file, "--seq-len", 16, "--windows", 2]
-    both = absorb("eval", model_dir, *tasks, *text, "--out", out, "--json")
-    told = json.loads(both.stdout)
-    assert told.keys() == {"perplexity", "tokens", "one", "two"}
-    assert told["one"]["n"] == 3
-    saved = json.loads(out.read_text())
-    assert saved == {"model": str(model_dir), "sparsity": 0.0, **told}
-    assert read_runs([tmp_path])[0].tasks["two"] == told["two"]
-
-    people = absorb("eval", model_dir, *tasks, *text)
-    assert re.match(r"Perplexity \d+\.\d+ over 30 tokens\n", people.stdout)
-    assert "acc_norm" in people.stdout and "one" in people.stdout
-
-
-def test_eval_errors_come_before_the_model(model_dir, tmp_path):  # noqa: F811
-    (model_dir / "model.safetensors").rename(tmp_path / "hidden")
-    try:
-        bad = tmp_path / "bad.jsonl"
-        bad.write_text(json.dumps({"query": "a", "choices": ["b", "c"]}) + "\n")
-        line = error_of("eval", model_dir, "--tasks", bad)
-        assert "bad.jsonl, line 1: field `gold`" in line
-        assert "give --text, --dataset or --tasks" in error_of("eval", model_dir)
-        assert "behind --tasks" in error_of("eval", model_dir, bad)
-        line = error_of("eval", model_dir, "--tasks", bad, "--out", tmp_path)
-        assert "--out" in line and "is a directory" in line
-    finally:
-        (tmp_path / "hidden").rename(model_dir / "model.safetensors")
-
-
-def test_a_report_inside_the_new_model_stays(
-    model_dir, text_file, tmp_path  # noqa: F811
-):  # fmt: skip
-    """`absorb prune` replaces the whole directory; the recipe wrote into it."""
-    out, recipe = tmp_path / "pruned", tmp_path / "recipe.yaml"
-    recipe.write_text(
-        "prune_stage:\n"
-        "  prune_modifiers:\n"
-        "    AbsorptionAllocationModifier:\n"
-        "      allocator: uniform\n"
-        "      strength: 0\n"
-        f"      report_dir: {out}/report\n"
-        "    WandaPruningModifier:\n"
-        "      sparsity: 0.5\n"
-        '      targets: ["Linear"]\n'
-        '      ignore: ["re:.*lm_head"]\n'
-    )
-    arguments = ["--recipe", recipe, "--text", text_file, "--samples", 4]
-    arguments += ["--seq-len", 16, "--out", out]
-    for overwrite in ([], ["--overwrite"]):
-        result = absorb("prune", model_dir, *arguments, *overwrite)
-        assert result.exit_code == 0, result.output
-        assert {"profile.json", "profile.png", "report.html"} == {
-            path.name for path in (out / "report").iterdir()
-        }
-        assert (out / "config.json").is_file()
-        (run,) = read_runs([out])
-        assert (run.allocation, run.pruner) == ("uniform", "WandaPruningModifier")
-        assert run.sparsity == pytest.approx(0.5, abs=0.02)
-        assert not (out / "stale.txt").exists()
-        (out / "stale.txt").write_text("of the run before")
-
-
-def test_a_run_that_fails_leaves_no_report(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with (
-        pytest.raises(RuntimeError),
-        staged_directory(out) as staging,
-        kept_files(out, staging),
-    ):
-        write(out / "report" / "profile.json", {})
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_empty_directories_are_no_files(tmp_path: Path) -> None:
-    """What a run leaves that is killed after it made room for its report."""
-    (tmp_path / "out" / "report").mkdir(parents=True)
-    check_output(tmp_path / "out", overwrite=False)
-    write(tmp_path / "out" / "report" / "profile.json", {})
-    with pytest.raises(FileExistsError, match="is not empty"):
-        check_output(tmp_path / "out", overwrite=False)

@@ -16,7 +16,6 @@ __all__ = [
     "evaluation_windows",
     "prefix_ids",
     "read_dataset",
-    "read_documents",
     "read_text",
     "token_windows",
 ]
@@ -32,27 +31,6 @@ SEPARATOR = "\n\n"
 # Hub datasets are streamed, and reading stops here: some of them hold terabytes. It is
 # far more text than any calibration or evaluation uses (about 10 million tokens).
 DATASET_CHARACTERS = 40_000_000
-
-
-def read_documents(
-    text: Path | None, dataset: str | None, split: str = "train"
-) -> list[str]:
-    """
-    Read from exactly one of the two sources.
-
-    :param text: plain text file, or JSON lines with a field `text`
-    :param dataset: `NAME` or `NAME:CONFIG` for `datasets.load_dataset`
-    :param split: split of the dataset
-    :return: documents that hold more than white space
-    :raises ValueError: if both or neither is given, or nothing can be read
-    """
-    if text is not None and dataset is not None:
-        raise ValueError("give --text or --dataset, not both")
-    if text is not None:
-        return read_text(text)
-    if dataset is not None:
-        return read_dataset(dataset, split)
-    raise ValueError("no text: give --text FILE or --dataset NAME")
 
 
 def read_text(path: Path) -> list[str]:
@@ -207,7 +185,7 @@ def _enough(windows: list[list[int]], wanted: int, length: int) -> list[list[int
             f"the text is too short: {wanted} windows of {length} tokens need "
             f"{wanted * length} tokens, and it fills only {len(windows)} such windows "
             f"({len(windows) * length} tokens). Give more text, fewer windows or a "
-            "smaller --seq-len."
+            "smaller seq_len."
         )
     return windows
 

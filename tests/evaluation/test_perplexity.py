@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
-from cli_fixtures import make_model
+from helpers.words import make_model
 
-from absorb_plugin import evaluate
-from absorb_plugin.evaluate import linear_sparsity, perplexity
+import absorb_plugin.evaluation.perplexity as evaluation
+from absorb_plugin.evaluation.perplexity import linear_sparsity, perplexity
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def plain_perplexity(model, windows) -> float:
 
 @pytest.mark.parametrize("rows", [1, 7, 64])
 def test_perplexity_is_that_of_a_plain_computation(windows, rows, monkeypatch):
-    monkeypatch.setattr(evaluate, "ROWS", rows)
+    monkeypatch.setattr(evaluation, "ROWS", rows)
     model = make_model()
     value, tokens = perplexity(model, windows, progress=False)
     assert tokens == 39 + 16 + 1

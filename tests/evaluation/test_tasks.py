@@ -9,13 +9,17 @@ import pytest
 import tiny
 import torch
 from accelerate import cpu_offload
-from cli_fixtures import make_tokenizer, words
 from compressed_tensors.offload import set_onload_device
+from helpers.words import make_tokenizer, words
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from absorb_plugin import evaluate, tasks
-from absorb_plugin.evaluate import linear_sparsity, perplexity
-from absorb_plugin.tasks import (
+from absorb_plugin.evaluation import tasks
+from absorb_plugin.evaluation.perplexity import (
+    linear_sparsity,
+    perplexity,
+    sparsity_if_known,
+)
+from absorb_plugin.evaluation.tasks import (
     Request,
     TaskResult,
     encode_tasks,
@@ -385,6 +389,6 @@ def test_the_mode_is_kept_and_progress_goes_to_stderr(
 
 
 def test_packed_weights_have_no_known_sparsity(llama: PreTrainedModel) -> None:
-    assert evaluate.sparsity_if_known(llama) == 0
+    assert sparsity_if_known(llama) == 0
     del llama.model.layers[0].mlp.gate_proj.weight
-    assert evaluate.sparsity_if_known(llama) is None
+    assert sparsity_if_known(llama) is None
