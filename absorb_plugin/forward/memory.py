@@ -94,6 +94,7 @@ def footprint(
         max(_masks(weights, element, need), CHUNK_COPIES * chunk)
         + _float32_block(weights, element, need)
         + _hessians(linears, need)
+        + _kept_weights(linears, element, need)
         + _float32_copies(model, linears, backward),
         chunk,
         element * config.hidden_size * states + inside,
@@ -119,6 +120,16 @@ def _hessians(linears: Sequence[Sequence[Linear]], need: Needs) -> int:
         return 0
     widest = max((x.in_features for block in linears for x in block), default=0)
     return 3 * 4 * widest**2
+
+
+def _kept_weights(
+    linears: Sequence[Sequence[Linear]], element: int, need: Needs
+) -> int:
+    """Pruned copies: of all blocks, or where weights are offloaded of one at a time."""
+    sizes = [element * _weights(block) for block in linears]
+    everything = (linear._parameters for block in linears for linear in block)
+    offloaded = any(hasattr(kept, "offloaded_values") for kept in everything)
+    return need.kept_weights * (max(sizes, default=0) if offloaded else sum(sizes))
 
 
 def _float32_copies(

@@ -1,26 +1,21 @@
-"""What sweeps really take, against the limit that they are given."""
+"""What probes really take, against the limit that they are given."""
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
+import compressed_tensors.offload as offload
 import pytest
 import torch
-from absorb_plugin.absorption import NoiseProbe
-from absorb_plugin.compensation import Compensation
-from absorb_plugin.gradient import GradientProbe
-from absorb_plugin.memory import Footprint, footprint
-from absorb_plugin.rehearsal import Rehearsal
-from absorb_plugin.response import CandidateScores, ResponseProbe
-from absorb_plugin.statistics import InputStatistics
-from absorb_plugin.sweep import Passenger, sweep
 from helpers import tiny
+from helpers.probes import PROBES, place, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from absorb_plugin.blocks import BlockMap, find_blocks
+from absorb_plugin.blocks import find_blocks, linear_parameters
+from absorb_plugin.forward.memory import Footprint, footprint
+from absorb_plugin.forward.probe import Needs
 
 
 class LiveBytes(TorchDispatchMode):
@@ -71,63 +66,40 @@ def live_bytes(*owners: Any) -> Iterator[LiveBytes]:
         yield live
 
 
-def passenger(which: str, blocks: BlockMap, sums: dict) -> Passenger:
-    flat, count = np.full(len(blocks), 0.5), len(blocks)
-    if which == "noise":
-        return NoiseProbe(range(count), count, 1e-2, 0)
-    if which == "statistics":
-        return InputStatistics(blocks)
-    if which == "response":
-        return ResponseProbe(blocks, sums, flat, 0.1)
-    if which == "gradient":
-        return GradientProbe(blocks, sums, flat, 0.1)
-    if which == "rehearsal":
-        return Rehearsal(blocks, sums, [flat] * 3, Compensation(), 2)
-    return CandidateScores(blocks, sums, [flat] * 6)
-
-
-PASSENGERS = [
-    "noise",
-    "statistics",
-    "response",
-    "gradient",
-    "candidates",
-    "rehearsal",
-]
 # hidden states, weights, attention scores and logits in turn take the most
 SHAPES = {
     "states": ({"num_hidden_layers": 6}, 64),
     "weights": ({"hidden_size": 128, "intermediate_size": 512}, 8),
     "attention": ({"max_position_embeddings": 192}, 192),
-    "logits": ({"vocab_size": 4096}, 32),
+    "logits": ({"vocab_size": 2048}, 24),
     "experts": ({}, 32),
     "halves": ({"hidden_size": 128, "intermediate_size": 512}, 8),
 }
 
 
 @pytest.mark.parametrize("shape", list(SHAPES))
-@pytest.mark.parametrize("which", PASSENGERS)
-def test_a_sweep_keeps_to_its_memory(which: str, shape: str) -> None:
+@pytest.mark.parametrize("which", list(PROBES))
+def test_a_run_keeps_to_its_memory(which: str, shape: str) -> None:
     fields, tokens = SHAPES[shape]
     architecture = "qwen3_moe" if shape == "experts" else "llama"
     model = tiny.make_model(architecture, **fields)
     if shape == "halves":
         model = model.half()
-    blocks = find_blocks(model)
-    names = [block.name for block in blocks.blocks]
-    sums = {
+    blocks, batch = find_blocks(model), tiny.make_batch(4, tokens)
+    statistics = {
         name: torch.rand(linear.in_features) + 0.1
         for name, linear in blocks.linears().items()
     }
-    batch = tiny.make_batch(4, tokens)
-    least = footprint(model, blocks.modules, [passenger(which, blocks, sums)], memory=1)
+    where = place(model, batch, statistics)
+    needs = PROBES[which].make(where).needs
+    least = footprint(model, blocks.modules, [needs], memory=1)
     shares = []
-    for samples in (4,) if which == "rehearsal" else (1, 4):  # it is not cut
+    for samples in (4,) if needs.single_batch else (1, 4):  # that is not cut
         # what is not chunks of logits has 11 of 16 parts
         limit = (least.fixed + samples * least.sample(tokens)) * 16 // 11
-        one = passenger(which, blocks, sums)
-        with live_bytes(model, sums, batch) as live:
-            sweep(model, blocks.modules, names, [batch], [one], memory=limit)
+        probe = PROBES[which].make(where)
+        with live_bytes(model, statistics, batch) as live:
+            run(model, [batch], probe, memory=limit)
         shares.append(live.peak / limit)
     assert max(shares) <= 1
 
@@ -142,13 +114,27 @@ def test_samples_at_a_time() -> None:
 
 
 def test_what_cannot_be_kept_is_said_once(warnings: list[str]) -> None:
-    model = tiny.make_model("llama")
-    blocks = find_blocks(model)
-    names = [block.name for block in blocks.blocks]
-    sums = {name: torch.ones(x.in_features) for name, x in blocks.linears().items()}
+    model, batch = tiny.make_model("llama"), tiny.make_batch(2, 11)
+    where = place(model, batch)
     for _ in range(2):
-        one = passenger("candidates", blocks, sums)
-        batch = tiny.make_batch(2, 11)
-        sweep(model, blocks.modules, names, [batch], [one], memory=5_000)
-    told = [message for message in warnings if "sweep_memory" in message]
+        probe = PROBES["masks of wanda"].make(where)
+        run(model, [batch], probe, memory=5_000)
+    told = [message for message in warnings if "probe_memory" in message]
     assert len(told) == 1 and "x 11 tokens" in told[0]
+
+
+def test_copies_of_offloaded_weights_are_here_a_block_at_a_time() -> None:
+    model = tiny.make_model("llama")
+    blocks = find_blocks(model).modules
+    one, two = Needs(kept_weights=1, pruned=True), Needs(kept_weights=2, pruned=True)
+
+    def growth() -> int:
+        return (
+            footprint(model, blocks, [two], memory=None).fixed
+            - footprint(model, blocks, [one], memory=None).fixed
+        )
+
+    weights = 4 * sum(map(linear_parameters, find_blocks(model).linears().values()))
+    assert growth() == weights
+    offload.set_onload_device(model, "cpu")
+    assert growth() == weights // 3
