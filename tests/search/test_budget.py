@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from absorb_plugin.budget import check_budget, meet_budget
-from absorb_plugin.correction import corrected
+from absorb_plugin.search.budget import check_budget, meet_budget
+from absorb_plugin.search.correction import corrected
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

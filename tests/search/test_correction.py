@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from absorb_plugin.correction import (
+from absorb_plugin.search.correction import (
     corrected,
     direction_from_ratio,
     direction_from_response,
