@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
-import tiny
 import torch
+from absorb_plugin.sweep import NonFiniteHiddenState
+from helpers import runs, tiny
 from llmcompressor.modifiers import Modifier
 from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from absorb_plugin import AbsorptionAllocationModifier
-from absorb_plugin.sweep import NonFiniteHiddenState
 
 pytestmark = pytest.mark.contract
 

@@ -3,13 +3,11 @@
 from collections.abc import Iterator
 
 import pytest
-import runs
-import tiny
 import torch
+from absorb_plugin.peer_statistics import leave_statistics, reduce_statistics
+from helpers import runs, tiny
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
 from torch import distributed
-
-from absorb_plugin.peer_statistics import leave_statistics, reduce_statistics
 
 pytestmark = pytest.mark.contract
 

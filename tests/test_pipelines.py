@@ -4,12 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import naive
 import numpy as np
 import pytest
-import runs
-import tiny
 import torch
+from helpers import naive, runs, tiny
 from llmcompressor.core import reset_session
 from transformers import PreTrainedModel
 

@@ -5,10 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import runs
-import tiny
 import torch
 import yaml
+from helpers import runs, tiny
 from llmcompressor.core import reset_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -21,8 +20,8 @@ from llmcompressor.recipe import Recipe
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
-from absorb_plugin.cli.app import app
 from absorb_plugin.blocks import find_blocks
+from absorb_plugin.cli.app import app
 from absorb_plugin.evaluation.perplexity import linear_sparsity
 
 ROOT = Path(__file__).parent.parent

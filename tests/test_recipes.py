@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import pytest
-import runs
-import tiny
 import torch
+from helpers import runs, tiny
 from llmcompressor.core import reset_session
 from llmcompressor.recipe import Recipe
 

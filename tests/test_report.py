@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
-import tiny
 import yaml
+from helpers import runs, tiny
 from llmcompressor.recipe import Recipe
 from matplotlib.image import imread
 

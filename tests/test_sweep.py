@@ -3,18 +3,10 @@
 from collections.abc import Callable
 
 import compressed_tensors.offload as offload
-import naive
 import numpy as np
 import pytest
-import tiny
 import torch
-from compressed_tensors.offload.cache import CPUCache
-from torch.nn import Module
-from transformers import PreTrainedModel
-
 from absorb_plugin.absorption import NoiseProbe
-from absorb_plugin.blocks import BlockMap, find_blocks
-from absorb_plugin.calibration import Batch
 from absorb_plugin.compensation import Compensation
 from absorb_plugin.gradient import GradientProbe
 from absorb_plugin.memory import footprint
@@ -29,6 +21,13 @@ from absorb_plugin.sweep import (
     replaced_forward,
     sweep,
 )
+from compressed_tensors.offload.cache import CPUCache
+from helpers import naive, tiny
+from torch.nn import Module
+from transformers import PreTrainedModel
+
+from absorb_plugin.blocks import BlockMap, find_blocks
+from absorb_plugin.calibration import Batch
 
 
 def ride(

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import runs
-import tiny
+from helpers import runs, tiny
 from llmcompressor.core import reset_session
 from llmcompressor.modifiers import ModifierFactory
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import (

@@ -9,8 +9,8 @@ from torch.nn import Module
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from absorb_plugin.absorption import unit_noise
 from absorb_plugin.blocks import BlockMap
+from absorb_plugin.signals.noise import unit_noise
 
 Batch = Mapping[str, torch.Tensor]
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from helpers.words import make_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from helpers.words import make_tokenizer
 
 # Not by way of absorb_plugin: replays run without it.
 try:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import tiny
 import torch
 from datasets import Dataset
 from llmcompressor import oneshot
@@ -16,6 +15,7 @@ from llmcompressor.modifiers.pruning import (
 from transformers import PreTrainedModel, set_seed
 
 from absorb_plugin import AbsorptionAllocationModifier
+from helpers import tiny
 
 PRUNERS = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}
 # Random weights have a flat loss, so strength is a number wherever a test is not about
