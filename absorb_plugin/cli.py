@@ -259,13 +259,16 @@ def compare(
     """Perplexity, accuracies and realised sparsity of runs, side by side."""
     with command(debug) as stdout:
         from absorb_plugin import compare as comparison
-        from absorb_plugin.files import check_file, replace_file
+        from absorb_plugin.files import check_file
+        from absorb_plugin.report.compare_figure import compare_charts
+        from absorb_plugin.report.figure import save_figure
 
         if figure is not None:
             check_file(figure, "--figure")
         table = comparison.read_runs(runs)
         if figure is not None:
-            replace_file(figure, comparison.draw(table))
+            charts = compare_charts(comparison.as_dict(table)["runs"])
+            save_figure(figure, charts, "", columns=3)
         if as_json:
             show(stdout, comparison.as_dict(table), as_json)
         else:
@@ -355,8 +358,9 @@ def profile(
     """Measure how MODEL absorbs or amplifies noise, over depth and over η."""
     with command(debug) as stdout:
         from absorb_plugin import dose
-        from absorb_plugin.files import check_file, replace_file
-        from absorb_plugin.report.dose_figure import draw_doses
+        from absorb_plugin.files import check_file
+        from absorb_plugin.report.figure import save_figure
+        from absorb_plugin.report.noise_figure import noise_charts
         from absorb_plugin.text import calibration_samples
 
         magnitudes = dose.parse_magnitudes(eta)
@@ -373,7 +377,8 @@ def profile(
             noise_dtype=noise_dtype.value,
         )
         if figure is not None:
-            replace_file(figure, draw_doses(found, Path(model).name))
+            title = f"{Path(model).name}, computed in {found.dtype}"
+            save_figure(figure, noise_charts(dose.as_dict(found)), title, columns=3)
         if as_json:
             show(stdout, dose.as_dict(found), as_json)
         else:

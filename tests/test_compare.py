@@ -1,4 +1,3 @@
-import io
 import json
 import re
 from pathlib import Path
@@ -6,12 +5,12 @@ from typing import Any
 
 import pytest
 from cli_fixtures import model_dir, text_file, words  # noqa: F401  fixtures
+from helpers.profiles import make_profile
 from matplotlib.image import imread
 from test_cli import absorb, error_of
-from test_page import make_profile
 
 from absorb_plugin import compare
-from absorb_plugin.compare import Run, draw, read_runs
+from absorb_plugin.compare import Run, read_runs
 from absorb_plugin.prune import check_output, kept_files, staged_directory
 
 TASKS = {
@@ -81,12 +80,6 @@ def test_figure(runs: list[Path], tmp_path: Path) -> None:
     assert absorb("compare", *runs, "--figure", path).exit_code == 0
     image = imread(path)
     assert image.ndim == 3 and image.std() > 0
-    one = imread(io.BytesIO(draw([Run("a", perplexity=3.0), Run("b")])))
-    assert one.shape[1] < image.shape[1] / 2  # one panel
-    far = [Run("a", perplexity=3.0), Run("b", perplexity=3e5)]
-    assert imread(io.BytesIO(draw(far))).std() > 0
-    with pytest.raises(ValueError, match="nothing|anything to draw"):
-        draw([Run("a")])
     assert "is a directory" in error_of("compare", *runs, "--figure", tmp_path)
 
 
@@ -136,7 +129,7 @@ def test_different_measures_are_warned_of(
         ({"eval.json": TASKS, "eval_2.json": TASKS}, "another file .* has 'arc'"),
         (
             {"profile.json": {"schema_version": 9}},
-            "schema_version 9, this version reads 1",
+            "schema_version 9, this version reads 2",
         ),
     ],
 )

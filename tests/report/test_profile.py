@@ -1,4 +1,4 @@
-"""profile.json and the figure."""
+"""profile.json, and what stands beside it."""
 
 import io
 import json
@@ -14,22 +14,27 @@ from matplotlib.image import imread
 
 from absorb_plugin import files
 from absorb_plugin.report import profile as report_profile
-from absorb_plugin.report.figure import draw
 from absorb_plugin.report.page import render
+from absorb_plugin.report.profile_charts import profile_charts
 
 KEYS = {
     "schema_version",
     "model",
     "pruner",
+    "level",
     "calibration",
+    "samples",
     "recipe",
     "command",
     "settings",
     "noise",
     "search",
+    "confirmed",
+    "quality",
     "budget",
     "achieved",
     "realised",
+    "zeros_lost",
     "blocks",
     "unseen_linears",
     "versions",
@@ -37,7 +42,7 @@ KEYS = {
 BLOCK_KEYS = {
     "name",
     "parameters",
-    "metric",
+    "base_metric",
     "base_sparsity",
     "drift",
     "realignment",
@@ -112,8 +117,8 @@ def test_report_of_a_whole_run(tmp_path: Path) -> None:
         "uniform_loss",
         "loss",
         "rounds",
-        "rehearsed",
     }
+    assert profile["confirmed"] is None  # Wanda masks, as the search does
     assert len(profile["blocks"]) == 3
     zeros = weights = 0
     for index, block in enumerate(profile["blocks"]):
@@ -130,6 +135,7 @@ def test_report_of_a_whole_run(tmp_path: Path) -> None:
             rows = counts[f"{block['name']}.{name}"]
             expected = sum(rows) / linear["parameters"]
             assert linear["realised_sparsity"] == pytest.approx(expected)
+            assert linear["base_sparsity"] == block["base_sparsity"]
         assert block["realised_sparsity"] == pytest.approx(own / size, abs=1e-12)
         # Wanda takes int(columns · s): under one weight per row below the target
         assert 0 <= block["sparsity"] - block["realised_sparsity"] < 1 / 32
@@ -141,13 +147,7 @@ def test_report_of_a_whole_run(tmp_path: Path) -> None:
 def test_what_was_not_measured_is_null(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn: list[dict[str, Any]] = []
-
-    def keep(profile: dict[str, Any]) -> bytes:
-        drawn.append(profile)
-        return b""
-
-    monkeypatch.setattr(report_profile, "draw", keep)
+    monkeypatch.setattr(report_profile, "draw_profile", lambda profile: b"")
     model = tiny.make_model("llama", num_hidden_layers=2)
     ours = runs.absorption(allocator="uniform", strength=0, report_dir=tmp_path)
     runs.run(model, [ours, runs.pruner()], tmp_path)
@@ -156,14 +156,14 @@ def test_what_was_not_measured_is_null(
     for block in profile["blocks"]:
         assert block["drift"] is block["ratio"] is None
         assert block["sparsity"] == block["base_sparsity"] == 0.5
-    # one panel of sparsities, and nothing of what is missing
-    assert imread(io.BytesIO(draw(drawn[0]))).shape[0] < 400
+    (chart,) = profile_charts(profile)  # of sparsities, and nothing of what is missing
+    assert chart.title == "Sparsity per block"
 
 
 def test_one_sample_has_no_standard_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report_profile, "draw", lambda profile: b"")
+    monkeypatch.setattr(report_profile, "draw_profile", lambda profile: b"")
     model = tiny.make_model("llama", num_hidden_layers=2)
     ours = runs.absorption(signal="noise", report_dir=tmp_path)
     runs.run(model, [ours, runs.pruner()], tmp_path, samples=1)
@@ -172,7 +172,7 @@ def test_one_sample_has_no_standard_error(
 
 
 def test_sinks_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report_profile, "draw", lambda profile: b"")
+    monkeypatch.setattr(report_profile, "draw_profile", lambda profile: b"")
     model = tiny.make_model("llama", num_hidden_layers=2)
     dataset = tiny.make_dataset(4)
     rows = [[3, *[max(4, token) for token in row[1:]]] for row in dataset["input_ids"]]
@@ -188,7 +188,7 @@ def test_sinks_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_two_peers_share_nothing_but_the_modifier(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report_profile, "draw", lambda profile: b"")
+    monkeypatch.setattr(report_profile, "draw_profile", lambda profile: b"")
     model = tiny.make_model("llama", num_hidden_layers=2)
     ours = runs.absorption(report_dir=tmp_path)
     attention = runs.pruner(sparsity=0.3, targets=[r"re:.*self_attn\..*_proj$"])
@@ -248,7 +248,7 @@ def test_only_our_own_command_is_told(
 def test_two_modifiers_of_one_class_are_both_in_the_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report_profile, "draw", lambda profile: b"")
+    monkeypatch.setattr(report_profile, "draw_profile", lambda profile: b"")
     ours = runs.absorption(strength=0, allocator="uniform", report_dir=tmp_path)
     parts = [
         runs.pruner(sparsity=s, targets=[rf"re:.*{part}\..*_proj$"])
