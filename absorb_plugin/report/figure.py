@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 
 from absorb_plugin.report.charts import (
     BarChart,
@@ -103,7 +104,7 @@ def _lines(ax: Axes, chart: LineChart) -> None:
     ax.set_ylabel(chart.y_label, parse_math=False)
     ax.margins(x=0.02)
     if all(isinstance(x, int) for line in chart.lines for x in line.x):
-        ax.xaxis.get_major_locator().set_params(integer=True)  # blocks
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))  # blocks
     if ax.get_legend_handles_labels()[1]:
         box = ax.legend(framealpha=0.75, edgecolor="none", fontsize="small")
         _plain(box.get_texts())
