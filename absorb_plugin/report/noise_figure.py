@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absorb_plugin.absorption import FLOOR_MARGIN
 from absorb_plugin.report.charts import Band, Chart, Line, LineChart, rule
 from absorb_plugin.report.profile_charts import drift_chart
+from absorb_plugin.signals.noise import FLOOR_MARGIN
 
 __all__ = ["noise_charts"]
 

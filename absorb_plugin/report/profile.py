@@ -12,18 +12,20 @@ import torch
 from loguru import logger
 from transformers import PreTrainedModel
 
-from absorb_plugin.absorption import AbsorptionProfile
-from absorb_plugin.allocation import Allocation
-from absorb_plugin.blocks import Block, linear_parameters
+from absorb_plugin.allocate import Allocation
+from absorb_plugin.blocks import linear_parameters
 from absorb_plugin.calibration import Batch, token_mask
 from absorb_plugin.files import json_numbers
-from absorb_plugin.peers import Peer, own_fields
+from absorb_plugin.groups import named
+from absorb_plugin.pruners.adapter import PrunerAdapter, user_fields
 from absorb_plugin.report.figure import draw
 from absorb_plugin.report.page import render
 from absorb_plugin.report.profile_charts import profile_charts
 from absorb_plugin.report.words import model_name, run_title
 from absorb_plugin.report.write import write_or_warn
-from absorb_plugin.strength import Round, Search
+from absorb_plugin.search.confirm import Confirmed
+from absorb_plugin.search.line_search import Round, SearchResult
+from absorb_plugin.signals.noise import NoiseProfile
 
 if TYPE_CHECKING:
     from absorb_plugin.modifier import AbsorptionAllocationModifier
@@ -39,7 +41,8 @@ class Report:
     Profile, figure and page of one pruning modifier's allocation.
 
     :param settings: the modifier that made it
-    :param peer: the pruning modifier that it was made for
+    :param recipe: as the user wrote it, YAML
+    :param pruner: the pruning modifier that it was made for
     :param batches: the calibration batches
     :param number: which of the recipe's pruning modifiers it is; the first writes
         profile.json, the second profile_2.json
@@ -48,14 +51,15 @@ class Report:
     def __init__(
         self,
         settings: "AbsorptionAllocationModifier",
+        recipe: str,
         model: PreTrainedModel,
-        peer: Peer,
+        pruner: PrunerAdapter,
         allocation: Allocation,
         batches: Sequence[Batch],
         number: int = 0,
     ) -> None:
-        self._settings, self._model = settings, model
-        self._peer, self._allocation = peer, allocation
+        self._settings, self._recipe, self._model = settings, recipe, model
+        self._pruner, self._allocation = pruner, allocation
         self._calibration = calibration_entry(batches)
         self._suffix = "" if number == 0 else f"_{number + 1}"
         self._zeros: dict[str, int] = {}
@@ -71,22 +75,27 @@ class Report:
         The profile as plain data, see docs/profile.md. NaN and what was not measured
         are None.
         """
-        allocation, settings = self._allocation, self._settings
+        allocation = self._allocation
         return {
             "schema_version": SCHEMA_VERSION,
             "model": model_entry(self._model),
-            "pruner": self._peer.name,
-            "level": "block",
+            "pruner": self._pruner.name,
+            "level": allocation.level,
             "calibration": self._calibration,
-            "samples": [],
-            "recipe": settings.recipe,
+            "samples": [
+                {"use": one.use, "samples": len(one.samples), "tokens": one.tokens}
+                for one in allocation.samples
+            ],
+            "recipe": self._recipe,
             "command": command_line(),
-            "settings": own_fields(settings),
-            "noise": noise_entry(allocation, settings),
+            "settings": user_fields(self._settings),
+            "noise": noise_entry(allocation),
             "search": search_entry(allocation.search),
-            "confirmed": confirmed_entry(allocation.search),
+            "confirmed": confirmed_entry(
+                allocation.confirmed, self._pruner.pruner.name
+            ),
             "quality": None,
-            "budget": allocation.budget,
+            "budget": allocation.budget.sparsity,
             "achieved": allocation.achieved(),
             "realised": self._realised(list(allocation.blocks.linears())),
             "zeros_lost": None,
@@ -106,37 +115,43 @@ class Report:
         return sum(self._zeros[name] for name in names) / weights
 
     def _blocks(self) -> list[dict[str, Any]]:
-        blocks = self._allocation.blocks
-        targets = self._allocation.linear_sparsities()
-        means = self._allocation.block_sparsities()
+        """What was decided, measured and counted of every block and its Linears."""
+        allocation, linears = self._allocation, self._linears()
+        means = {
+            "base_sparsity": allocation.block_means(allocation.base.sparsity),
+            "direction": allocation.block_means(allocation.direction),
+            "sparsity": allocation.block_means(allocation.sparsity),
+        }
         entries = []
-        for row, index in enumerate(blocks.prunable):
-            block = blocks.blocks[index]
-            names = [block.full_name(name) for name in block.linears]
+        for row, index in enumerate(allocation.blocks.prunable):
+            block = allocation.blocks.blocks[index]
+            full = {name: block.full_name(name) for name in block.linears}
             entries.append(
-                block_entry(self._allocation, row, block, means[row])
-                | noise_row(self._allocation.absorption, row)
-                | {"realised_sparsity": self._realised(names)}
-                | {"linears": self._linears(row, block, targets)}
+                {"name": block.name, "parameters": block.parameters}
+                | {"base_metric": float(allocation.base.metric[row])}
+                | {key: float(values[row]) for key, values in means.items()}
+                | noise_row(allocation.noise, row)
+                | {"realised_sparsity": self._realised(list(full.values()))}
+                | {"linears": {name: linears[long] for name, long in full.items()}}
             )
         return entries
 
-    def _linears(
-        self, row: int, block: Block, targets: Mapping[str, float]
-    ) -> dict[str, dict[str, Any]]:
-        base, entries = self._allocation.base, {}
-        for name, linear in block.linears.items():
-            full = block.full_name(name)
-            offset = base.offsets.get(full, 0.0)
-            entries[name] = {
+    def _linears(self) -> dict[str, dict[str, Any]]:
+        """Full name of every prunable Linear -> what is known of it."""
+        allocation = self._allocation
+        base = named(allocation.blocks, allocation.base.sparsity)
+        targets = allocation.linear_sparsities()
+        metrics = allocation.base.linear_metrics
+        return {
+            name: {
                 "parameters": linear_parameters(linear),
-                "base_sparsity": float(base.sparsity[row] + offset),
-                "sparsity": targets[full],
-                "realised_sparsity": self._realised([full]),
+                "base_sparsity": base[name],
+                "sparsity": targets[name],
+                "realised_sparsity": self._realised([name]),
             }
-            if full in base.linear_metrics:
-                entries[name]["metric"] = float(base.linear_metrics[full])
-        return entries
+            | ({"metric": float(metrics[name])} if name in metrics else {})
+            for name, linear in allocation.blocks.linears().items()
+        }
 
     def write(self, directory: str | None) -> None:
         """
@@ -158,7 +173,7 @@ class Report:
         profile = self.profile()
         realised = [block["realised_sparsity"] for block in profile["blocks"]]
         logger.info(
-            f"{self._peer.name}: sparsity {profile['realised']:.4f} realised, "
+            f"{self._pruner.name}: sparsity {profile['realised']:.4f} realised, "
             f"{profile['budget']:.4f} asked for; blocks "
             f"{min(realised):.3f} … {max(realised):.3f}"
         )
@@ -193,26 +208,24 @@ def versions() -> dict[str, str]:
     return {"torch": torch.__version__} | {name: version(name) for name in PACKAGES}
 
 
-def noise_entry(
-    allocation: Allocation, settings: "AbsorptionAllocationModifier"
-) -> dict[str, Any] | None:
+def noise_entry(allocation: Allocation) -> dict[str, Any] | None:
     """What holds for the noise probe as a whole."""
-    noise = allocation.absorption
+    noise, settings = allocation.noise, allocation.noise_settings
     if noise is None:
         return None
     names = [block.name for block in allocation.blocks.blocks]
     return {
-        "magnitude": settings.noise_magnitude,
-        "dtype": settings.noise_dtype,
+        "magnitude": settings.magnitude,
+        "dtype": settings.dtype,
         "floor": json_numbers(noise.floor),
-        "seed": settings.noise_seed,
+        "seed": settings.seed,
         "samples": noise.samples,
         "tokens": noise.tokens,
         "spared_positions": {names[i]: found for i, found in noise.spared.items()},
     }
 
 
-def noise_row(noise: AbsorptionProfile | None, row: int) -> dict[str, Any]:
+def noise_row(noise: NoiseProfile | None, row: int) -> dict[str, Any]:
     """What the noise probe found of one block."""
     keys = ("drift", "realignment", "ratio", "ratio_error")
     if noise is None:
@@ -229,7 +242,7 @@ def json_number(value: float) -> float | None:
     return json_numbers([value])[0]
 
 
-def search_entry(search: Search | None) -> dict[str, Any] | None:
+def search_entry(search: SearchResult | None) -> dict[str, Any] | None:
     if search is None:
         return None
     return {
@@ -250,31 +263,20 @@ def round_entry(entry: Round) -> dict[str, Any]:
     }
 
 
-def confirmed_entry(search: Search | None) -> dict[str, Any] | None:
-    """What the pruner's own arithmetic made of the outcome, and of the base."""
-    if search is None or search.rehearsed is None:
+def confirmed_entry(confirmed: Confirmed | None, judge: str) -> dict[str, Any] | None:
+    """
+    What the pruner's own arithmetic made of the outcome, and of others.
+
+    :param judge: name of the pruner
+    """
+    if confirmed is None:
         return None
-    losses, chosen = search.rehearsed.losses, search.rehearsed.chosen
     return {
-        "judge": "sparsegpt",
-        "losses": {name: json_number(loss) for name, loss in losses.items()},
-        "chosen": chosen,
-        "gain": json_number(losses["base"] - losses[chosen]),
-        "standard_error": None,
-    }
-
-
-def block_entry(
-    allocation: Allocation, row: int, block: Block, sparsity: float
-) -> dict[str, Any]:
-    """What was decided of one block."""
-    return {
-        "name": block.name,
-        "parameters": block.parameters,
-        "base_metric": float(allocation.base.metric[row]),
-        "base_sparsity": float(allocation.base.sparsity[row]),
-        "direction": float(allocation.direction[row]),
-        "sparsity": float(sparsity),
+        "judge": judge,
+        "losses": {n: json_number(loss) for n, loss in confirmed.losses.items()},
+        "chosen": confirmed.chosen,
+        "gain": json_number(confirmed.gain),
+        "standard_error": json_number(confirmed.standard_error),
     }
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from absorb_plugin.absorption import FLOOR_MARGIN
 from absorb_plugin.report.words import allocation_name, judge_name, plus_minus
+from absorb_plugin.signals.noise import FLOOR_MARGIN
 
 __all__ = ["find_warnings"]
 

@@ -107,8 +107,8 @@ def test_report_of_a_whole_run(tmp_path: Path) -> None:
     }
     assert profile["command"] is None  # pytest's own is not ours to publish
     assert (folder / "report.html").read_text() == render(profile)
-    assert profile["settings"]["noise_seed"] == 0
-    assert profile["noise"]["magnitude"] == ours.noise_magnitude
+    assert profile["settings"]["effort"] == "standard"
+    assert profile["noise"]["magnitude"] == 0.01 and profile["noise"]["seed"] == 0
     assert profile["budget"] == 0.5
     assert profile["achieved"] == pytest.approx(0.5, abs=1e-6)
     assert profile["search"].keys() == {
@@ -118,7 +118,8 @@ def test_report_of_a_whole_run(tmp_path: Path) -> None:
         "loss",
         "rounds",
     }
-    assert profile["confirmed"] is None  # Wanda masks, as the search does
+    for entry in profile["search"]["rounds"]:
+        assert entry.keys() == {"direction", "strengths", "losses", "chosen"}
     assert len(profile["blocks"]) == 3
     zeros = weights = 0
     for index, block in enumerate(profile["blocks"]):
@@ -142,6 +143,82 @@ def test_report_of_a_whole_run(tmp_path: Path) -> None:
         zeros, weights = zeros + own, weights + size
     assert profile["realised"] == pytest.approx(zeros / weights, abs=1e-12)
     assert profile["blocks"][-1]["ratio"] == 1.0
+
+
+@pytest.mark.parametrize("kind", ["wanda", "sparsegpt"])
+def test_what_was_confirmed(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_profile, "draw_profile", lambda profile: b"")
+    model = tiny.make_model("llama", num_hidden_layers=2)
+    ours = runs.absorption(
+        strength="auto",
+        report_dir=tmp_path,
+        allocator="atp",
+        allocator_args={"beta": 0.6},  # so steep that uniform is better
+    )
+    runs.run(model, [ours, runs.pruner(kind)], tmp_path)
+    profile = strict_json(tmp_path / "profile.json")
+    confirmed = profile["confirmed"]
+    assert confirmed["judge"] == kind
+    assert {"base", "uniform", "searched"} <= confirmed["losses"].keys()
+    losses, chosen = confirmed["losses"], confirmed["chosen"]
+    assert confirmed["gain"] == pytest.approx(losses["base"] - losses[chosen], abs=1e-6)
+    assert confirmed["gain"] > 0 and confirmed["standard_error"] > 0
+    uses = {entry["use"]: entry for entry in profile["samples"]}
+    assert {"statistics", "search", "confirm"} <= uses.keys()
+    assert uses["confirm"]["tokens"] == 16 * uses["confirm"]["samples"] > 0
+
+
+def test_a_target_for_every_linear(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_profile, "draw_profile", lambda profile: b"")
+    model = tiny.make_model("llama", num_hidden_layers=2)
+    ours = runs.absorption(level="linear", report_dir=tmp_path)
+    runs.run(model, [ours, runs.pruner()], tmp_path)
+    profile = strict_json(tmp_path / "profile.json")
+    assert profile["level"] == "linear"
+    for block in profile["blocks"]:
+        targets = [linear["sparsity"] for linear in block["linears"].values()]
+        assert len(set(targets)) > 1
+        sizes = [linear["parameters"] for linear in block["linears"].values()]
+        mean = sum(s * p for s, p in zip(targets, sizes)) / sum(sizes)
+        assert block["sparsity"] == pytest.approx(mean)
+        for linear in block["linears"].values():
+            assert linear["base_sparsity"] == block["base_sparsity"]
+    titles = [chart.title for chart in profile_charts(profile)]
+    assert "Sparsity per Linear" in titles
+
+
+def test_a_figure_that_cannot_be_drawn_costs_no_run(
+    tmp_path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise ValueError("no font")
+
+    monkeypatch.setattr(report_profile, "draw", fail)
+    model = tiny.make_model("llama", num_hidden_layers=2)
+    ours = runs.absorption(allocator="uniform", strength=0, report_dir=tmp_path / "r")
+    runs.run(model, [ours, runs.pruner()], tmp_path)
+    assert strict_json(tmp_path / "r" / "profile.json")["realised"] == 0.5
+    files = {path.name for path in (tmp_path / "r").iterdir()}
+    assert files == {"profile.json", "report.html"}
+    told = [line for line in warnings if "profile.png could not be made" in line]
+    assert len(told) == 2 and "ValueError: no font" in told[0]
+
+
+def test_a_model_called_by_dollars_is_reported(
+    tmp_path: Path, warnings: list[str]
+) -> None:
+    model = tiny.make_model("llama", num_hidden_layers=2)
+    model.name_or_path = r"run$\oops$"
+    ours = runs.absorption(allocator="uniform", strength=0, report_dir=tmp_path / "r")
+    runs.run(model, [ours, runs.pruner()], tmp_path)
+    assert (tmp_path / "r" / "profile.png").stat().st_size > 1000
+    assert not any("could not be made" in line for line in warnings)
+    profile = strict_json(tmp_path / "r" / "profile.json")
+    assert profile["model"]["name_or_path"] == r"run$\oops$"
 
 
 def test_what_was_not_measured_is_null(
