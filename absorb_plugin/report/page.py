@@ -132,9 +132,8 @@ READOUT = '<p class="readout">Point at a cell, or tap it, for its numbers.</p>'
 USES = {
     "statistics": "statistics of the inputs, for allocator and pruner",
     "signal": "direction of the correction",
-    "noise": "noise probe",
     "search": "choice of the strength",
-    "prune": "what the judge prunes by",
+    "pruning": "what the judge prunes by",
     "confirm": "confirmation: they chose nothing",
 }
 
