@@ -12,12 +12,12 @@ from absorb_plugin.report.profile_charts import profile_charts
 from absorb_plugin.report.template import PAGE, SCRIPT, STYLE
 from absorb_plugin.report.warnings import find_warnings
 from absorb_plugin.report.words import (
+    confirming,
     gain_sentence,
     judge_name,
     model_name,
     quality_sentence,
     run_title,
-    samples_of_use,
 )
 
 __all__ = ["render"]
@@ -88,11 +88,8 @@ def _judged(
 ) -> tuple[float | None, Mapping[str, float | None], str]:
     """Loss of the outcome, losses of others by the same judge, and who that is."""
     if confirmed := profile["confirmed"]:
-        text = "samples that chose nothing"
-        if not samples_of_use(profile, "confirm"):
-            text = "held-out calibration text"
         losses = confirmed["losses"]
-        how = f"perplexity by {judge_name(confirmed['judge'])}, {text}"
+        how = f"perplexity by {judge_name(confirmed['judge'])}, {confirming(profile)}"
         return losses[confirmed["chosen"]], losses, how
     search = profile["search"]
     if search is None:
@@ -134,7 +131,7 @@ USES = {
     "signal": "direction of the correction",
     "search": "choice of the strength",
     "pruning": "what the judge prunes by",
-    "confirm": "confirmation: they chose nothing",
+    "confirm": "last comparison, by the pruner's arithmetic",
 }
 
 

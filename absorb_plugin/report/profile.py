@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from absorb_plugin.allocate import Allocation
 from absorb_plugin.blocks import linear_parameters
-from absorb_plugin.calibration import Batch, token_mask
+from absorb_plugin.calibration import Batch, sample_key, token_mask
 from absorb_plugin.files import json_numbers
 from absorb_plugin.groups import named
 from absorb_plugin.pruners.adapter import PrunerAdapter, user_fields
@@ -23,7 +23,6 @@ from absorb_plugin.report.page import render
 from absorb_plugin.report.profile_charts import profile_charts
 from absorb_plugin.report.words import model_name, run_title
 from absorb_plugin.report.write import write_or_warn
-from absorb_plugin.search.confirm import Confirmed
 from absorb_plugin.search.line_search import Round, SearchResult
 from absorb_plugin.signals.noise import NoiseProfile
 
@@ -91,9 +90,7 @@ class Report:
             "settings": user_fields(self._settings),
             "noise": noise_entry(allocation),
             "search": search_entry(allocation.search),
-            "confirmed": confirmed_entry(
-                allocation.confirmed, self._pruner.pruner.name
-            ),
+            "confirmed": confirmed_entry(allocation, self._pruner.pruner.name),
             "quality": None,
             "budget": allocation.budget.sparsity,
             "achieved": allocation.achieved(),
@@ -263,20 +260,26 @@ def round_entry(entry: Round) -> dict[str, Any]:
     }
 
 
-def confirmed_entry(confirmed: Confirmed | None, judge: str) -> dict[str, Any] | None:
+def confirmed_entry(allocation: Allocation, judge: str) -> dict[str, Any] | None:
     """
     What the pruner's own arithmetic made of the outcome, and of others.
 
     :param judge: name of the pruner
     """
+    confirmed = allocation.confirmed
     if confirmed is None:
         return None
+    keys = {
+        one.use: {sample_key(sample) for sample in one.samples}
+        for one in allocation.samples
+    }
     return {
         "judge": judge,
         "losses": {n: json_number(loss) for n, loss in confirmed.losses.items()},
         "chosen": confirmed.chosen,
         "gain": json_number(confirmed.gain),
         "standard_error": json_number(confirmed.standard_error),
+        "chose_nothing": keys["confirm"].isdisjoint(keys["search"]),
     }
 
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-__all__ = ["allocation_name", "gain_sentence", "judge_name", "model_name"]
-__all__ += ["plus_minus", "quality_sentence", "run_title", "samples_of_use"]
+__all__ = ["allocation_name", "confirming", "gain_sentence", "judge_name"]
+__all__ += ["model_name", "plus_minus", "quality_sentence", "run_title"]
 
 JUDGES = {"sparsegpt": "SparseGPT", "wanda": "Wanda", "masks": "masks"}
 
@@ -30,8 +30,11 @@ def plus_minus(value: float, error: float | None) -> str:
     return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
-def samples_of_use(profile: Mapping[str, Any], use: str) -> int:
-    return sum(x["samples"] for x in profile["samples"] if x["use"] == use)
+def confirming(profile: Mapping[str, Any]) -> str:
+    """The samples of the last comparison."""
+    count = sum(x["samples"] for x in profile["samples"] if x["use"] == "confirm")
+    chose = "nothing" if profile["confirmed"]["chose_nothing"] else "it too"
+    return f"{count} samples that chose {chose}"
 
 
 def gain_sentence(profile: Mapping[str, Any]) -> str:
@@ -42,12 +45,11 @@ def gain_sentence(profile: Mapping[str, Any]) -> str:
     confirmed = profile["confirmed"]
     if not confirmed or confirmed["chosen"] == "base" or confirmed["gain"] is None:
         return ""
-    gain, count = confirmed["gain"], samples_of_use(profile, "confirm")
-    where = f"{count} samples that chose nothing" if count else "held-out samples"
+    gain = confirmed["gain"]
     return (
         f"{plus_minus(abs(gain), confirmed['standard_error'])} nats per token "
         f"{'better' if gain >= 0 else 'worse'} than {profile['settings']['allocator']} "
-        f"on {where}, judged by {judge_name(confirmed['judge'])}: "
+        f"on {confirming(profile)}, judged by {judge_name(confirmed['judge'])}: "
         f"{abs(math.expm1(-gain)):.1%} {'lower' if gain >= 0 else 'higher'} perplexity."
     )
 

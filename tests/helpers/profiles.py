@@ -94,6 +94,7 @@ def make_confirmed(chosen: str = "searched", **losses: float | None) -> dict[str
         "chosen": chosen,
         "gain": (losses["base"] or 0.0) - (losses[chosen] or 0.0),
         "standard_error": 0.03,
+        "chose_nothing": True,
     }
 
 

@@ -96,7 +96,7 @@ def test_one_block() -> None:
 def test_samples_and_what_they_served() -> None:
     text = parse(render(make_profile())).text
     assert "statistics of the inputs, for allocator and pruner31,536" in text
-    assert "confirmation: they chose nothing168,192" in text
+    assert "last comparison, by the pruner's arithmetic168,192" in text
 
 
 def test_the_confirmed_gain_stands_in_words() -> None:
@@ -106,6 +106,13 @@ def test_the_confirmed_gain_stands_in_words() -> None:
         "0.21 ± 0.03 nats per token better than owl on 16 samples that chose nothing, "
         "judged by SparseGPT: 18.9% lower perplexity." in text
     )
+
+
+def test_samples_that_chose_too_are_not_said_to_have_chosen_nothing() -> None:
+    confirmed = make_confirmed() | {"chose_nothing": False}
+    text = parse(render(make_profile(confirmed=confirmed))).text
+    assert "than owl on 16 samples that chose it too, judged by" in text
+    assert "chose nothing" not in text
 
 
 def test_the_gain_of_the_tiles_is_that_which_was_confirmed() -> None:

@@ -3,19 +3,24 @@
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import runs
 import tiny
+import torch
 import yaml
 from llmcompressor.recipe import Recipe
 from matplotlib.image import imread
 
 from absorb_plugin import files
+from absorb_plugin.calibration import SampleUse
 from absorb_plugin.report import profile as report_profile
 from absorb_plugin.report.page import render
 from absorb_plugin.report.profile_charts import profile_charts
+from absorb_plugin.search.confirm import Confirmed
 
 KEYS = {
     "schema_version",
@@ -168,6 +173,28 @@ def test_what_was_confirmed(
     uses = {entry["use"]: entry for entry in profile["samples"]}
     assert {"statistics", "search", "confirm"} <= uses.keys()
     assert uses["confirm"]["tokens"] == 16 * uses["confirm"]["samples"] > 0
+
+
+@pytest.mark.parametrize(("confirm", "chose_nothing"), [(5, True), (2, False)])
+def test_samples_that_chose_are_told_from_those_that_did_not(
+    confirm: int, chose_nothing: bool
+) -> None:
+    """By their tokens: a sample that was cut or copied is another object."""
+
+    def sample(first: int) -> dict[str, torch.Tensor]:
+        ids = torch.tensor([[first, 7, 8]])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    allocation = SimpleNamespace(
+        confirmed=Confirmed(np.array([]), "base", {"base": 1.0}, 0.0, np.nan),
+        samples=[
+            SampleUse("search", [sample(1), sample(2)]),
+            SampleUse("confirm", [sample(confirm), sample(6)]),
+        ],
+    )
+    entry = report_profile.confirmed_entry(allocation, "wanda")
+    assert entry["chose_nothing"] is chose_nothing
+    assert entry["standard_error"] is None
 
 
 def test_a_target_for_every_linear(
