@@ -1,10 +1,12 @@
 """Charts as PNG, and that none of them ends a run."""
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.cli import absorb, error_of
 from helpers.profiles import (
     make_confirmed,
     make_linear_profile,
@@ -127,3 +129,37 @@ def test_a_full_disk_is_a_warning(
     (told,) = warnings
     assert "could not be written (No space left on device)" in told
     assert "Make room" in told
+
+
+def no_font(*args: object) -> None:
+    raise ValueError("no font")
+
+
+def test_compare_has_its_table_where_no_figure_can_be_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figure, "_chart", no_font)
+    run = tmp_path / "run.json"
+    run.write_text('{"perplexity": 20.5, "tokens": 99}')
+    result = absorb("compare", run, "--figure", tmp_path / "a.png")
+    assert result.exit_code == 0 and "20.50" in result.stdout
+    assert "a.png could not be made (ValueError: no font)" in result.stderr
+
+
+def test_noise_has_its_numbers_where_no_figure_can_be_drawn(
+    model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figure, "_chart", no_font)
+    options = ["--text", text_file, "--samples", 2, "--seq-len", 16, "--eta", "1"]
+    result = absorb(
+        "noise", model_dir, *options, "--json", "--figure", tmp_path / "a.png"
+    )
+    assert result.exit_code == 0 and json.loads(result.stdout)["samples"] == 2
+    assert "a.png could not be made (ValueError: no font)" in result.stderr
+
+
+def test_nothing_to_draw_is_an_error(tmp_path: Path) -> None:
+    run = tmp_path / "run.json"
+    unfinished = make_profile(realised=None)
+    run.write_text(json.dumps(unfinished))
+    assert "nothing to draw" in error_of("compare", run, "--figure", tmp_path / "a.png")
