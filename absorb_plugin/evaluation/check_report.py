@@ -1,16 +1,13 @@
-"""What `absorb check` found, as data and for people."""
+"""What `absorb check` found."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
-
-from rich.console import Console
-from rich.table import Table
+from typing import Any
 
 from absorb_plugin.evaluation.zeros import Count
 
-__all__ = ["CheckReport", "LinearZeros", "planned_share", "render", "zero_share"]
+__all__ = ["CheckReport", "LinearZeros", "planned_share", "zero_share"]
 
 # What takes each format (docs/deploy.md says what of this was tried).
 RUNTIMES: dict[str | None, dict[str, str]] = {
@@ -153,58 +150,3 @@ def planned_share(linears: Sequence[LinearZeros]) -> float | None:
     named = [(x.planned, x.count.weights) for x in linears if x.planned is not None]
     total = sum(weights for _, weights in named)
     return sum(share * weights for share, weights in named) / total if total else None
-
-
-def render(report: CheckReport, file: TextIO) -> None:
-    """Print the report for people."""
-    console = Console(file=file)
-    print(_summary(report), file=file)
-    if report.linears:
-        console.print(_table(report))
-    for name, sentence in report.runtimes.items():
-        print(f"{name}: {sentence}", file=file)
-    print(f"serve: {report.serve}", file=file)
-    for warning in report.warnings:
-        print(f"warning: {warning}", file=file)
-    for problem in report.problems:
-        print(f"BROKEN: {problem}", file=file)
-    print("broken" if report.problems else "nothing is broken", file=file)
-
-
-def _summary(report: CheckReport) -> str:
-    quantization = "not quantised"
-    if report.quantization:
-        bits = "/".join(map(str, report.quantization["bits"]))
-        quantization = f"{report.format}, {bits} bits"
-    lines = [
-        f"{report.directory}: {report.model_type}, {report.dtype}, {quantization}, "
-        f"{'tied' if report.tied else 'untied'} embeddings, "
-        f"{report.bytes / 1e9:.2f} GB in {report.files} files"
-    ]
-    if report.zeros is not None:
-        planned = "" if report.planned is None else f", planned {report.planned:.4f}"
-        lines.append(f"zeros in all Linears but the head: {report.zeros:.4f}{planned}")
-    if report.loads is not None:
-        lines.append(f"transformers loads it: {'yes' if report.loads else 'NO'}")
-    return "\n".join(lines)
-
-
-def _table(report: CheckReport) -> Table:
-    table = Table()
-    for column in ("block", "weights", "planned", "zeros", "fewest", "most"):
-        table.add_column(column, justify="left" if column == "block" else "right")
-    for name, linears in report.blocks().items():
-        shares = [one.count.share for one in linears]
-        table.add_row(
-            name,
-            f"{sum(one.count.weights for one in linears):,}",
-            _four_digits(planned_share(linears)),
-            _four_digits(zero_share(linears)),
-            _four_digits(min(shares)),
-            _four_digits(max(shares)),
-        )
-    return table
-
-
-def _four_digits(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"

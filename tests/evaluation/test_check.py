@@ -1,6 +1,5 @@
-"""`absorb check`: what is said of a saved checkpoint, and of what is none."""
+"""What is said of a saved checkpoint, and of what is none."""
 
-import io
 import json
 import shutil
 from collections.abc import Callable
@@ -21,7 +20,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from absorb_plugin.evaluation import shards
 from absorb_plugin.evaluation.check import check_checkpoint
-from absorb_plugin.evaluation.check_report import render
 from absorb_plugin.evaluation.shards import Checkpoint
 from absorb_plugin.evaluation.zeros import count_quantized
 
@@ -349,22 +347,3 @@ def test_what_cannot_be_read(plain: Path, case: str) -> None:
 def test_a_file_is_no_directory(plain: Path) -> None:
     with pytest.raises(NotADirectoryError, match="name the directory"):
         check_checkpoint(plain / "config.json")
-
-
-def test_output(plain: Path) -> None:
-    report = check_checkpoint(plain)
-    told = io.StringIO()
-    render(report, told)
-    text = told.getvalue()
-    assert "model.layers.1" in text and "0.6200" in text
-    assert text.endswith("nothing is broken\n")
-    printed = json.loads(json.dumps(report.as_dict(), allow_nan=False))
-    assert printed["zeros"] == report.zeros
-    assert [block["name"] for block in printed["blocks"]] == [
-        "model.layers.0",
-        "model.layers.1",
-    ]
-    report.problems.append("something")
-    told = io.StringIO()
-    render(report, told)
-    assert told.getvalue().endswith("BROKEN: something\nbroken\n")
