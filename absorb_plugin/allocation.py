@@ -32,6 +32,7 @@ from absorb_plugin.calibration import (
 )
 from absorb_plugin.compensation import Compensation
 from absorb_plugin.correction import direction_from_ratio, direction_from_response
+from absorb_plugin.devices import compute_on_one_device
 from absorb_plugin.gradient import GradientProbe
 from absorb_plugin.plugins import owner_of, run_allocator
 from absorb_plugin.rehearsal import Rehearsal
@@ -448,6 +449,7 @@ def allocate_model(
     :param sparsity: the budget S
     """
     check_budget(sparsity, settings.max_sparsity)
+    compute_on_one_device(model)
     linearize_moe(model)  # as oneshot does: the experts' weights become Linears
     blocks = find_blocks(model)
     return settings.allocate(model, blocks, samples_of(samples), sparsity)

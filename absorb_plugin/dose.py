@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from absorb_plugin.absorption import AbsorptionProfile, NoiseProbe
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.calibration import join_samples, samples_of
+from absorb_plugin.devices import compute_on_one_device
 from absorb_plugin.files import json_numbers
 from absorb_plugin.sweep import sweep
 
@@ -91,6 +92,7 @@ def measure_doses(
     :param noise_dtype: as in `AbsorptionAllocationModifier`
     :param sweep_memory: bytes that the hidden states may take
     """
+    compute_on_one_device(model)
     blocks = find_blocks(model)
     batches = join_samples(samples_of(samples))
     probes = [
