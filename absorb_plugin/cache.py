@@ -8,14 +8,14 @@ of what was measured, and a checksum over all of it. Its name tells the key:
     STATION-MODEL-SAMPLES-MEASUREMENT.safetensors
 
 three shortened digests of the model with the software, of the calibration samples, and
-of all that a passenger was made with. Nothing is unpickled.
+of all that a probe was made with. Nothing is unpickled.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -29,7 +29,9 @@ from absorb_plugin import distributed
 from absorb_plugin.allocators.base import Remember
 from absorb_plugin.files import replace_file
 from absorb_plugin.fingerprint import digest, model_digest
-from absorb_plugin.sweep import Passenger
+
+if TYPE_CHECKING:
+    from absorb_plugin.forward.probe import Probe
 
 __all__ = ["ProfileCache", "RefusedEntry", "pack", "unpack"]
 
@@ -50,38 +52,35 @@ class ProfileCache:
     def __init__(self, directory: str, model: PreTrainedModel) -> None:
         self._folder, self._model = Path(directory), model
         self._digest: str | None = None
-        self._made_with: WeakKeyDictionary[Passenger, str] = WeakKeyDictionary()
+        self._made_with: WeakKeyDictionary[Probe, str] = WeakKeyDictionary()
 
-    def ride(
+    def load_or_run(
         self,
         what: str,
         samples: Sequence[Mapping[str, torch.Tensor]],
-        passenger: Passenger,
+        probe: "Probe",
         memory: int,
-        sweep: Callable[[], None],
+        run: Callable[[], None],
     ) -> None:
         """
-        Give the passenger what it measured in an earlier sweep, or run the sweep and
-        keep it.
+        Give the probe what it measured in an earlier run, or measure and keep it.
 
         :param what: the station, for messages and the file's name
-        :param samples: all that the sweep runs on
-        :param passenger: what its attributes are before its first ride is part of the
+        :param samples: all that is run
+        :param probe: what its attributes are before its first run is part of the
             key, and what it has measured so far
         :param memory: how far batches are split, which rounding depends on
-        :param sweep: runs it
+        :param run: measures
         """
-        if not passenger.kept:
-            raise TypeError(f"{type(passenger).__name__}.kept names nothing to keep")
-        if passenger not in self._made_with:  # later, a sweep may have left things
-            made_with = {
-                k: v for k, v in vars(passenger).items() if k not in passenger.kept
-            }
-            self._made_with[passenger] = digest([type(passenger).__name__, made_with])
-        so_far = [vars(passenger)[name] for name in passenger.kept]
-        # what a passenger has measured is that of its rank's samples
+        if not probe.state:
+            raise TypeError(f"{type(probe).__name__}.state names nothing to keep")
+        if probe not in self._made_with:  # later, a run may have left things
+            made_with = {k: v for k, v in vars(probe).items() if k not in probe.state}
+            self._made_with[probe] = digest([type(probe).__name__, made_with])
+        so_far = [vars(probe)[name] for name in probe.state]
+        # what a probe has measured is that of its rank's samples
         share = (distributed.rank(), distributed.ranks())
-        measurement = [self._made_with[passenger], so_far, memory, share]
+        measurement = [self._made_with[probe], so_far, memory, share]
         key = {
             "model": self._model_digest(),
             "samples": digest(samples),
@@ -89,10 +88,10 @@ class ProfileCache:
         }
         found = self._find(what, key)
         if found is not None:
-            vars(passenger).update(found)
+            vars(probe).update(found)
             return
-        sweep()
-        self._keep(what, key, {name: vars(passenger)[name] for name in passenger.kept})
+        run()
+        self._keep(what, key, {name: vars(probe)[name] for name in probe.state})
 
     def numbers_for(self, owner: str) -> Callable[[str], Remember]:
         """

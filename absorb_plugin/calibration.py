@@ -4,7 +4,8 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from datasets import Dataset
@@ -19,20 +20,25 @@ from torch.utils.data import DataLoader
 from absorb_plugin import distributed
 from absorb_plugin.cpu import fast_bfloat16
 
+if TYPE_CHECKING:
+    from absorb_plugin.settings import Effort
+
 __all__ = [
     "Batch",
-    "cache_batches",
+    "SampleSplit",
+    "SampleUse",
     "calibrating",
-    "content",
     "cut_tokens",
-    "in_fixed_order",
+    "evenly_spaced",
     "interleaved",
     "join_samples",
-    "padded",
+    "pad_to_batch",
+    "read_batches",
+    "sample_key",
     "samples_of",
     "single_samples",
+    "sort_samples",
     "split_samples",
-    "spread",
     "token_mask",
 ]
 
@@ -55,7 +61,7 @@ def calibrating(model: torch.nn.Module) -> Iterator[None]:
         yield
 
 
-def cache_batches(loader: DataLoader | Iterable[Batch] | None) -> list[dict]:
+def read_batches(loader: DataLoader | Iterable[Batch] | None) -> list[dict]:
     """
     Read the calibration loader once. The random state is put back afterwards, so that
     a shuffling loader gives the pruner the very samples that it would give without us.
@@ -86,7 +92,7 @@ def _union(parts: list[list[dict]]) -> list[dict]:
     gets its first rows (0.14.0.1: the sampler counts within the shard, the loader in
     the whole): ranks whose samples another one has, all of them, add nothing.
     """
-    held = [Counter(map(content, split_samples(part, 1))) for part in parts]
+    held = [Counter(map(sample_key, split_samples(part, 1))) for part in parts]
     most = max(held, key=Counter.total)
     if len([own for own in held if own]) > 1 and all(own <= most for own in held):
         if distributed.is_first():
@@ -189,9 +195,9 @@ def join_samples(samples: Iterable[Batch], size: int = 8) -> list[dict]:
     return batches
 
 
-def padded(samples: Sequence[Batch]) -> dict:
+def pad_to_batch(samples: Sequence[Batch]) -> dict:
     """
-    One batch of single samples of whatever length, padded on the right where theirs
+    One batch of single samples of whatever length, pad_to_batch on the right where theirs
     differ.
     """
     lengths = [sample["input_ids"].shape[1] for sample in samples]
@@ -211,7 +217,7 @@ def padded(samples: Sequence[Batch]) -> dict:
     return {name: torch.cat([rows[name] for rows in filled]) for name in names}
 
 
-def in_fixed_order(samples: Iterable[Batch]) -> list[dict]:
+def sort_samples(samples: Iterable[Batch]) -> list[dict]:
     """
     Longest first, then by a hash of the tokens: an order that depends on the samples
     alone. So the ones that are held out, or chosen for a signal, are the same whether a
@@ -220,23 +226,23 @@ def in_fixed_order(samples: Iterable[Batch]) -> list[dict]:
     :param samples: batches of one sample
     """
 
-    return sorted((dict(sample) for sample in samples), key=content)
+    return sorted((dict(sample) for sample in samples), key=sample_key)
 
 
-def content(sample: Batch) -> tuple[int, bytes]:
+def sample_key(sample: Batch) -> tuple[int, bytes]:
     """Minus the number, and a hash, of the tokens of a single sample."""
     tokens = sample["input_ids"][token_mask(sample)].cpu().to(torch.int64)
     return -tokens.numel(), hashlib.sha256(tokens.numpy().tobytes()).digest()
 
 
-def spread(items: Sequence[T], count: int) -> list[T]:
+def evenly_spaced(items: Sequence[T], count: int) -> list[T]:
     """`count` items at even distances: loaders may sort samples by length."""
     count = min(count, len(items))
     return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
 
 
 def interleaved(items: Sequence[T], stride: int = 8) -> list[T]:
-    """All items, reordered so that the first few are spread over the whole."""
+    """All items, reordered so that the first few are evenly_spaced over the whole."""
     stride = max(1, len(items) // stride)
     return [item for offset in range(stride) for item in items[offset::stride]]
 
@@ -259,3 +265,92 @@ def token_mask(batch: Batch) -> torch.Tensor:
     if mask is None or mask.shape != batch["input_ids"].shape:
         return torch.ones_like(batch["input_ids"], dtype=torch.bool)
     return mask.bool()
+
+
+@dataclass(frozen=True)
+class SampleUse:
+    """
+    What calibration samples serve.
+
+    :param use: "statistics", "signal", "search", "confirm" or "pruning"
+    :param samples: batches of one
+    """
+
+    use: str
+    samples: list[dict]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are no padding, of all samples."""
+        return sum(int(token_mask(sample).sum()) for sample in self.samples)
+
+
+class SampleSplit:
+    """
+    Which calibration samples serve what, decided once. Those that judge are held out
+    at even distances and serve nothing else.
+
+    Under torch.distributed every rank holds all samples and makes the same choices.
+
+    :param batches: the same on all ranks
+    :param effort: how many samples serve what, and how many of their tokens
+    :param judged: whether allocations are judged, so that samples are held out
+    :param by_loss: whether anything needs a token to predict
+    :raises ValueError: if samples are to be held out and there is but one
+    """
+
+    def __init__(
+        self, batches: Sequence[Batch], effort: "Effort", *, judged: bool, by_loss: bool
+    ) -> None:
+        self._effort = effort
+        tokens = effort.tokens if by_loss else None
+        samples = sort_samples(single_samples(batches, tokens))
+        check_alike(samples)
+        held_out: list[dict] = []
+        if judged:
+            if len(samples) < 2:
+                raise ValueError(
+                    "strength='auto' holds calibration samples out to judge by, and "
+                    "there is but one: raise num_calibration_samples, or give strength "
+                    "as a number (0.1 is a good start)"
+                )
+            held_out = evenly_spaced(samples, min(effort.search, len(samples) // 2))
+        out = {id(sample) for sample in held_out}
+        self._measuring = [sample for sample in samples if id(sample) not in out]
+        self._measured = 0
+        self.search = self._cut(held_out)
+        self.confirm = self.search
+        self.statistics = evenly_spaced(self._measuring, effort.statistics)
+        self.pruning = self._cut(evenly_spaced(self._measuring, effort.confirm))
+
+    def next_signal(self) -> list[dict]:
+        """Other samples in every round, as far as there are any."""
+        count = min(self._effort.signal, len(self._measuring))
+        start, self._measured = self._measured, self._measured + count
+        order = interleaved(self._measuring)
+        return self._cut([order[(start + i) % len(order)] for i in range(count)])
+
+    def in_turn(self) -> list[dict]:
+        """All that are not held out, whole, the first few spread over the text."""
+        return interleaved(self._measuring)
+
+    def uses(self) -> list[SampleUse]:
+        """For the report."""
+        return [
+            SampleUse(use, getattr(self, use))
+            for use in ("statistics", "search", "confirm", "pruning")
+        ]
+
+    def _cut(self, samples: Iterable[dict]) -> list[dict]:
+        return [cut_tokens(sample, self._effort.tokens) for sample in samples]
+
+
+def check_alike(samples: Sequence[Batch]) -> None:
+    """:raises ValueError: unless all ranks hold the same samples"""
+    mine = [sample_key(sample) for sample in samples]
+    if any(other != mine for other in distributed.gather(mine)):
+        raise ValueError(
+            "the ranks of torch.distributed were given different calibration samples: "
+            "pass what absorb_plugin.calibration.read_batches(loader) returns, which "
+            "collects those of all ranks"
+        )

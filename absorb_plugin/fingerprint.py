@@ -1,12 +1,13 @@
 """
 What a measurement depends on, as SHA-256 digests: the weights, the samples, the
-arguments of a passenger, and the code that measures.
+arguments of a probe, and the code that measures.
 """
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import is_dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -44,7 +45,7 @@ def digest(value: object) -> str:
 
 def model_digest(model: PreTrainedModel) -> str:
     """
-    Everything about the model and the software that a sweep's result depends on: all
+    Everything about the model and the software that a measurement's result depends on: all
     weights and buffers, configuration, kind of device, versions, this package's code.
     Neither the model's path nor the number of threads is part of it.
     """
@@ -110,6 +111,10 @@ def _parts(value: object) -> Iterator[bytes | memoryview]:
         yield from _parts([[b.name, list(b.linears)] for b in value.blocks])
     elif isinstance(value, ExitStack):
         pass  # holds what is in force at the moment, no parameter
+    elif hasattr(value, "identity"):
+        yield from _parts(value.identity())
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from _parts(vars(value))
     elif isinstance(value, Mapping):
         yield from _all([k, value[k]] for k in sorted(value, key=repr))
     elif isinstance(value, set | frozenset):

@@ -31,7 +31,7 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from absorb_plugin.tasks import (
+from absorb_plugin.evaluation.tasks import (
     Score,
     accuracy,
     encode_tasks,

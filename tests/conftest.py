@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from helpers.words import make_model, make_tokenizer, words
 from llmcompressor.core import reset_session
 from loguru import logger
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -59,3 +60,32 @@ def _messages(level: str, template: str) -> Iterator[list[str]]:
     sink = logger.add(seen.append, level=level, format=template)
     yield seen
     logger.remove(sink)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny-llama")
+    make_model().save_pretrained(path)
+    make_tokenizer(bos=True).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(words(400))
+    return path
+
+
+@pytest.fixture(scope="session")
+def wanda_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "wanda.yaml"
+    path.write_text(
+        "prune_stage:\n"
+        "  prune_modifiers:\n"
+        "    WandaPruningModifier:\n"
+        "      sparsity: 0.5\n"
+        '      targets: ["Linear"]\n'
+        '      ignore: ["re:.*lm_head"]\n'
+    )
+    return path

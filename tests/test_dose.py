@@ -1,18 +1,15 @@
-"""`absorb profile`: several η on one sweep."""
+"""Several η on one sweep."""
 
 import io
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
-from cli_fixtures import model_dir, text_file  # noqa: F401  fixtures
 from matplotlib.image import imread
 from test_absorption import measured
-from test_cli import absorb, error_of, files_in
 
-from absorb_plugin.dose import as_dict, measure_doses, parse_magnitudes, render
+from absorb_plugin.dose import as_dict, measure_doses
 from absorb_plugin.report.dose_figure import draw_doses
 
 
@@ -32,9 +29,6 @@ def test_small_noise_in_16_bits_drowns() -> None:
     model = tiny.make_model("llama").bfloat16()
     found = measure_doses(model, tiny.make_dataset(3, 12), [1e-4, 1.0])
     assert found.drowned() == [1e-4]
-    text = io.StringIO()
-    render(found, text)
-    assert "η=0.0001*" in text.getvalue() and "η=1 " in text.getvalue()
     exact = measure_doses(
         model, tiny.make_dataset(3, 12), [1e-4, 1.0], noise_dtype="float32"
     )
@@ -55,36 +49,3 @@ def test_dictionary_and_figure() -> None:
     image = imread(io.BytesIO(draw_doses(found, "falcon")))
     assert image.shape[0] > 400 and image.shape[1] > 1000
     assert image[..., :3].std() > 0.05
-
-
-@pytest.mark.parametrize("text", ["", "1e-2,", "0", "-1", "nan", "inf", "a,b"])
-def test_bad_magnitudes_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="--eta"):
-        parse_magnitudes(text)
-
-
-def test_magnitudes_are_sorted() -> None:
-    assert parse_magnitudes("1, 0.1,1e-3,0.1") == [1e-3, 0.1, 1.0]
-
-
-def test_command(model_dir: Path, text_file: Path, tmp_path: Path) -> None:  # noqa: F811
-    figure = tmp_path / "profile.png"
-    options = ["--text", text_file, "--samples", 2, "--seq-len", 16, "--eta", "1e-2,1"]
-    result = absorb("profile", model_dir, *options, "--json", "--figure", figure)
-    assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    assert found["samples"] == 2 and len(found["eta"]) == 2
-    assert files_in(tmp_path) == {"profile.png"}
-    table = absorb("profile", model_dir, *options)
-    assert "model.layers.1" in table.stdout and "rounding floor" in table.stdout
-
-
-def test_a_figure_that_cannot_be_written_is_refused_first(
-    model_dir: Path,  # noqa: F811
-    text_file: Path,  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    line = error_of(
-        "profile", model_dir, "--text", text_file, "--figure", tmp_path / "no" / "a.png"
-    )
-    assert "--figure" in line and "is no directory" in line

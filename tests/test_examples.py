@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_fixtures import make_model, make_tokenizer, words
+from helpers.words import make_model, make_tokenizer, words
 from transformers import AutoModelForCausalLM
 
-from absorb_plugin.evaluate import linear_sparsity
+from absorb_plugin.evaluation.perplexity import linear_sparsity
 
 EXAMPLES = Path(__file__).parent.parent / "integration" / "examples"
 DDP = "llama3_8b_ddp.py"

@@ -21,10 +21,9 @@ import pytest
 import runs
 import tiny
 import torch
-from cli_fixtures import model_dir, text_file, wanda_recipe  # noqa: F401  fixtures
+from helpers.cli import error_of, files_in
 from llmcompressor.core import reset_session
 from llmcompressor.modifiers.utils.hooks import HooksMixin
-from test_cli import error_of, files_in
 from test_pipelines import small
 from test_sweep import ride
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -33,9 +32,9 @@ import absorb_plugin
 from absorb_plugin.allocators.base import Allocator, BaseAllocation
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.compensation import Compensation
+from absorb_plugin.evaluation.output import check_output, check_space, staged_directory
 from absorb_plugin.hookspecs import hookimpl
 from absorb_plugin.plugins import PluginError, manager
-from absorb_plugin.prune import check_output, check_space, staged_directory
 from absorb_plugin.rehearsal import Rehearsal
 
 NIGHTLY = "ABSORB_NIGHTLY" in os.environ  # `make fuzz`: every line, not 4 of them
@@ -174,7 +173,7 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def test_signals(model_dir: Path, text_file: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_signals(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "prune_stage:\n"
@@ -243,9 +242,9 @@ def prune_arguments(model: Path, recipe: Path, text: Path, out: Path) -> list[An
 
 def test_prune_on_a_small_disk_says_so_before_it_begins(
     small_disk: Path,
-    model_dir: Path,  # noqa: F811
-    text_file: Path,  # noqa: F811
-    wanda_recipe: Path,  # noqa: F811
+    model_dir: Path,
+    text_file: Path,
+    wanda_recipe: Path,
 ) -> None:
     arguments = prune_arguments(model_dir, wanda_recipe, text_file, small_disk / "out")
     message = error_of(*arguments)
@@ -255,12 +254,12 @@ def test_prune_on_a_small_disk_says_so_before_it_begins(
 
 def test_a_disk_that_fills_up_while_the_model_is_saved(
     small_disk: Path,
-    model_dir: Path,  # noqa: F811
-    text_file: Path,  # noqa: F811
-    wanda_recipe: Path,  # noqa: F811
+    model_dir: Path,
+    text_file: Path,
+    wanda_recipe: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("absorb_plugin.prune.check_space", lambda *_: None)
+    monkeypatch.setattr("absorb_plugin.evaluation.output.check_space", lambda *_: None)
     dense = digests(model_dir)
     arguments = prune_arguments(model_dir, wanda_recipe, text_file, small_disk / "out")
     message = error_of(*arguments)
@@ -280,7 +279,7 @@ def test_full_disk_without_root(tmp_path: Path) -> None:
 
 
 def test_space_is_judged_by_the_weights(
-    model_dir: Path,  # noqa: F811
+    model_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -9,7 +9,6 @@ import runs
 import tiny
 import torch
 import yaml
-from cli_fixtures import text_file  # noqa: F401  fixture
 from llmcompressor.core import reset_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -22,9 +21,9 @@ from llmcompressor.recipe import Recipe
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
+from absorb_cli.app import app
 from absorb_plugin.blocks import find_blocks
-from absorb_plugin.cli import app
-from absorb_plugin.evaluate import linear_sparsity
+from absorb_plugin.evaluation.perplexity import linear_sparsity
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
@@ -177,7 +176,7 @@ def test_no_warning_where_gptq_stands_in_front(
     assert not [message for message in warnings if "stands behind" in message]
 
 
-def test_absorb_prune(text_file: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_absorb_prune(text_file: Path, tmp_path: Path) -> None:
     dense, out = tmp_path / "dense", tmp_path / "out"
     make_model().save_pretrained(dense)
     tiny.make_tokenizer(bos=False).save_pretrained(dense)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 import transformers
-from cli_fixtures import make_tokenizer
 from datasets import Dataset
+from helpers.words import make_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # Not by way of absorb_plugin: replays run without it.

@@ -9,8 +9,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from absorb_plugin.absorption import FLOOR_MARGIN
-from absorb_plugin.dose import DoseProfile
+from absorb_plugin.signals.noise import FLOOR_MARGIN
+from absorb_plugin.signals.noise_scan import NoiseScan
 
 __all__ = ["draw_doses"]
 
@@ -18,7 +18,7 @@ COLUMNS = 3
 FLOOR = "#8a8f98"
 
 
-def draw_doses(found: DoseProfile, title: str) -> bytes:
+def draw_doses(found: NoiseScan, title: str) -> bytes:
     """
     :param title: of the whole figure, for example the model's name
     :return: a PNG
@@ -59,7 +59,7 @@ def _drift(
     _tidy(ax)
 
 
-def _ratio(ax: Axes, found: DoseProfile, colours: np.ndarray) -> None:
+def _ratio(ax: Axes, found: NoiseScan, colours: np.ndarray) -> None:
     ratios = np.array([profile.ratio for profile in found.profiles])
     for column, colour in zip(ratios.T, colours):
         ax.plot(found.magnitudes, column, "o-", color=colour, linewidth=1, markersize=3)
@@ -79,7 +79,7 @@ def _ratio(ax: Axes, found: DoseProfile, colours: np.ndarray) -> None:
     _tidy(ax)
 
 
-def _realignment(ax: Axes, found: DoseProfile) -> None:
+def _realignment(ax: Axes, found: NoiseScan) -> None:
     """Mean over injections of the cosine at the end, beside that at the injection."""
     at_injection, at_end = [], []
     for profile in found.profiles:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absorb_plugin.absorption import FLOOR_MARGIN
+from absorb_plugin.signals.noise import FLOOR_MARGIN
 
 __all__ = ["findings"]
 
@@ -55,7 +55,7 @@ def _correction(profile: Mapping[str, Any]) -> str:
 
 
 def _rehearsal(profile: Mapping[str, Any]) -> str:
-    rehearsed = (profile["search"] or {}).get("rehearsed")
+    rehearsed = profile["confirmed"]
     if not rehearsed:
         return ""
     # "uniform" is the outcome where no round took a step from there

@@ -12,11 +12,11 @@ import torch
 from loguru import logger
 from transformers import PreTrainedModel
 
-from absorb_plugin.allocation import Allocation
+from absorb_plugin.allocate import Allocation
 from absorb_plugin.blocks import linear_parameters
 from absorb_plugin.calibration import Batch, token_mask
 from absorb_plugin.files import json_numbers, replace_file
-from absorb_plugin.peers import Peer, own_fields
+from absorb_plugin.pruners.adapter import PrunerAdapter, user_fields
 from absorb_plugin.report.figure import draw
 from absorb_plugin.report.page import render
 
@@ -43,13 +43,14 @@ class Report:
     def __init__(
         self,
         settings: "AbsorptionAllocationModifier",
+        recipe: str,
         model: PreTrainedModel,
-        peer: Peer,
+        peer: PrunerAdapter,
         allocation: Allocation,
         batches: Sequence[Batch],
         number: int = 0,
     ) -> None:
-        self._settings, self._model = settings, model
+        self._settings, self._recipe, self._model = settings, recipe, model
         self._peer, self._allocation = peer, allocation
         self._samples = sum(len(batch["input_ids"]) for batch in batches)
         self._tokens = sum(int(token_mask(batch).sum()) for batch in batches)
@@ -78,9 +79,11 @@ class Report:
         are None.
         """
         allocation, settings = self._allocation, self._settings
-        absorption, search = allocation.absorption, allocation.search
+        absorption, search = allocation.noise, allocation.search
         targets = allocation.linear_sparsities()
-        sparsities = allocation.block_sparsities()
+        sparsities = allocation.block_means(allocation.sparsity)
+        bases = allocation.block_means(allocation.base.sparsity)
+        directions = allocation.block_means(allocation.direction)
         parameters = allocation.blocks.parameters
         realised = None
         if self._realised:
@@ -99,12 +102,18 @@ class Report:
                 "tokens": self._tokens,
                 "longest": self._longest,
             },
-            "recipe": settings.recipe,
+            "recipe": self._recipe,
             "command": command_line(),
-            "settings": own_fields(settings),
+            "settings": user_fields(settings),
             "noise": None,
             "search": None,
-            "budget": allocation.budget,
+            "confirmed": None,
+            "samples": [
+                {"use": one.use, "samples": len(one.samples), "tokens": one.tokens}
+                for one in allocation.samples
+            ],
+            "level": allocation.level,
+            "budget": allocation.budget.sparsity,
             "achieved": allocation.achieved(),
             "realised": realised,
             "unseen_linears": None
@@ -115,11 +124,12 @@ class Report:
             | {package: version(package) for package in PACKAGES},
         }
         if absorption is not None:
+            noise = allocation.noise_settings
             profile["noise"] = {
-                "magnitude": settings.noise_magnitude,
-                "dtype": settings.noise_dtype,
+                "magnitude": noise.magnitude,
+                "dtype": noise.dtype,
                 "floor": json_numbers(absorption.floor),
-                "seed": settings.noise_seed,
+                "seed": noise.seed,
                 "samples": absorption.samples,
                 "tokens": absorption.tokens,
                 "spared_positions": {
@@ -142,28 +152,33 @@ class Report:
                     }
                     for entry in search.rounds
                 ],
-                "rehearsed": None,
             }
-            if search.rehearsed is not None:
-                losses = search.rehearsed.losses
-                profile["search"]["rehearsed"] = {
-                    "losses": dict(
-                        zip(losses, json_numbers(losses.values()), strict=True)
-                    ),
-                    "chosen": search.rehearsed.chosen,
-                }
+        if (confirmed := allocation.confirmed) is not None:
+            profile["confirmed"] = {
+                "judge": self._peer.pruner.name,
+                "losses": dict(
+                    zip(
+                        confirmed.losses,
+                        json_numbers(confirmed.losses.values()),
+                        strict=True,
+                    )
+                ),
+                "chosen": confirmed.chosen,
+                "gain": json_numbers([confirmed.gain])[0],
+                "standard_error": json_numbers([confirmed.standard_error])[0],
+            }
         for row, index in enumerate(allocation.blocks.prunable):
             block = allocation.blocks.blocks[index]
             entry: dict[str, Any] = {
                 "name": block.name,
                 "parameters": block.parameters,
-                "metric": float(allocation.base.metric[row]),
-                "base_sparsity": float(allocation.base.sparsity[row]),
+                "base_metric": float(allocation.base.metric[row]),
+                "base_sparsity": float(bases[row]),
                 "drift": None,
                 "realignment": None,
                 "ratio": None,
                 "ratio_error": None,
-                "direction": float(allocation.direction[row]),
+                "direction": float(directions[row]),
                 "sparsity": float(sparsities[row]),
                 "realised_sparsity": self._realised.get(block.name),
                 "linears": {},

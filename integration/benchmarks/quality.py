@@ -39,10 +39,19 @@ from loguru import logger
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from absorb_plugin import AbsorptionAllocationModifier
-from absorb_plugin.evaluate import linear_sparsity, perplexity
-from absorb_plugin.prune import prune
-from absorb_plugin.tasks import EncodedTask, encode_tasks, evaluate_tasks, read_tasks
-from absorb_plugin.text import calibration_samples, evaluation_windows, read_text
+from absorb_plugin.evaluation.oneshot import prune
+from absorb_plugin.evaluation.perplexity import linear_sparsity, perplexity
+from absorb_plugin.evaluation.tasks import (
+    EncodedTask,
+    encode_tasks,
+    evaluate_tasks,
+    read_tasks,
+)
+from absorb_plugin.evaluation.text import (
+    calibration_samples,
+    evaluation_windows,
+    read_text,
+)
 
 PRUNERS = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}
 ATP_BETAS = (0.0025, 0.005, 0.01)

@@ -15,9 +15,9 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from absorb_plugin import AbsorptionAllocationModifier
-from absorb_plugin.demo import demo_model, demo_texts
-from absorb_plugin.prune import prune
-from absorb_plugin.text import calibration_samples, evaluation_windows
+from absorb_plugin.evaluation.demo import demo_model, demo_texts
+from absorb_plugin.evaluation.oneshot import prune
+from absorb_plugin.evaluation.text import calibration_samples, evaluation_windows
 
 SPARSITY = 0.5
 SAMPLES = 8

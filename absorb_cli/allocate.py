@@ -1,0 +1,121 @@
+"""`absorb allocate`: the sparsity of every block, without pruning."""
+
+import json
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+from absorb_cli.frame import command, show
+from absorb_cli.inputs import read_inputs
+from absorb_cli.options import (
+    AsJson,
+    Cache,
+    DatasetName,
+    Debug,
+    Dtype,
+    DtypeOption,
+    Model,
+    Samples,
+    Seed,
+    SeqLen,
+    Split,
+    Text,
+)
+
+if TYPE_CHECKING:
+    from absorb_plugin.allocation import Allocation
+
+__all__ = ["allocate"]
+
+
+class Granularity(str, Enum):
+    block = "block"
+    linear = "linear"
+
+
+def allocate(
+    model: Model,
+    allocator: Annotated[str, typer.Option(help="See `absorb allocators`.")],
+    sparsity: Annotated[float, typer.Option(help="The budget, in [0, 1).")],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Argument of the allocator."),
+    ] = None,
+    text: Text = None,
+    dataset: DatasetName = None,
+    split: Split = "train",
+    samples: Samples = 128,
+    seq_len: SeqLen = 512,
+    seed: Seed = 0,
+    granularity: Annotated[
+        Granularity, typer.Option(help="What the base allocator ranks.")
+    ] = Granularity.block,
+    correction: Annotated[
+        bool, typer.Option(help="Correct the base allocation by absorption.")
+    ] = True,
+    dtype: DtypeOption = Dtype.auto,
+    profile_cache: Cache = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compute the sparsity of every block of MODEL, without pruning."""
+    with command(debug) as stdout:
+        from absorb_plugin.allocation import allocate_model, as_dict
+        from absorb_plugin.budget import check_budget
+        from absorb_plugin.evaluation.loading import load_model
+        from absorb_plugin.evaluation.text import calibration_samples
+        from absorb_plugin.files import check_writable
+        from absorb_plugin.modifier import AbsorptionAllocationModifier
+
+        settings = AbsorptionAllocationModifier(
+            allocator=allocator,
+            allocator_args=dict(map(_parse_argument, arguments or [])),
+            granularity=granularity.value,
+            noise_seed=seed,
+            profile_cache=profile_cache,
+            **({} if correction else {"strength": 0}),
+        )
+        settings.base_allocator()
+        check_budget(sparsity, settings.max_sparsity)
+        if profile_cache is not None:
+            check_writable("--profile-cache", str(profile_cache))
+        documents, tokenizer = read_inputs(model, text, dataset, split, seq_len, dtype)
+        data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
+        found = allocate_model(load_model(model, dtype.value), data, sparsity, settings)
+        if as_json:
+            show(stdout, as_dict(found, allocator), as_json)
+        else:
+            _print(found, stdout)
+
+
+def _parse_argument(argument: str) -> tuple[str, Any]:
+    """`key=value`; the value is read as JSON where it is JSON, else as a string."""
+    key, equals, value = argument.partition("=")
+    if not (key and equals):
+        raise ValueError(f"--set {argument!r}: write KEY=VALUE, as in --set m=7")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def _print(allocation: "Allocation", file: TextIO) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for column in ("block", "weights", "metric", "base", "sparsity"):
+        table.add_column(column, justify="left" if column == "block" else "right")
+    sparsities = allocation.block_sparsities()
+    for row, index in enumerate(allocation.blocks.prunable):
+        block = allocation.blocks.blocks[index]
+        table.add_row(
+            block.name,
+            f"{block.parameters:,}",
+            f"{allocation.base.metric[row]:.4g}",
+            f"{allocation.base.sparsity[row]:.4f}",
+            f"{sparsities[row]:.4f}",
+        )
+    table.caption = f"{allocation.achieved():.4f} of {allocation.budget} over all"
+    Console(file=file).print(table)

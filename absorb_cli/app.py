@@ -1,0 +1,31 @@
+"""The application: which commands there are."""
+
+import typer
+
+from absorb_cli.allocate import allocate
+from absorb_cli.allocators import allocators
+from absorb_cli.compare import compare
+from absorb_cli.demo import demo
+from absorb_cli.evaluate import evaluate
+from absorb_cli.noise import noise
+from absorb_cli.prune import prune
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="absorb",
+    help="Non-uniform pruning budgets from error absorption, for llm-compressor.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(prune)
+app.command("eval")(evaluate)
+app.command()(compare)
+app.command()(allocate)
+app.command()(noise)
+app.command()(allocators)
+app.command()(demo)
+
+if __name__ == "__main__":
+    app()

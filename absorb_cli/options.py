@@ -1,0 +1,68 @@
+"""Options that several commands share, each with one meaning and one help text."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = [
+    "AsJson",
+    "Cache",
+    "DatasetName",
+    "Debug",
+    "Dtype",
+    "DtypeOption",
+    "Model",
+    "Samples",
+    "Seed",
+    "SeqLen",
+    "Split",
+    "Text",
+]
+
+
+class Dtype(str, Enum):
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Model directory or hub id.")
+]
+Text = Annotated[
+    Path | None,
+    typer.Option(help="Plain text, or JSON lines (.jsonl) with a field `text`."),
+]
+DatasetName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME[:CONFIG]", help="Dataset of the hub with a column `text`."
+    ),
+]
+Split = Annotated[str, typer.Option(help="Split of --dataset.")]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of all random choices.")]
+SeqLen = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
+DtypeOption = Annotated[
+    Dtype, typer.Option("--dtype", help="Weights' dtype; auto: as they were saved.")
+]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        "--profile-cache",
+        metavar="DIRECTORY",
+        help="Keep measurements here, for a run that repeats or resumes this one.",
+    ),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout.")
+]
+Debug = Annotated[
+    bool,
+    typer.Option(
+        "--debug", envvar="ABSORB_DEBUG", help="Show all logs, and tracebacks."
+    ),
+]

@@ -1,0 +1,1 @@
+"""What a pruned model is worth, and how the command line makes one."""

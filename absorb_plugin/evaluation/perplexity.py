@@ -1,0 +1,140 @@
+"""What a pruned model is worth: perplexity, and the share of weights that are zero."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.offload import get_execution_device
+from compressed_tensors.quantization import QuantizationStatus
+from compressed_tensors.utils import get_direct_state_dict
+from loguru import logger
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+__all__ = [
+    "input_device",
+    "linear_sparsity",
+    "perplexity",
+    "sparsity_if_known",
+]
+
+# Rows of logits that go through the float32 softmax at once: 64 MB per 256k vocabulary.
+ROWS = 64
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel, windows: Sequence[Sequence[int]], progress: bool = True
+) -> tuple[float, int]:
+    """
+    exp(mean negative log-likelihood) over every token that has one before it in its
+    window. The sum and the count are kept apart and divided last, so that windows of
+    different lengths weigh what they hold.
+
+    The logits are the model's own (`model(...).logits`), so whatever it does after the
+    head, e.g. Gemma 2's soft cap, is in them; one window at a time and a softmax over
+    few rows keep memory bounded for large vocabularies.
+
+    :param model: causal language model, on any device, offloaded or not
+    :param windows: token ids per window, at least one window of two tokens
+    :param progress: show a bar on stderr
+    :return: (perplexity, number of predicted tokens)
+    :raises ValueError: if there is nothing to predict or the logits are not finite
+    """
+    device = input_device(model)
+    was_training = model.training
+    model.eval()
+    total, tokens = 0.0, 0
+    try:
+        for index, window in enumerate(
+            tqdm(windows, desc="Perplexity", disable=not progress)
+        ):
+            ids = torch.tensor([list(window)], device=device)
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+            nll = _negative_log_likelihood(logits, ids[0, 1:].to(logits.device))
+            if not math.isfinite(nll):
+                raise ValueError(
+                    f"the model's logits are not finite in window {index}: it has no "
+                    "perplexity"
+                )
+            total += nll
+            tokens += ids.shape[1] - 1
+    finally:
+        model.train(was_training)
+    if tokens == 0:
+        raise ValueError("no token to predict: every window has fewer than two tokens")
+    return math.exp(total / tokens), tokens
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where the model wants its token ids, whoever has offloaded it."""
+    embedding = model.get_input_embeddings()
+    # accelerate leaves a meta tensor as the weight, and a hook that knows
+    hook = getattr(embedding, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return get_execution_device(embedding) if device is None else torch.device(device)
+
+
+def _negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    """
+    :param logits: shape (tokens, vocabulary), any dtype
+    :param targets: shape (tokens,)
+    :return: summed over the tokens
+    """
+    return sum(
+        torch.nn.functional.cross_entropy(
+            rows.float(), row_targets, reduction="sum"
+        ).item()
+        for rows, row_targets in zip(
+            logits.split(ROWS), targets.split(ROWS), strict=True
+        )
+    )
+
+
+@torch.no_grad()
+def linear_sparsity(model: PreTrainedModel) -> float:
+    """
+    Share of zeros among the weights of all Linears except the output head. Of a model
+    that was saved in a quantised format it is the share among the dequantised weights,
+    so it counts those that rounding made zero as well.
+
+    :raises ValueError: if the model has no such Linear, or one whose weights are packed
+    """
+    head = model.get_output_embeddings()
+    zeros, weights = 0, 0
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not head:
+            # accelerate leaves a meta tensor in place of what it offloads
+            with align_module_device(module):
+                weight = _dense_weight(module)
+                zeros += int((weight == 0).sum())
+                weights += weight.numel()
+    if weights == 0:
+        raise ValueError("the model has no Linear besides its output head")
+    return zeros / weights
+
+
+def _dense_weight(linear: torch.nn.Linear) -> torch.Tensor:
+    """`oneshot` leaves the model compressed in memory when it has saved it so."""
+    status = getattr(linear, "quantization_status", None)
+    if status != QuantizationStatus.COMPRESSED:
+        if not hasattr(linear, "weight"):
+            raise ValueError(
+                "the model's Linears hold packed weights, whose zeros cannot be counted"
+            )
+        return linear.weight
+    scheme: Any = linear.quantization_scheme
+    compressor = BaseCompressor.get_value_from_registry(scheme.format.value)
+    return compressor.decompress(get_direct_state_dict(linear), scheme)["weight"]
+
+
+def sparsity_if_known(model: PreTrainedModel) -> float | None:
+    """`linear_sparsity`; None, and a warning, where it cannot be counted."""
+    try:
+        return linear_sparsity(model)
+    except ValueError as error:
+        logger.warning(f"Sparsity unknown: {error}")
+        return None

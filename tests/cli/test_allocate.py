@@ -1,0 +1,183 @@
+"""`absorb allocators` and `absorb allocate`."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.cli import absorb, error_of
+
+from absorb_plugin.plugins import allocators
+
+BUILTINS = ["uniform", "owl", "alpha_pruning", "dlp", "atp"]
+SMALL = ["--samples", "4", "--seq-len", "16"]
+BLOCKS = ["model.layers.0", "model.layers.1"]
+# hidden size 32, two of four heads' keys and values, 64 wide in the MLP
+SIZES = {
+    "q_proj": 32 * 32,
+    "k_proj": 16 * 32,
+    "v_proj": 16 * 32,
+    "o_proj": 32 * 32,
+    "gate_proj": 64 * 32,
+    "up_proj": 64 * 32,
+    "down_proj": 64 * 32,
+}
+
+
+@pytest.fixture
+def allocate(model_dir, text_file):
+    def run(allocator: str, *options: object, sparsity: float = 0.6) -> dict[str, Any]:
+        result = absorb(
+            "allocate", model_dir, "--allocator", allocator, "--sparsity", sparsity,
+            "--text", text_file, *SMALL, "--json", *options,
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        assert result.stdout.count("\n") == 1
+        found = json.loads(result.stdout)
+        check(found, allocator, sparsity)
+        return found
+
+    return run
+
+
+def check(found: dict[str, Any], allocator: str, sparsity: float) -> None:
+    """The shape, the budget, and that a block is the sum of its Linears."""
+    assert set(found) == {"allocator", "sparsity", "achieved", "blocks"}
+    assert (found["allocator"], found["sparsity"]) == (allocator, sparsity)
+    assert found["achieved"] == pytest.approx(sparsity, abs=1e-6)
+    blocks = found["blocks"]
+    assert [block["name"] for block in blocks] == BLOCKS
+    for block in blocks:
+        keys = {"name", "parameters", "metric", "base", "sparsity"}
+        assert set(block) - {"linears"} == keys
+        assert block["parameters"] == sum(SIZES.values())
+        if "linears" in block:
+            assert list(block["linears"]) == list(SIZES)
+            for linear in block["linears"].values():
+                assert set(linear) == {"metric", "sparsity"}
+            targets = [linear["sparsity"] for linear in block["linears"].values()]
+            mean = np.average(targets, weights=list(SIZES.values()))
+            assert block["sparsity"] == pytest.approx(mean, abs=1e-6)
+    assert np.mean([block["base"] for block in blocks]) == pytest.approx(sparsity)
+    assert np.mean([block["sparsity"] for block in blocks]) == pytest.approx(sparsity)
+
+
+def column(found: dict[str, Any], key: str) -> list[float]:
+    return [block[key] for block in found["blocks"]]
+
+
+# --- absorb allocators ------------------------------------------------------------
+
+
+def test_allocators_json():
+    result = absorb("allocators", "--json")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("\n") == 1
+    listed = {entry["name"]: entry for entry in json.loads(result.stdout)}
+    assert list(listed) == list(allocators())
+    assert list(listed)[:5] == BUILTINS
+    for name in BUILTINS:
+        assert set(listed[name]) == {
+            *("name", "distribution", "arguments", "needs", "granularities"),
+            *("cost", "paper"),
+        }
+        assert listed[name]["distribution"].startswith("absorb-plugin ")
+        assert listed[name]["paper"].startswith("https://arxiv.org/abs/")
+    assert listed["owl"]["arguments"] == {"m": 5.0, "lmbda": 0.08}
+    assert listed["alpha_pruning"]["granularities"] == ["block", "linear"]
+    assert listed["uniform"]["needs"] == "none"
+
+
+def test_allocators_for_people():
+    result = absorb("allocators")
+    assert result.exit_code == 0, result.output
+    for name in BUILTINS:
+        assert name in result.stdout
+
+
+# --- absorb allocate --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("allocator", BUILTINS)
+def test_without_correction_the_base_is_the_answer(allocate, allocator):
+    found = allocate(allocator, "--no-correction")
+    assert column(found, "sparsity") == column(found, "base")
+    assert (len(set(column(found, "base"))) == 1) == (allocator == "uniform")
+    per_linear = allocator == "alpha_pruning"
+    assert all(("linears" in block) == per_linear for block in found["blocks"])
+    if per_linear:
+        for block in found["blocks"]:
+            alphas = [linear["metric"] for linear in block["linears"].values()]
+            assert block["metric"] == pytest.approx(np.mean(alphas))
+
+
+def test_deterministic_in_the_seed(allocate):
+    first, second = (allocate("owl", "--seed", 3) for _ in range(2))
+    assert first == second
+    assert column(first, "metric") != column(allocate("owl", "--seed", 4), "metric")
+
+
+@pytest.mark.parametrize("allocator", ["owl", "alpha_pruning", "dlp"])
+@pytest.mark.parametrize("correction", ["--correction", "--no-correction"])
+def test_granularity_linear(allocate, allocator, correction):
+    # near the cap of 0.95, where what a Linear cannot take goes to others
+    found = allocate(allocator, "--granularity", "linear", correction, sparsity=0.9)
+    targets = [
+        linear["sparsity"]
+        for block in found["blocks"]
+        for linear in block["linears"].values()
+    ]
+    assert len(set(targets)) > 3
+    assert max(targets) <= 0.95
+
+
+def test_arguments_of_the_allocator(allocate):
+    def base(allocator: str, *options: object) -> list[float]:
+        return column(allocate(allocator, "--no-correction", *options), "base")
+
+    def metric(allocator: str, *options: object) -> list[float]:
+        return column(allocate(allocator, "--no-correction", *options), "metric")
+
+    assert base("owl", "--set", "lmbda=0") == [0.6, 0.6]
+    assert np.ptp(base("owl", "--set", "lmbda=0.1", "--set", "m=2")) > 0
+    assert metric("owl", "--set", "m=2")[0] > metric("owl", "--set", "m=3")[0]
+    mid = metric("alpha_pruning", "--set", "variant=mid")
+    assert mid != metric("alpha_pruning", "--set", "variant=peak")
+
+
+def test_allocate_for_people(model_dir, text_file):
+    result = absorb(
+        "allocate", model_dir, "--allocator", "atp", "--sparsity", 0.6, "--text",
+        text_file, *SMALL, "--no-correction", "--set", "beta=0.02",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    for part in (*BLOCKS, "0.5900", "0.6100", "9,216", "0.6000 of 0.6"):
+        assert part in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--set": "lambda=0.1"}, "lambda=0.1 is no argument of it"),
+        ({"--set": "lmbd=0.1"}, "did you mean 'lmbda'?"),
+        ({"--set": "m=-1"}, "m=-1: input should be greater than 0"),
+        ({"--set": "m"}, "--set 'm': write KEY=VALUE"),
+        ({"--set": "=3"}, "--set '=3': write KEY=VALUE"),
+        ({"--allocator": "owls"}, "allocator='owls' is unknown. Available: alpha_"),
+        ({"--allocator": "atp", "--granularity": "linear"}, "no granularity 'linear'"),
+        ({"--sparsity": 1.0}, "sparsity=1.0 must be in [0, 1)"),
+        ({"--sparsity": 0.97}, "cannot be met with max_sparsity=0.95"),
+        ({"--text": "missing.txt"}, "missing.txt: no such text file"),
+        ({}, "no-such-model"),
+    ],
+)
+def test_arguments_are_checked_before_the_model_is_loaded(text_file, change, message):
+    options = {"--allocator": "owl", "--sparsity": 0.6, "--text": text_file, **change}
+    flat = [item for option in options.items() for item in option]
+    assert message in error_of("allocate", "./no-such-model", *flat, "--json")
+
+
+def test_a_window_longer_than_the_model(model_dir, text_file):
+    options = ["--allocator", "owl", "--sparsity", 0.6, "--seq-len", 65]
+    line = error_of("allocate", model_dir, *options, "--text", text_file)
+    assert "longer than the model's 64 positions" in line

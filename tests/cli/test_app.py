@@ -1,0 +1,43 @@
+"""What all commands share."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from helpers.cli import absorb
+
+
+@pytest.mark.parametrize("name", ["prune", "eval", "demo"])
+def test_help(name):
+    result = absorb(name, "--help")
+    assert result.exit_code == 0
+    assert "--json" in re.sub(r"\x1b\[[0-9;]*m", "", result.stdout)
+
+
+def test_debug_shows_the_traceback(model_dir):
+    result = absorb("eval", model_dir, "--text", "missing.txt", "--debug")
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
+
+
+def test_usage_errors_have_exit_code_2(model_dir, text_file):
+    assert absorb("eval", model_dir, "--text", text_file, "--seq-len", 1).exit_code == 2
+    assert absorb("prune", model_dir).exit_code == 2
+
+
+HELP = """
+import sys
+from typer.testing import CliRunner
+from absorb_cli.app import app
+result = CliRunner().invoke(app, ["prune", "--help"])
+assert result.exit_code == 0 and "--recipe" in result.stdout
+print([name for name in ("torch", "llmcompressor") if name in sys.modules])
+"""
+
+
+def test_help_is_answered_without_the_heavy_imports():
+    """Less than a second, then: torch alone takes longer."""
+    command = [sys.executable, "-c", HELP]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr

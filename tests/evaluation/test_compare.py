@@ -1,0 +1,153 @@
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.cli import absorb, error_of
+from helpers.profiles import make_profile
+from matplotlib.image import imread
+
+from absorb_plugin.evaluation import compare
+from absorb_plugin.evaluation.compare import Run, read_runs
+from absorb_plugin.report.compare_figure import draw_runs
+
+TASKS = {
+    "arc": {"acc": 0.5, "acc_norm": 0.45, "stderr": 0.05, "n": 100},
+    "lambada": {"acc": 0.3, "acc_norm": None, "stderr": None, "n": 1},
+}
+
+
+def write(path: Path, content: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """The dense model, known by its evaluation; two that were pruned, with reports."""
+    dense = {"model": "org/dense", "sparsity": 0.0, "perplexity": 20.0, "tokens": 99}
+    write(tmp_path / "dense.json", dense | TASKS)
+    settings = {"allocator": "owl", "strength": 0, "max_sparsity": 0.9}
+    write(tmp_path / "owl" / "profile.json", make_profile(settings=settings))
+    write(tmp_path / "owl" / "eval.json", {"perplexity": 80.5, "tokens": 99})
+    first, second = make_profile(blocks=2), make_profile(blocks=4, realised=0.7)
+    write(tmp_path / "ours" / "report" / "profile.json", first)
+    write(
+        tmp_path / "ours" / "report" / "profile_2.json",
+        second | {"pruner": "SparseGPTModifier", "budget": 0.8},
+    )
+    write(tmp_path / "ours" / "eval_text.json", {"perplexity": 61.6, "tokens": 99})
+    write(tmp_path / "ours" / "eval_tasks.json", TASKS)
+    return [tmp_path / "dense.json", tmp_path / "owl", tmp_path / "ours"]
+
+
+def test_runs_are_read(runs: list[Path]) -> None:
+    dense, owl, ours = read_runs(runs)
+    assert dense == Run(
+        "dense", "org/dense", None, None, None, 0.0, 20.0, 99, tasks=TASKS
+    )
+    assert (owl.name, owl.allocation, owl.sparsity) == ("owl", "owl", 0.499)
+    assert (owl.perplexity, owl.tasks, owl.model) == (80.5, {}, "org/tiny-model")
+    assert ours.allocation == "owl + absorption"
+    assert ours.pruner == "WandaPruningModifier, SparseGPTModifier"
+    assert ours.tasks == TASKS and ours.perplexity == 61.6
+    # two reports: shares are weighted by the weights they are of
+    sizes = [sum(b["parameters"] for b in make_profile(n)["blocks"]) for n in (2, 4)]
+    whole = sum(sizes)
+    assert ours.sparsity == pytest.approx((0.499 * sizes[0] + 0.7 * sizes[1]) / whole)
+    assert ours.budget == pytest.approx((0.5 * sizes[0] + 0.8 * sizes[1]) / whole)
+
+
+def test_json_and_table(runs: list[Path]) -> None:
+    result = absorb("compare", *runs, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)["runs"]
+    assert [run["name"] for run in found] == ["dense", "owl", "ours"]
+    assert found[0]["tasks"] == TASKS
+    assert found[2]["perplexity"] == 61.6
+
+    result = absorb("compare", *runs)
+    for text in ("dense", "owl", "0.4990", "80.50", "61.60", "0.500", "0.450"):
+        assert text in result.stdout, text
+    assert "norm" in result.stdout and "arc" in result.stdout
+
+
+def test_figure(runs: list[Path], tmp_path: Path) -> None:
+    path = tmp_path / "figure.png"
+    assert absorb("compare", *runs, "--figure", path).exit_code == 0
+    image = imread(path)
+    assert image.ndim == 3 and image.std() > 0
+    one = imread(io.BytesIO(draw_runs([Run("a", perplexity=3.0), Run("b")])))
+    assert one.shape[1] < image.shape[1] / 2  # one panel
+    far = [Run("a", perplexity=3.0), Run("b", perplexity=3e5)]
+    assert imread(io.BytesIO(draw_runs(far))).std() > 0
+    with pytest.raises(ValueError, match="nothing|anything to draw"):
+        draw_runs([Run("a")])
+    assert "is a directory" in error_of("compare", *runs, "--figure", tmp_path)
+
+
+def test_equal_names_are_told_apart(tmp_path: Path) -> None:
+    paths = [tmp_path / part / "run" for part in ("a", "b")]
+    for path in paths:
+        write(path / "eval.json", TASKS)
+    assert [run.name for run in read_runs(paths)] == [str(path) for path in paths]
+
+
+def test_unfinished_runs_have_no_sparsity(tmp_path: Path) -> None:
+    write(tmp_path / "profile.json", make_profile(realised=None))
+    (run,) = read_runs([tmp_path])
+    assert run.sparsity is None and run.budget == 0.5
+
+
+def test_what_is_counted_in_the_model_goes_before_the_report(tmp_path: Path) -> None:
+    write(tmp_path / "profile.json", make_profile())
+    write(tmp_path / "eval.json", TASKS | {"sparsity": 0.45, "model": "pruned"})
+    (run,) = read_runs([tmp_path])
+    assert run.sparsity == 0.45
+
+
+def test_different_measures_are_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(compare.logger, "warning", warnings.append)
+    arc = {"arc": {**TASKS["arc"], "n": 7}}
+    paths = [
+        write(tmp_path / "a.json", {"perplexity": 2.0, "tokens": 5} | TASKS),
+        write(tmp_path / "b.json", {"perplexity": 2.0, "tokens": 6} | arc),
+    ]
+    read_runs([paths[0], paths[0]])
+    assert warnings == []
+    read_runs(paths)
+    assert "the perplexity" in warnings[0] and "[5, 6]" in warnings[0]
+    assert "task 'arc'" in warnings[1] and "[7, 100]" in warnings[1]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "neither profile.json .* nor eval.*json.*absorb eval"),
+        ({"eval.json": {"accuracy": 1}}, "no result of `absorb eval`"),
+        ({"eval.json": [1]}, "not a JSON object"),
+        ({"eval.json": TASKS, "eval_2.json": TASKS}, "another file .* has 'arc'"),
+        (
+            {"profile.json": {"schema_version": 9}},
+            "schema_version 9, this version reads 1",
+        ),
+    ],
+)
+def test_bad_runs(tmp_path: Path, files: dict[str, Any], message: str) -> None:
+    for name, content in files.items():
+        write(tmp_path / name, content)
+    with pytest.raises(ValueError, match=message):
+        read_runs([tmp_path])
+
+
+def test_files_that_are_no_json(tmp_path: Path) -> None:
+    (tmp_path / "eval.json").write_text("{")
+    with pytest.raises(ValueError, match="eval.json: not JSON"):
+        read_runs([tmp_path])
+    with pytest.raises(FileNotFoundError, match="none: no such run"):
+        read_runs([tmp_path / "none"])

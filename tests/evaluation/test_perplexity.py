@@ -1,0 +1,90 @@
+import math
+
+import pytest
+import torch
+from helpers.words import make_model
+
+import absorb_plugin.evaluation.perplexity as evaluation
+from absorb_plugin.evaluation.perplexity import linear_sparsity, perplexity
+
+
+@pytest.fixture
+def windows() -> list[list[int]]:
+    tokens = torch.randint(3, 63, (3, 40), generator=torch.Generator().manual_seed(1))
+    # of unequal length, so that a mean of means would differ
+    return [tokens[0].tolist(), tokens[1, :17].tolist(), tokens[2, :2].tolist()]
+
+
+def plain_perplexity(model, windows) -> float:
+    """Token by token in float64, without anything shared with the code under test."""
+    nll = []
+    with torch.no_grad():
+        for window in windows:
+            scores = model(torch.tensor([window])).logits[0].double()
+            for position, token in enumerate(window[1:]):
+                row = scores[position]
+                nll.append(float(torch.logsumexp(row, 0) - row[token]))
+    return math.exp(sum(nll) / len(nll))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_perplexity_is_that_of_a_plain_computation(windows, rows, monkeypatch):
+    monkeypatch.setattr(evaluation, "ROWS", rows)
+    model = make_model()
+    value, tokens = perplexity(model, windows, progress=False)
+    assert tokens == 39 + 16 + 1
+    assert value == pytest.approx(plain_perplexity(model.eval(), windows), rel=1e-5)
+
+
+def test_softmax_is_float32_for_16_bit_models(windows):
+    model = make_model().to(torch.bfloat16)
+    value, _ = perplexity(model, windows, progress=False)
+    assert value == pytest.approx(plain_perplexity(model.eval(), windows), rel=1e-5)
+
+
+def test_model_is_left_in_its_mode(windows):
+    model = make_model().train()
+    perplexity(model, windows, progress=False)
+    assert model.training
+
+
+def test_progress_goes_to_stderr(windows, capsys):
+    perplexity(make_model(), windows)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Perplexity" in captured.err
+
+
+def test_logits_that_are_not_finite(windows):
+    model = make_model()
+    model.lm_head.weight.data[5] = float("nan")
+    with pytest.raises(ValueError, match="not finite in window 0"):
+        perplexity(model, windows, progress=False)
+
+
+@pytest.mark.parametrize("nothing", [[], [[4]]])
+def test_nothing_to_predict(nothing):
+    with pytest.raises(ValueError, match="no token to predict"):
+        perplexity(make_model(), nothing, progress=False)
+
+
+def test_linear_sparsity_leaves_out_the_head():
+    model = make_model()
+    assert linear_sparsity(model) == 0
+    model.lm_head.weight.data.zero_()
+    assert linear_sparsity(model) == 0
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.weight.data[:16].zero_()
+    blocks = sum(
+        module.weight.numel()
+        for module in model.model.modules()
+        if isinstance(module, torch.nn.Linear)
+    )
+    assert linear_sparsity(model) == pytest.approx(2 * 16 * 32 / blocks)
+
+
+def test_linear_sparsity_needs_linears():
+    model = make_model()
+    model.model.layers = torch.nn.ModuleList()
+    with pytest.raises(ValueError, match="no Linear"):
+        linear_sparsity(model)
