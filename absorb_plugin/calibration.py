@@ -197,7 +197,7 @@ def join_samples(samples: Iterable[Batch], size: int = 8) -> list[dict]:
 
 def pad_to_batch(samples: Sequence[Batch]) -> dict:
     """
-    One batch of single samples of whatever length, pad_to_batch on the right where theirs
+    One batch of single samples of whatever length, padded on the right where theirs
     differ.
     """
     lengths = [sample["input_ids"].shape[1] for sample in samples]

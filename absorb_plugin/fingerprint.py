@@ -45,8 +45,9 @@ def digest(value: object) -> str:
 
 def model_digest(model: PreTrainedModel) -> str:
     """
-    Everything about the model and the software that a measurement's result depends on: all
-    weights and buffers, configuration, kind of device, versions, this package's code.
+    Everything about the model and the software that a measurement's result depends on:
+    all weights and buffers, configuration, kind of device, versions, this package's
+    code.
     Neither the model's path nor the number of threads is part of it.
     """
     config = model.config.to_dict()

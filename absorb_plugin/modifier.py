@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from absorb_plugin._llmcompressor import ModifierFactory  # isort: skip  first
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from loguru import logger
@@ -155,3 +156,8 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         adapter.remove_from_recipe(self)
         logger.info("Sparsities are set; recipe.yaml replays without absorb_plugin")
         return True
+
+
+ModifierFactory.register(
+    AbsorptionAllocationModifier.__name__, AbsorptionAllocationModifier
+)

@@ -19,7 +19,7 @@ import torch
 import transformers
 
 import absorb_plugin.allocation as allocation
-from absorb_cli.app import app
+from absorb_plugin.cli.app import app
 
 torch.set_num_threads(1)
 # a shell that starts us in the background has SIGINT ignored

@@ -21,7 +21,7 @@ from llmcompressor.recipe import Recipe
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
-from absorb_cli.app import app
+from absorb_plugin.cli.app import app
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.evaluation.perplexity import linear_sparsity
 

@@ -101,14 +101,9 @@ def groups_of(
         if granularity == "block":
             groups.append(LinearGroup(block.name, statistics, block.parameters))
             continue
-        groups += [
-            LinearGroup(
-                block.full_name(name),
-                {name: one},
-                linear_parameters(block.linears[name]),
-            )
-            for name, one in statistics.items()
-        ]
+        for name, one in statistics.items():
+            size = linear_parameters(block.linears[name])
+            groups.append(LinearGroup(block.full_name(name), {name: one}, size))
     return groups
 
 

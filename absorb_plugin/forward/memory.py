@@ -3,8 +3,8 @@ What a forward with probes takes beside the model, in bytes, so that batches can
 to a limit.
 
 The figures are upper bounds from the tensors that are alive at once, checked against
-the live tensors of real runs in tests/forward/test_memory.py and against the resident memory
-of a process in integration/benchmarks/memory.py.
+the live tensors of real runs in tests/forward/test_memory.py and against the resident
+memory of a process in integration/benchmarks/memory.py.
 """
 
 from collections.abc import Sequence

@@ -59,10 +59,9 @@ def run_probes(
         hooks = _BlockHooks(blocks, probes, head)
         stack.push(hooks)  # before they are added: an interrupt may come in between
         hooks.__enter__()
-        need = footprint(
-            model, blocks.modules, [probe.needs for probe in probes], memory
-        )
-        whole = any(probe.needs.single_batch for probe in probes)
+        needs = [probe.needs for probe in probes]
+        need = footprint(model, blocks.modules, needs, memory)
+        whole = any(one.single_batch for one in needs)
         head.chunk_bytes = need.chunk
         for batch in tqdm(
             list(_within_memory(batches, need, memory, whole)),

@@ -24,8 +24,8 @@ __all__ = ["leave_statistics", "reduce_statistics"]
 WARNING = (
     "{name} does not keep its statistics as absorb_plugin knows it ({reason}): under "
     "torch.distributed they are left as they are, and each rank prunes by its own "
-    "calibration samples alone. Run on one rank, or set reduce_pruner_statistics: false "
-    "to be rid of this warning"
+    "calibration samples alone. Run on one rank, or set reduce_pruner_statistics: "
+    "false to be rid of this warning"
 )
 
 

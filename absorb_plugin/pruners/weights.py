@@ -32,8 +32,7 @@ def block_sparsities(
     blocks: BlockMap, allocation: np.ndarray
 ) -> dict[int, dict[str, float]]:
     """
-    An allocation, one sparsity per prunable Linear, by block and relative name. Rounding
-    aside, this is the only way in which weights come to their sparsity.
+    An allocation, one sparsity per prunable Linear, by block and relative name.
     """
     by_name = dict(zip(linear_names(blocks), allocation.tolist(), strict=True))
     return {

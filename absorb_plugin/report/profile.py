@@ -242,7 +242,7 @@ def command_line() -> str | None:
     to publish.
     """
     main = getattr(sys.modules["__main__"], "__spec__", None)
-    by_module = main is not None and main.name == "absorb_plugin.cli"
+    by_module = main is not None and main.name == "absorb_plugin.cli.__main__"
     if by_module or Path(sys.argv[0]).name == "absorb":
         return shlex.join(["absorb", *sys.argv[1:]])
     return None

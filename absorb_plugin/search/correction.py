@@ -19,8 +19,8 @@ def direction_from_ratio(ratio: np.ndarray) -> np.ndarray:
     if not (np.isfinite(ratio).all() and (ratio > 0).all()):
         raise ValueError(
             f"amplification ratios must be positive, got {ratio.tolist()}: choose "
-            "another magnitude in signal_args (noise too small is lost in rounding, noise too "
-            "large overflows), 1e-2 is a good start"
+            "another magnitude in signal_args (noise too small is lost in rounding, "
+            "noise too large overflows), 1e-2 is a good start"
         )
     u = np.clip(np.log(ratio), -math.log(3.0), math.log(3.0))
     return -(u - u.mean())

@@ -82,5 +82,6 @@ class Signal(BaseModel):
                 for one in error.errors()
             )
             raise ValueError(
-                f"signal_args of signal {cls.name!r}: {told}. It takes {takes or 'none'}"
+                f"signal_args of signal {cls.name!r}: {told}. It takes "
+                f"{takes or 'none'}"
             ) from error

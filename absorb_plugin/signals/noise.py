@@ -89,8 +89,8 @@ class NoiseProfile:
     def warn_if_below_floor(self, magnitude: float) -> None:
         if self.below_floor(magnitude):
             logger.warning(
-                f"signal_args magnitude={magnitude:g} is below {FLOOR_MARGIN:g} times the "
-                f"rounding floor of {self.floor[-1]:.1e}: the ratios are partly "
+                f"signal_args magnitude={magnitude:g} is below {FLOOR_MARGIN:g} times "
+                f"the rounding floor of {self.floor[-1]:.1e}: the ratios are partly "
                 "arithmetic. Set dtype: float32 in signal_args, or a larger magnitude"
             )
 

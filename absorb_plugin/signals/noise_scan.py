@@ -20,7 +20,7 @@ from absorb_plugin.files import json_numbers
 from absorb_plugin.forward.run import run_probes
 from absorb_plugin.signals.noise import NoiseProbe, NoiseProfile
 
-__all__ = ["NoiseScan", "as_dict", "scan_noise", "parse_magnitudes"]
+__all__ = ["NoiseScan", "as_dict", "scan_noise"]
 
 
 @dataclass(frozen=True)
@@ -50,27 +50,6 @@ class NoiseScan:
         return [eta for eta, profile in pairs if profile.below_floor(eta)]
 
 
-def parse_magnitudes(text: str) -> list[float]:
-    """
-    :param text: numbers with commas between them
-    :return: ascending, each once
-    :raises ValueError: naming what is no positive number
-    """
-    found = set()
-    for part in text.split(","):
-        try:
-            eta = float(part)
-        except ValueError:
-            eta = np.nan
-        if not (np.isfinite(eta) and eta > 0):
-            raise ValueError(
-                f"--eta {part.strip()!r}: write positive numbers with commas between "
-                "them, as in --eta 1e-3,1e-2,0.1"
-            )
-        found.add(eta)
-    return sorted(found)
-
-
 def scan_noise(
     model: PreTrainedModel,
     samples: Dataset,
@@ -86,8 +65,8 @@ def scan_noise(
     :param samples: rows of `input_ids` and `attention_mask`
     :param magnitudes: η, ascending
     :param seed: of the noise
-    :param sink_tokens: as in `AbsorptionAllocationModifier`
-    :param noise_dtype: as in `AbsorptionAllocationModifier`
+    :param sink_tokens: as of `Noise`
+    :param noise_dtype: its `dtype`
     :param probe_memory: bytes that the hidden states may take
     """
     compute_on_one_device(model)
@@ -97,7 +76,6 @@ def scan_noise(
         NoiseProbe(blocks.prunable, len(blocks), eta, seed, sink_tokens, noise_dtype)
         for eta in magnitudes
     ]
-    names = [block.name for block in blocks.blocks]
     run_probes(
         model,
         blocks,
@@ -108,7 +86,7 @@ def scan_noise(
     )
     dtype = torch.float32 if noise_dtype == "float32" else model.dtype
     return NoiseScan(
-        [names[index] for index in blocks.prunable],
+        [blocks.blocks[index].name for index in blocks.prunable],
         list(magnitudes),
         [probe.result() for probe in probes],
         str(dtype).removeprefix("torch."),

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from absorb_cli.options import Dtype
+from absorb_plugin.cli.options import Dtype
 
 __all__ = ["read_inputs"]
 

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from absorb_cli.frame import command, show
-from absorb_cli.inputs import read_inputs
-from absorb_cli.options import (
+from absorb_plugin.cli.frame import command, show
+from absorb_plugin.cli.inputs import read_inputs
+from absorb_plugin.cli.options import (
     AsJson,
     Cache,
     DatasetName,

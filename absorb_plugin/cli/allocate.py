@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from absorb_cli.frame import command, show
-from absorb_cli.inputs import read_inputs
-from absorb_cli.options import (
+from absorb_plugin.cli.frame import command, show
+from absorb_plugin.cli.inputs import read_inputs
+from absorb_plugin.cli.options import (
     AsJson,
     Cache,
     DatasetName,
@@ -24,7 +24,7 @@ from absorb_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from absorb_plugin.allocation import Allocation
+    from absorb_plugin.allocate import Allocation
 
 __all__ = ["allocate"]
 
@@ -32,6 +32,24 @@ __all__ = ["allocate"]
 class Granularity(str, Enum):
     block = "block"
     linear = "linear"
+
+
+class Level(str, Enum):
+    auto = "auto"
+    block = "block"
+    part = "part"
+    linear = "linear"
+
+
+class Effort(str, Enum):
+    quick = "quick"
+    standard = "standard"
+    thorough = "thorough"
+
+
+class PrunerName(str, Enum):
+    wanda = "wanda"
+    sparsegpt = "sparsegpt"
 
 
 def allocate(
@@ -51,6 +69,13 @@ def allocate(
     granularity: Annotated[
         Granularity, typer.Option(help="What the base allocator ranks.")
     ] = Granularity.block,
+    level: Annotated[Level, typer.Option(help="What is corrected alike.")] = Level.auto,
+    effort: Annotated[
+        Effort, typer.Option(help="How much is measured.")
+    ] = Effort.standard,
+    pruner: Annotated[
+        PrunerName, typer.Option(help="What the allocation is for.")
+    ] = PrunerName.wanda,
     correction: Annotated[
         bool, typer.Option(help="Correct the base allocation by absorption.")
     ] = True,
@@ -61,20 +86,21 @@ def allocate(
 ) -> None:
     """Compute the sparsity of every block of MODEL, without pruning."""
     with command(debug) as stdout:
-        from absorb_plugin.allocation import allocate_model, as_dict
-        from absorb_plugin.budget import check_budget
+        from absorb_plugin.evaluation.allocation import allocate_model, as_dict
         from absorb_plugin.evaluation.loading import load_model
         from absorb_plugin.evaluation.text import calibration_samples
         from absorb_plugin.files import check_writable
-        from absorb_plugin.modifier import AbsorptionAllocationModifier
+        from absorb_plugin.search.budget import check_budget
+        from absorb_plugin.settings import AllocationSettings
 
-        settings = AbsorptionAllocationModifier(
+        settings = AllocationSettings(
             allocator=allocator,
             allocator_args=dict(map(_parse_argument, arguments or [])),
             granularity=granularity.value,
-            noise_seed=seed,
-            profile_cache=profile_cache,
-            **({} if correction else {"strength": 0}),
+            level=level.value,
+            effort=effort.value,
+            profile_cache=None if profile_cache is None else str(profile_cache),
+            strength="auto" if correction else 0,
         )
         settings.base_allocator()
         check_budget(sparsity, settings.max_sparsity)
@@ -82,9 +108,10 @@ def allocate(
             check_writable("--profile-cache", str(profile_cache))
         documents, tokenizer = read_inputs(model, text, dataset, split, seq_len, dtype)
         data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
-        found = allocate_model(load_model(model, dtype.value), data, sparsity, settings)
+        loaded = load_model(model, dtype.value)
+        found = allocate_model(loaded, data, sparsity, settings, pruner=pruner.value)
         if as_json:
-            show(stdout, as_dict(found, allocator), as_json)
+            show(stdout, as_dict(found, allocator, pruner.value), as_json)
         else:
             _print(found, stdout)
 
@@ -107,15 +134,18 @@ def _print(allocation: "Allocation", file: TextIO) -> None:
     table = Table()
     for column in ("block", "weights", "metric", "base", "sparsity"):
         table.add_column(column, justify="left" if column == "block" else "right")
-    sparsities = allocation.block_sparsities()
+    bases = allocation.block_means(allocation.base.sparsity)
+    sparsities = allocation.block_means(allocation.sparsity)
     for row, index in enumerate(allocation.blocks.prunable):
         block = allocation.blocks.blocks[index]
         table.add_row(
             block.name,
             f"{block.parameters:,}",
             f"{allocation.base.metric[row]:.4g}",
-            f"{allocation.base.sparsity[row]:.4f}",
+            f"{bases[row]:.4f}",
             f"{sparsities[row]:.4f}",
         )
-    table.caption = f"{allocation.achieved():.4f} of {allocation.budget} over all"
+    table.caption = (
+        f"{allocation.achieved():.4f} of {allocation.budget.sparsity} over all"
+    )
     Console(file=file).print(table)

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from absorb_cli.frame import command, show
-from absorb_cli.options import AsJson, Debug
+from absorb_plugin.cli.frame import command, show
+from absorb_plugin.cli.options import AsJson, Debug
 
 if TYPE_CHECKING:
     from absorb_plugin.evaluation.demo import DemoResult

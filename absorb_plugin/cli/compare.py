@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from absorb_cli.frame import command, show
-from absorb_cli.options import AsJson, Debug
+from absorb_plugin.cli.frame import command, show
+from absorb_plugin.cli.options import AsJson, Debug
 
 if TYPE_CHECKING:
     from absorb_plugin.evaluation.compare import Run

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from absorb_cli.frame import command, show
-from absorb_cli.inputs import read_inputs
-from absorb_cli.options import (
+from absorb_plugin.cli.frame import command, show
+from absorb_plugin.cli.inputs import read_inputs
+from absorb_plugin.cli.options import (
     AsJson,
     DatasetName,
     Debug,
@@ -24,7 +24,7 @@ from absorb_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from absorb_plugin.dose import DoseProfile
+    from absorb_plugin.signals.noise_scan import NoiseScan
 
 __all__ = ["noise"]
 
@@ -66,18 +66,18 @@ def noise(
 ) -> None:
     """Measure how MODEL absorbs or amplifies noise, over depth and over η."""
     with command(debug) as stdout:
-        from absorb_plugin import dose
         from absorb_plugin.evaluation.loading import load_model
         from absorb_plugin.evaluation.text import calibration_samples
         from absorb_plugin.files import check_file, replace_file
         from absorb_plugin.report.dose_figure import draw_doses
+        from absorb_plugin.signals.noise_scan import as_dict, scan_noise
 
         magnitudes = _parse_magnitudes(eta)
         if figure is not None:
             check_file(figure, "--figure")
         documents, tokenizer = read_inputs(model, text, dataset, split, seq_len, dtype)
         data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
-        found = dose.measure_doses(
+        found = scan_noise(
             load_model(model, dtype.value),
             data,
             magnitudes,
@@ -88,7 +88,7 @@ def noise(
         if figure is not None:
             replace_file(figure, draw_doses(found, Path(model).name))
         if as_json:
-            show(stdout, dose.as_dict(found), as_json)
+            show(stdout, as_dict(found), as_json)
         else:
             _print(found, stdout)
 
@@ -114,14 +114,14 @@ def _parse_magnitudes(text: str) -> list[float]:
     return sorted(found)
 
 
-def _print(found: "DoseProfile", file: TextIO) -> None:
+def _print(found: "NoiseScan", file: TextIO) -> None:
     """The ratio r per block and η."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"Ratio r, computed in {found.dtype}")
     table.add_column("noise after")
-    below_floor = found.drowned()
+    below_floor = found.below_floor()
     for eta in found.magnitudes:
         mark = "*" if eta in below_floor else ""
         table.add_column(f"η={eta:g}{mark}", justify="right")

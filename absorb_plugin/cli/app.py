@@ -2,13 +2,13 @@
 
 import typer
 
-from absorb_cli.allocate import allocate
-from absorb_cli.allocators import allocators
-from absorb_cli.compare import compare
-from absorb_cli.demo import demo
-from absorb_cli.evaluate import evaluate
-from absorb_cli.noise import noise
-from absorb_cli.prune import prune
+from absorb_plugin.cli.allocate import allocate
+from absorb_plugin.cli.allocators import allocators
+from absorb_plugin.cli.compare import compare
+from absorb_plugin.cli.demo import demo
+from absorb_plugin.cli.evaluate import evaluate
+from absorb_plugin.cli.noise import noise
+from absorb_plugin.cli.prune import prune
 
 __all__ = ["app"]
 

@@ -4,8 +4,8 @@ import json
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from absorb_cli.frame import command
-from absorb_cli.options import AsJson, Debug
+from absorb_plugin.cli.frame import command
+from absorb_plugin.cli.options import AsJson, Debug
 
 __all__ = ["allocators"]
 
