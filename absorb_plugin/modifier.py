@@ -12,6 +12,7 @@ from absorb_plugin import distributed
 from absorb_plugin.allocate import allocate, choose_signal
 from absorb_plugin.blocks import BlockMap, find_blocks
 from absorb_plugin.calibration import read_batches
+from absorb_plugin.devices import computing_on_one_device
 from absorb_plugin.files import check_writable
 from absorb_plugin.plugins import notify_plugins
 from absorb_plugin.pruners import adapter, ranks
@@ -130,14 +131,15 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
             return
         batches = read_batches(state.data.calib)
         for number, found in enumerate(self._pruners):
-            allocation = allocate(
-                state.model,
-                found.blocks,
-                batches,
-                sparsity=found.sparsity,
-                pruner=found.pruner,
-                settings=self,
-            )
+            with computing_on_one_device(state.model):
+                allocation = allocate(
+                    state.model,
+                    found.blocks,
+                    batches,
+                    sparsity=found.sparsity,
+                    pruner=found.pruner,
+                    settings=self,
+                )
             found.set_sparsities(allocation.linear_sparsities())
             report = Report(
                 self, self._recipe, state.model, found, allocation, batches, number

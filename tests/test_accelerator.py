@@ -17,23 +17,29 @@ from compressed_tensors.offload import set_onload_device
 from helpers.fake_accelerator import DeviceMix, FakeDevice, fake_accelerator, on_host
 from transformers import PreTrainedModel
 
-from absorb_plugin import AbsorptionAllocationModifier
-from absorb_plugin.allocation import Allocation, allocate_model
-from absorb_plugin.devices import compute_on_one_device
-from absorb_plugin.dose import measure_doses
+from absorb_plugin.allocate import Allocation
+from absorb_plugin.devices import computing_on_one_device
+from absorb_plugin.evaluation.allocation import allocate_model
 from absorb_plugin.pruners.thresholds import global_threshold, row_thresholds
+from absorb_plugin.settings import AllocationSettings
+from absorb_plugin.signals import SIGNALS
+from absorb_plugin.signals.noise_scan import scan_noise
 
-SEARCH = {"strength": "auto", "rounds": 1, "holdout_samples": 2}
+SEARCH = {"strength": "auto", "rounds": 1, "search_samples": 2}
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "owl": ("wanda", {"allocator": "owl"}),
     "dlp": ("wanda", {"allocator": "dlp"}),
     "alpha_pruning": ("wanda", {"allocator": "alpha_pruning"}),
     "response": ("wanda", {"signal": "response"}),
     "noise": ("wanda", {"signal": "noise"}),
-    "noise, float32": ("wanda", {"signal": "noise", "noise_dtype": "float32"}),
-    "linear": ("wanda", {"granularity": "linear"}),
+    "noise, float32": (
+        "wanda",
+        {"signal": "noise", "signal_args": {"dtype": "float32"}},
+    ),
+    "linear": ("wanda", {"granularity": "linear", "level": "linear"}),
     "search": ("wanda", SEARCH),
     "sparsegpt": ("sparsegpt", SEARCH),
+    "pruner": ("sparsegpt", {"signal": "pruner", "level": "linear"}),
 }
 
 
@@ -65,7 +71,7 @@ def over_two(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def allocated(model: PreTrainedModel, **fields: Any) -> Allocation:
-    settings = AbsorptionAllocationModifier(**fields)
+    settings = AllocationSettings(**fields)
     return allocate_model(model, tiny.make_dataset(6), 0.5, settings)
 
 
@@ -136,7 +142,7 @@ def test_oneshot(name: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(*found, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("signal", ["gradient", "response", "noise"])
+@pytest.mark.parametrize("signal", list(SIGNALS))
 def test_allocate_offloaded(signal: str) -> None:
     fields = {"signal": signal, **SEARCH}
     expected = allocated(tiny.make_model("llama"), **fields)
@@ -167,7 +173,7 @@ def to_disk(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("spread", [over_two, to_cpu])
-@pytest.mark.parametrize("signal", ["gradient", "response", "noise"])
+@pytest.mark.parametrize("signal", list(SIGNALS))
 def test_allocate_as_accelerate_spreads_it(
     signal: str, spread: Callable[[PreTrainedModel], PreTrainedModel]
 ) -> None:
@@ -187,9 +193,9 @@ def test_allocate_from_disk(tmp_path: Path) -> None:
 @pytest.mark.parametrize("spread", [offloaded, over_two, to_cpu])
 def test_noise(spread: Callable[[PreTrainedModel], PreTrainedModel]) -> None:
     data = tiny.make_dataset(4)
-    expected = measure_doses(tiny.make_model("llama"), data, [0.1])
+    expected = scan_noise(tiny.make_model("llama"), data, [0.1])
     with fake_accelerator(2):
-        found = measure_doses(spread(tiny.make_model("llama")), data, [0.1])
+        found = scan_noise(spread(tiny.make_model("llama")), data, [0.1])
     ratios = [x.profiles[0].ratio for x in (found, expected)]
     np.testing.assert_allclose(*ratios, rtol=1e-5)
 
@@ -197,6 +203,17 @@ def test_noise(spread: Callable[[PreTrainedModel], PreTrainedModel]) -> None:
 def test_a_model_on_one_device_stays_as_it_is() -> None:
     model = tiny.make_model("llama")
     before = tiny.snapshot(model)
-    compute_on_one_device(model)
+    with computing_on_one_device(model):
+        assert type(model.lm_head._parameters) is dict
     tiny.assert_untouched(model, before)
-    assert type(model.lm_head._parameters) is dict
+
+
+def test_a_dispatched_model_computes_afterwards_where_it_did() -> None:
+    with fake_accelerator(2):
+        model = tiny.make_model("llama")
+        set_onload_device(model, torch.device("fake:0"))
+        set_onload_device(model.lm_head, torch.device("fake:1"))
+        with computing_on_one_device(model):
+            assert model.lm_head.weight.device == torch.device("fake:0")
+        assert model.lm_head.weight.device == torch.device("fake:1")
+        assert model.model.norm.weight.device == torch.device("fake:0")
