@@ -75,6 +75,9 @@ class _Backend(backend_registration._DummyBackendModule):
     def device_count(self) -> int:
         return self.devices
 
+    def get_device_name(self, device: Any = None) -> str:
+        return "Fake 1"
+
     def get_rng_state(self, *_: Any) -> torch.Tensor:
         return torch.get_rng_state()
 
