@@ -50,7 +50,9 @@ class DeviceMix(RuntimeError):
 
 
 class _Handle(torch.Tensor):
-    """A device tensor, seen from the host. Only `FakeDevice` can use it."""
+    """A device tensor, seen from the host."""
+
+    device_in_use: "FakeDevice | None" = None
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -61,7 +63,10 @@ class _Handle(torch.Tensor):
     def __torch_dispatch__(
         func: Any, types: Any, args: Sequence = (), kwargs: Mapping | None = None
     ) -> Any:
-        raise RuntimeError(f"{func} on a tensor of a device that is not there any more")
+        if _Handle.device_in_use is None:
+            raise RuntimeError(f"{func} on a tensor of a device that is gone")
+        # in another thread than that of the context
+        return _Handle.device_in_use.run(func, args, dict(kwargs or {}))
 
 
 class _Backend(backend_registration._DummyBackendModule):
@@ -116,7 +121,9 @@ class FakeDevice(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence = (), kwargs: Mapping | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
+        return self.run(func, args, dict(kwargs or {}))
+
+    def run(self, func: Any, args: Sequence, kwargs: dict[str, Any]) -> Any:
         tensors = [x for x in tree_leaves((args, kwargs)) if _is_tensor(x)]
         wanted = _device(kwargs.get("device"))
         if not any(map(_is_fake, tensors)) and not _is_fake_device(wanted):
@@ -163,7 +170,9 @@ def fake_accelerator(devices: int = 1) -> Iterator[FakeDevice]:
             stack.enter_context(patch.object(torch.Tensor, name, method, create=True))
         for name, function in _FACTORIES.items():
             stack.enter_context(patch.object(torch, name, function))
-        yield stack.enter_context(FakeDevice())
+        device = FakeDevice()
+        stack.enter_context(patch.object(_Handle, "device_in_use", device))
+        yield stack.enter_context(device)
 
 
 def _is_tensor(value: Any) -> bool:
