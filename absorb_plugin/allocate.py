@@ -14,17 +14,24 @@ from transformers import PreTrainedModel
 from absorb_plugin import distributed
 from absorb_plugin.allocators.base_allocation import Base, base_allocation
 from absorb_plugin.blocks import BlockMap
-from absorb_plugin.calibration import Batch, SampleSplit, SampleUse, cut_tokens
+from absorb_plugin.calibration import Batch, cut_tokens, token_mask
 from absorb_plugin.forward.inputs import InputStatistics, unseen_linears
 from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.groups import Groups, named
 from absorb_plugin.judges import MaskedLoss, PrunedLoss
 from absorb_plugin.pruners import Pruner
+from absorb_plugin.sample_split import SampleSplit, SampleUse
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.search.confirm import Confirmed, confirm
 from absorb_plugin.search.correction import corrected
-from absorb_plugin.search.line_search import Losses, SearchResult, line_search
-from absorb_plugin.settings import AllocationSettings
+from absorb_plugin.search.descent import Slopes
+from absorb_plugin.search.line_search import (
+    Losses,
+    SearchResult,
+    descent_search,
+    line_search,
+)
+from absorb_plugin.settings import AllocationSettings, Effort
 from absorb_plugin.signals import SIGNALS, Setting, Signal
 from absorb_plugin.signals.noise import Noise, NoiseProfile
 
@@ -103,7 +110,14 @@ def allocate(
     judged = settings.strength == "auto"
     by_loss = judged or (settings.strength != 0 and signal.by_loss)
     effort = settings.measuring()
-    samples = SampleSplit(batches, effort, judged=judged, by_loss=by_loss)
+    samples = SampleSplit(
+        batches,
+        effort,
+        judged=judged,
+        by_loss=by_loss,
+        pruning_tokens=pruner.judge_tokens(widest(blocks)),
+    )
+    warn_of_few_tokens(pruner, blocks, batches)
     runner = ProbeRunner(model, blocks, settings.probe_memory, settings.profile_cache)
     groups = Groups.at(level, blocks)
     budget = Budget.of(groups.sizes, sparsity, settings.max_sparsity)
@@ -122,21 +136,17 @@ def allocate(
         cache=runner.cache,
     )
     setting = Setting(blocks, groups, samples, runner, pruner, statistics)
-    measure = partial(measure_direction, setting, signal)
     final, direction = base.sparsity, np.zeros_like(base.sparsity)
     search, confirmed = None, None
     if judged:
-        rounds = 1 if signal.once else effort.rounds
-        search = line_search(
-            final, budget, measure, partial(masked_loss, setting), rounds=rounds
-        )
-        final, direction = search.sparsity, search.rounds[0].direction
+        search = search_correction(setting, signal, base, budget, effort)
+        final, direction = search.sparsity, search.direction
         if effort.confirm and final is not base.sparsity:
             judge = partial(pruned_loss, setting)
             confirmed = confirm(final, base.sparsity, budget, judge)
             final = confirmed.sparsity
     elif settings.strength != 0:
-        direction = measure(final)
+        direction = measure_direction(setting, signal, final)
         final = budget.meet(corrected(final, direction, float(settings.strength)))
     return Allocation(
         blocks=blocks,
@@ -172,12 +182,57 @@ def choose_level(settings: AllocationSettings) -> str:
     return "block" if settings.level == "auto" else settings.level
 
 
+def warn_of_few_tokens(
+    pruner: Pruner, blocks: BlockMap, batches: Sequence[Batch]
+) -> None:
+    """A Hessian of too few tokens makes a pruner that uses it worse than masks."""
+    tokens = sum(int(token_mask(batch).sum()) for batch in batches)
+    wanted = pruner.tokens_per_column * widest(blocks)
+    if tokens < wanted:
+        logger.warning(
+            f"{pruner.modifier.__name__} prunes by {tokens} calibration tokens, and "
+            f"the widest Linear has {widest(blocks)} columns: with fewer than {wanted} "
+            "tokens it can be worse than Wanda. Raise num_calibration_samples or "
+            "max_seq_length"
+        )
+
+
+def widest(blocks: BlockMap) -> int:
+    """Columns of the widest Linear that will be pruned."""
+    return max(linear.in_features for linear in blocks.linears().values())
+
+
+def search_correction(
+    setting: Setting, signal: Signal, base: Base, budget: Budget, effort: Effort
+) -> SearchResult:
+    """Down the slopes of a signal that has some, else along its direction."""
+    judge = partial(masked_loss, setting)
+    if signal.once:
+        measure = partial(measure_direction, setting, signal)
+        return line_search(base.sparsity, budget, measure, judge, rounds=1)
+    return descent_search(
+        base.sparsity,
+        budget,
+        partial(measure_slopes, setting, signal),
+        judge,
+        groups=setting.groups,
+        rounds=effort.rounds,
+    )
+
+
+def measure_slopes(setting: Setting, signal: Signal, allocation: np.ndarray) -> Slopes:
+    """The slopes of every group, the same on all ranks."""
+    allocation = distributed.from_first(allocation)
+    return distributed.from_first(signal.slopes(setting, allocation))
+
+
 def measure_direction(
     setting: Setting, signal: Signal, allocation: np.ndarray
 ) -> np.ndarray:
     """Δ of every Linear, the same on all ranks."""
     allocation = distributed.from_first(allocation)
-    return setting.groups.spread(signal.measure(setting, allocation))
+    direction = distributed.from_first(signal.direction(setting, allocation))
+    return setting.groups.spread(direction)
 
 
 def masked_loss(setting: Setting, candidates: Sequence[np.ndarray]) -> Losses:

@@ -206,6 +206,11 @@ def make_model(architecture: str, seed: int = 0, **overrides: Any) -> PreTrained
     return model
 
 
+def small(**overrides: Any) -> PreTrainedModel:
+    """A LLaMA of two blocks."""
+    return make_model("llama", num_hidden_layers=2, **overrides)
+
+
 def make_batch(
     samples: int = 3, tokens: int = 12, padding: str | None = None, seed: int = 0
 ) -> dict[str, torch.Tensor]:

@@ -9,7 +9,8 @@ from helpers import tiny
 from helpers.probes import run
 from matplotlib.image import imread
 
-from absorb_plugin.report.dose_figure import draw_doses
+from absorb_plugin.report.figure import draw
+from absorb_plugin.report.noise_figure import noise_charts
 from absorb_plugin.signals.noise import NoiseProbe
 from absorb_plugin.signals.noise_scan import as_dict, scan_noise
 
@@ -49,6 +50,6 @@ def test_dictionary_and_figure() -> None:
         assert entry["drift"][1][0] is None and entry["drift"][1][1] > 0
         assert entry["ratio"][-1] == 1.0
     assert len(content["floor"]) == 3
-    image = imread(io.BytesIO(draw_doses(found, "falcon")))
+    image = imread(io.BytesIO(draw(noise_charts(content), "falcon", columns=3)))
     assert image.shape[0] > 400 and image.shape[1] > 1000
     assert image[..., :3].std() > 0.05
