@@ -17,8 +17,8 @@ from absorb_plugin.calibration import Batch
 from absorb_plugin.groups import Groups, named
 from absorb_plugin.pruners import Pruner, SparseGPT, Wanda
 from absorb_plugin.pruners.weights import MaskedSlopes, PrunedSlopes, band
-from absorb_plugin.search.correction import direction_from_response
-from absorb_plugin.signals.gradient import GradientProbe, direction_from_slopes
+from absorb_plugin.search.standard_error import standard_error
+from absorb_plugin.signals.gradient import GradientProbe, LinearSlopes
 from absorb_plugin.signals.pruned_model import PrunedModel
 
 
@@ -46,8 +46,8 @@ def test_slope_equals_autograd_through_a_masked_copy(
         changed = (ranks >= low) & (ranks < high)
         effect = -float((gradient * weight)[changed].double().sum())
         expected.append(effect * columns / (high - low) / tokens)
-    np.testing.assert_allclose(probe.result(), expected, rtol=1e-3, atol=1e-5)
-    assert probe.loss() == pytest.approx(total.item() / tokens, rel=1e-5)
+    np.testing.assert_allclose(probe.result().mean(), expected, rtol=1e-3, atol=1e-5)
+    assert probe.result().loss == pytest.approx(total.item() / tokens, rel=1e-5)
     tiny.assert_untouched(any_model, before)
 
 
@@ -84,7 +84,7 @@ def test_slope_equals_autograd_through_a_pruned_copy(
             along = float((gradient * (more - less)).double().sum())
             expected[name] = along / share / naive.predicted(batch)
     wanted = [expected[name] for name in sparsities]
-    np.testing.assert_allclose(probe.result(), wanted, rtol=2e-2, atol=2e-4)
+    np.testing.assert_allclose(probe.result().mean(), wanted, rtol=2e-2, atol=2e-4)
     assert np.abs(wanted).max() > 0.05
     tiny.assert_untouched(model, before)
 
@@ -113,7 +113,7 @@ def test_slope_is_that_of_the_loss(llama: PreTrainedModel) -> None:
                 losses.append(naive.loss_sums(masked, batch).sum().item())
     difference = np.subtract(losses[::2], losses[1::2])
     difference /= 2 * step * naive.predicted(batch)
-    found = by.total(probe.result())
+    found = by.total(probe.result().mean())
     np.testing.assert_allclose(found, difference, rtol=0.25, atol=2e-3)
     assert np.abs(found).max() > 0.01
 
@@ -146,7 +146,7 @@ def test_slope_of_one_linear_is_that_of_llm_compressors_pruning(
         zeros.append((weight == 0).float().mean().item())
     difference = (losses[1] - losses[0]) / (zeros[1] - zeros[0])
     expected = difference / naive.predicted(batch)
-    (found,) = probe.result()
+    (found,) = probe.result().mean()
     assert found == pytest.approx(expected, rel=0.1)
     assert abs(found) > 1e-3
 
@@ -159,7 +159,7 @@ def test_batch_size_changes_nothing(llama: PreTrainedModel, kind: str) -> None:
     for batches in ([batch], singles, singles[::-1]):
         probe = GradientProbe(where.blocks, slopes_of(kind, where, batch))
         run(llama, batches, probe)
-        found.append(probe.result())
+        found.append(probe.result().mean())
     np.testing.assert_allclose(found[1], found[0], rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(found[2], found[0], rtol=1e-3, atol=1e-6)
 
@@ -174,7 +174,7 @@ def test_linears_without_tokens_have_no_slope(kind: str) -> None:
     source = slopes_of(kind, where, batch)
     probe = GradientProbe(where.blocks, source)
     run(model, [batch], probe)
-    slopes = dict(zip(where.blocks.linears(), probe.result(), strict=True))
+    slopes = dict(zip(where.blocks.linears(), probe.result().mean(), strict=True))
     pruned = {
         block.full_name(name)
         for index, block in enumerate(where.blocks.blocks)
@@ -194,15 +194,49 @@ def slopes_of(kind: str, where: Place, batch: Batch) -> MaskedSlopes | PrunedSlo
     return pruned.result()
 
 
-def test_slopes_count_per_weight(llama: PreTrainedModel) -> None:
+def test_slopes_of_groups_are_per_share_of_all_weights(llama: PreTrainedModel) -> None:
     """The budget is one of weights: a small group that helps as much helps more."""
     where = place(llama, tiny.make_batch())
-    groups = Groups.at("part", where.blocks)
-    slopes = np.random.default_rng(0).normal(size=21)
-    per_weight = [
-        sum(slopes[groups.of == g]) / sum(groups.sizes[groups.of == g])
-        for g in range(6)
+    groups, random = Groups.at("part", where.blocks), np.random.default_rng(0)
+    each, tokens = random.normal(size=(5, 21)), np.array([9.0, 4, 7, 7, 2])
+    found = LinearSlopes(each, tokens, [], 2.5).of_groups(groups)
+    assert found.loss == 2.5
+    for g in range(6):
+        own = groups.of == g
+        share = groups.sizes[own].sum() / groups.sizes.sum()
+        sums = each[:, own].sum(axis=1)
+        assert found.mean[g] == pytest.approx(sums.sum() / tokens.sum() / share)
+        error = standard_error(sums, tokens) / share
+        assert found.error[g] == pytest.approx(error)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "falcon_h1"])
+def test_slopes_of_every_sample(architecture: str) -> None:
+    """As if each were alone, so that their spread tells the error."""
+    model, batch = tiny.make_model(architecture), tiny.make_batch(padding="right")
+    where = place(model, batch)
+    singles = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(3)]
+    whole, alone = [
+        GradientProbe(where.blocks, slopes_of("masks", where, batch)) for _ in "ab"
     ]
-    np.testing.assert_allclose(
-        direction_from_slopes(groups, slopes), direction_from_response(per_weight)
-    )
+    run(model, [batch], whole)
+    run(model, singles, alone)
+    found, expected = whole.result(), alone.result()
+    np.testing.assert_allclose(found.slopes, expected.slopes, rtol=1e-3, atol=1e-4)
+    assert found.tokens.tolist() == expected.tokens.tolist() == [11, 9, 7]
+    assert found.mixed == []
+
+
+def test_experts_have_slopes_without_an_error() -> None:
+    model, batch = tiny.make_model("qwen3_moe"), tiny.make_batch()
+    where = place(model, batch)
+    probe = GradientProbe(where.blocks, slopes_of("masks", where, batch))
+    run(model, [batch], probe)
+    found, names = probe.result(), list(where.blocks.linears())
+    experts = [i for i, name in enumerate(names) if ".experts." in name]
+    assert set(found.mixed) <= set(experts) and len(found.mixed) > len(experts) / 2
+    groups = Groups.at("linear", where.blocks)
+    slopes = found.of_groups(groups)
+    of_experts = {int(g) for g in groups.of[experts]}
+    assert set(np.flatnonzero(np.isnan(slopes.error))) == of_experts
+    assert np.isfinite(slopes.mean).all()
