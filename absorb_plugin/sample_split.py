@@ -69,6 +69,7 @@ class SampleSplit:
         pruning_tokens: int = 0,
     ) -> None:
         self._effort, self._rounds = effort, 0
+        self._signal: list[dict] = []  # of the first round
         samples = sort_samples(single_samples(batches, by_loss))
         check_alike(samples)
         self._first = _same_first_token(samples)
@@ -86,19 +87,20 @@ class SampleSplit:
         start, order = self._rounds * count, interleaved(self._measuring)
         chosen = [order[(start + i) % len(order)] for i in range(count)]
         self._rounds += 1
-        return self._windows(chosen, f"signal {self._rounds}")
+        windows = self._windows(chosen, f"signal {self._rounds}")
+        self._signal = self._signal or windows
+        return windows
 
     def in_turn(self) -> list[dict]:
         """All that are not held out, whole, the first few spread over the text."""
         return interleaved(self._measuring)
 
     def uses(self) -> list[SampleUse]:
-        """For the report."""
+        """For the report; of the signal's samples, those of the first round."""
         held_out = {"search": self.search, "confirm": self.confirm}
-        signal = self._measuring[: self._effort.signal]
         measuring = {
             "statistics": self.statistics,
-            "signal": self._windows(signal, "signal"),
+            "signal": self._signal,
             "pruning": self.pruning,
         }
         uses = measuring | held_out
