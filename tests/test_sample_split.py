@@ -1,4 +1,4 @@
-"""Which samples serve what: whatever the sizes, none that judges serves anything else."""
+"""Which samples serve what: none that judges serves anything else."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from helpers import naive
 from transformers import PreTrainedModel
 
 from absorb_plugin.blocks import BlockMap, find_blocks
@@ -27,6 +26,7 @@ from absorb_plugin.signals.gradient import GradientProbe
 from absorb_plugin.signals.noise import NoiseProbe, NoiseProfile
 from absorb_plugin.signals.pruned_model import PrunedModel
 from absorb_plugin.signals.response import Response, ResponseProbe
+from helpers import naive
 
 __all__ = [
     "JUDGES",
