@@ -53,7 +53,10 @@ test_stage:
       targets: ["Linear"]
       ignore: ["re:.*lm_head"]
 """
-    recipe = [runs.absorption(signal="noise", signal_args={"samples": 2}), runs.pruner()]
+    recipe = [
+        runs.absorption(signal="noise", signal_args={"samples": 2}),
+        runs.pruner(),
+    ]
     states = []
     for given in (text, recipe):
         model = tiny.make_model("llama", num_hidden_layers=2)

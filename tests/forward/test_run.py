@@ -94,7 +94,6 @@ class Onward(Probe):
         return 2 * after
 
 
-
 @pytest.mark.parametrize("tuples", [False, True])
 def test_the_models_own_pass_goes_on_with_what_a_probe_returns(
     llama: PreTrainedModel, tuples: bool
