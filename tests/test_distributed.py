@@ -83,7 +83,7 @@ def test_the_allocation_of_one_process(folder: Path, world: int) -> None:
             assert entry[case]["chosen"] == reference["chosen"], case
             assert entry[case]["taken"] == reference["taken"], case
     assert alone["auto, unequal"]["chosen"][0] != 0
-    assert alone["confirmed, unequal"]["taken"] is not None
+    assert alone["confirmed, unequal"]["taken"] == "searched"
 
 
 @pytest.mark.parametrize("world", ranks.WORLDS)

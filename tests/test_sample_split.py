@@ -36,7 +36,7 @@ def effort(**fields: int) -> Effort:
 
 
 def split(samples: Sequence[dict], judged: bool = True, **fields: Any) -> SampleSplit:
-    tokens = fields.pop("pruning_tokens", 0)
+    tokens = fields.pop("pruning_tokens", 0 if judged else None)
     return SampleSplit(
         samples, effort(**fields), judged=judged, by_loss=True, pruning_tokens=tokens
     )
@@ -186,6 +186,16 @@ def test_the_report_tells_what_served() -> None:
     assert uses["signal"].tokens == 3 * 8
     assert uses["statistics"].tokens == 5 * 20
     assert numbers(uses["search"].samples) == numbers(found.search)
+
+
+@pytest.mark.parametrize("kind", list(runs.PRUNERS))
+@pytest.mark.parametrize("fields", [{}, {"strength": "auto", "confirm_samples": 0}])
+def test_a_signal_that_prunes_has_samples_to_prune_by(
+    kind: str, fields: dict[str, Any]
+) -> None:
+    found = runs.allocate(tiny.small(), kind=kind, signal="pruner", **fields)
+    assert "pruning" in {one.use for one in found.samples}
+    assert found.direction.any()
 
 
 @pytest.mark.parametrize("kind", list(runs.PRUNERS))

@@ -54,6 +54,7 @@ class Signal(BaseModel):
     Class attributes:
         name: how recipes call it
         by_loss: whether it needs tokens to predict, and the inputs' statistics
+        prunes: whether it needs samples to prune by
         once: whether it says the same of every allocation, so that one round will do
     """
 
@@ -61,6 +62,7 @@ class Signal(BaseModel):
 
     name: ClassVar[str]
     by_loss: ClassVar[bool] = True
+    prunes: ClassVar[bool] = False
     once: ClassVar[bool] = False
 
     def measure(self, setting: Setting, allocation: np.ndarray) -> np.ndarray:

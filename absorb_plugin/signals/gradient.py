@@ -153,6 +153,7 @@ class PrunerGradient(Gradient):
     """
 
     name: ClassVar[str] = "pruner"
+    prunes: ClassVar[bool] = True
 
     def measure(self, setting: Setting, allocation: np.ndarray) -> np.ndarray:
         model = PrunedModel(setting.blocks, setting.pruner, allocation, self.step)

@@ -44,7 +44,7 @@ ALLOCATIONS: dict[str, dict[str, Any]] = {
         "allocator": "uniform",
         "strength": "auto",
         "rounds": 2,
-        "seed": 2,
+        "seed": 1,
         "kind": "sparsegpt",
     },
     "pruner": {"signal": "pruner", "kind": "sparsegpt", "level": "part"},
