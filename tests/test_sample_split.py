@@ -222,8 +222,8 @@ def test_what_an_allocation_really_runs(
         return run(self, what, samples, probe)
 
     monkeypatch.setattr(ProbeRunner, "run", spy)
-    # every round takes a step, so that there is something to confirm
-    monkeypatch.setattr("absorb_plugin.search.line_search._choose", lambda *_: 0)
+    # whatever is found is taken, so that there is something to confirm
+    monkeypatch.setattr("absorb_plugin.search.line_search.gain", lambda *_: (1.0, 0.0))
     found = runs.allocate(
         tiny.small(vocab_size=OWN * 18),
         [sample(i) for i in range(16)],
