@@ -110,12 +110,13 @@ def allocate(
     judged = settings.strength == "auto"
     by_loss = judged or (settings.strength != 0 and signal.by_loss)
     effort = settings.measuring()
+    prunes = (judged and effort.confirm > 0) or (by_loss and signal.prunes)
     samples = SampleSplit(
         batches,
         effort,
         judged=judged,
         by_loss=by_loss,
-        pruning_tokens=pruner.judge_tokens(widest(blocks)),
+        pruning_tokens=pruner.judge_tokens(widest(blocks)) if prunes else None,
     )
     warn_of_few_tokens(pruner, blocks, batches)
     runner = ProbeRunner(model, blocks, settings.probe_memory, settings.profile_cache)
