@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from absorb_plugin import distributed
 from absorb_plugin.cpu import fast_bfloat16
+from absorb_plugin.precision import ieee_float32
 
 __all__ = [
     "Batch",
@@ -44,14 +45,16 @@ T = TypeVar("T")
 def calibrating(model: torch.nn.Module) -> Iterator[None]:
     """
     The context of llm-compressor's own calibration passes: no gradients, no cache, no
-    dropout, no quantisation. The hooks of other modifiers sleep, so that a run of ours
-    leaves no trace in their statistics; enter it once, `disable_hooks` does not nest.
+    dropout, no quantisation. Float32 products are just that. The hooks of other
+    modifiers sleep, so that a run of ours leaves no trace in their statistics; enter it
+    once, `disable_hooks` does not nest.
     """
     with ExitStack() as stack:
         stack.enter_context(calibration_forward_context(model))
         stack.enter_context(DisableQuantization(model))
         stack.enter_context(HooksMixin.disable_hooks())
         stack.enter_context(fast_bfloat16())
+        stack.enter_context(ieee_float32())
         yield
 
 

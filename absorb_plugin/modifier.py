@@ -136,20 +136,22 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
     def on_event(self, state: State, event: Event, **kwargs: Any) -> None:
         from absorb_plugin.allocate import allocate
         from absorb_plugin.calibration import read_batches
+        from absorb_plugin.devices import computing_on_one_device
         from absorb_plugin.report import Report
 
         if event.type_.value not in CALIBRATION_START or self._reports:
             return
         batches = read_batches(state.data.calib)
         for number, found in enumerate(self._pruners):
-            allocation = allocate(
-                state.model,
-                found.blocks,
-                batches,
-                sparsity=found.sparsity,
-                pruner=found.pruner,
-                settings=self,
-            )
+            with computing_on_one_device(state.model):
+                allocation = allocate(
+                    state.model,
+                    found.blocks,
+                    batches,
+                    sparsity=found.sparsity,
+                    pruner=found.pruner,
+                    settings=self,
+                )
             found.set_sparsities(allocation.linear_sparsities())
             report = Report(
                 self, self._recipe, state.model, found, allocation, batches, number

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
-import tiny
+from helpers import runs, tiny
 from helpers.profiles import (
     make_confirmed,
     make_linear_profile,

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import runs
-import tiny
 import torch
 import yaml
+from helpers import runs, tiny
 from helpers.search import STEEP, search_ends_at_uniform
 from llmcompressor.recipe import Recipe
 from matplotlib.image import imread

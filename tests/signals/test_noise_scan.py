@@ -5,11 +5,11 @@ import json
 
 import numpy as np
 import pytest
-import tiny
+from absorb_plugin.dose import as_dict, measure_doses
+from helpers import tiny
 from matplotlib.image import imread
 from test_absorption import measured
 
-from absorb_plugin.dose import as_dict, measure_doses
 from absorb_plugin.report.figure import draw
 from absorb_plugin.report.noise_figure import noise_charts
 

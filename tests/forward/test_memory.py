@@ -7,13 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
 from absorb_plugin.absorption import NoiseProbe
-from absorb_plugin.blocks import BlockMap, find_blocks
 from absorb_plugin.compensation import Compensation
 from absorb_plugin.gradient import GradientProbe
 from absorb_plugin.memory import Footprint, footprint
@@ -21,6 +16,11 @@ from absorb_plugin.rehearsal import Rehearsal
 from absorb_plugin.response import CandidateScores, ResponseProbe
 from absorb_plugin.statistics import InputStatistics
 from absorb_plugin.sweep import Passenger, sweep
+from helpers import tiny
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from absorb_plugin.blocks import BlockMap, find_blocks
 
 
 class LiveBytes(TorchDispatchMode):
