@@ -12,6 +12,7 @@ import torch
 from torch.nn import Linear, Module
 
 from absorb_plugin.blocks import BlockMap
+from absorb_plugin.forward.chunks import row_chunks
 from absorb_plugin.forward.inputs import real_tokens
 from absorb_plugin.forward.linears import Weights
 from absorb_plugin.groups import linear_names
@@ -121,8 +122,11 @@ def _along(gradient: torch.Tensor, less: torch.Tensor, more: torch.Tensor) -> fl
     share = (less.count_nonzero() - more.count_nonzero()).item() / weights
     if share <= 0:
         return 0.0
-    change = more.float() - less.float()
-    return float((gradient.float() * change).sum(dtype=torch.float64)) / share
+    total = gradient.new_zeros((), dtype=torch.float64)
+    for part in row_chunks(less):
+        change = more[part].float() - less[part].float()
+        total += (gradient[part].float() * change).sum(dtype=torch.float64)
+    return float(total) / share
 
 
 class MaskedSlopes:

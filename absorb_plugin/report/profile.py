@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from absorb_plugin.allocate import Allocation
 from absorb_plugin.blocks import linear_parameters
 from absorb_plugin.calibration import Batch, token_mask
+from absorb_plugin.devices import dtype_of
 from absorb_plugin.files import json_numbers, replace_file
 from absorb_plugin.pruners.adapter import PrunerAdapter, user_fields
 from absorb_plugin.report.figure import draw
@@ -94,7 +95,7 @@ class Report:
             "model": {
                 "class": type(self._model).__name__,
                 "name_or_path": getattr(self._model, "name_or_path", ""),
-                "dtype": str(self._model.dtype).removeprefix("torch."),
+                "dtype": str(dtype_of(self._model)).removeprefix("torch."),
             },
             "pruner": self._peer.name,
             "calibration": {
