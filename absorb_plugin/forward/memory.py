@@ -33,7 +33,7 @@ CHUNK_COPIES = 5
 # Share of the limit that a chunk may take.
 CHUNK_SHARE = 16
 # Alive with a chunk of a Linear's scores: weight and product in float32, ranked copy;
-# or two weights, their difference, a gradient and the product of these.
+# or two weights, their difference and its quotient.
 SCORE_COPIES = 5
 # Matrices d × d in float32 beside what was observed: its dampened copy, that turned
 # round, the factor; and afterwards the factor, its inverse and the unit matrix.
@@ -192,7 +192,7 @@ def _inside(hidden: int, shapes: _Shapes, element: int, need: Needs) -> int:
     """Per token, of the block that runs: norms and the noise probe are in float32."""
     inside = 10 * 4 * hidden
     if need.backward:  # what every Linear reads and writes is kept
-        inside += 3 * element * shapes.widths
+        inside += 3 * element * shapes.widths + 3 * 4 * shapes.widest
     else:  # gate, up, activation, product
         inside += 4 * element * shapes.widest
     if need.hessians:  # an input without padding, and that in float32
@@ -204,7 +204,7 @@ def _pruning(shapes: _Shapes, element: int, need: Needs) -> int:
     """One Linear at a time, but the pruner's own weights a block at a time."""
     if not need.pruned:
         return 0
-    copies = 3 if need.backward else 1  # its gradient, and both sides of a band
+    copies = 3 if need.backward else 1  # both sides of a band, and their difference
     scores = SCORE_COPIES * min(chunks.CHUNK_BYTES, 4 * shapes.linear)
     pruning = copies * element * shapes.linear + scores
     if need.single_batch:

@@ -2,17 +2,16 @@
 
 import psutil
 import pytest
-import tiny
 import torch
 from compressed_tensors.offload import set_onload_device
+from helpers import tiny
 from helpers.fake_accelerator import fake_accelerator
 from helpers.live_bytes import live_bytes
-from helpers.probes import PROBES, SINGLE_BATCH, make_probe, square_sums
+from helpers.probes import PROBES, place, run
 
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.forward.memory import Footprint, footprint, limit_by_machine
 from absorb_plugin.forward.probe import Needs
-from absorb_plugin.forward.run import run_probes
 
 GIB = 2**30
 # hidden states, weights, attention scores and logits in turn take the most
@@ -34,17 +33,17 @@ def test_a_run_keeps_to_its_memory(which: str, shape: str) -> None:
     model = tiny.make_model(architecture, **fields)
     if shape == "halves":
         model = model.half()
-    blocks = find_blocks(model)
-    sums, batch = square_sums(blocks), tiny.make_batch(4, tokens)
-    needs = make_probe(which, blocks, sums, candidates=6).needs
-    least = footprint(model, blocks.modules, [needs], memory=1)
+    batch = tiny.make_batch(4, tokens)
+    where, case = place(model, batch), PROBES[which]
+    needs = case.make(where).needs
+    least = footprint(model, where.blocks.modules, [needs], memory=1)
     shares = []
-    for samples in (4,) if which in SINGLE_BATCH else (1, 4):  # it is not cut
+    for samples in (4,) if needs.single_batch else (1, 4):  # it is not cut
         # what is not chunks of logits has 11 of 16 parts
         limit = (least.fixed + samples * least.sample(tokens)) * 16 // 11
-        one = make_probe(which, blocks, sums, candidates=6)
-        with live_bytes(model, sums, batch) as live:
-            run_probes(model, blocks, [batch], [one], memory=limit)
+        probe = case.make(where)
+        with live_bytes(model, where.statistics, batch) as live:
+            run(model, [batch], probe, memory=limit)
         shares.append(live.peak / limit)
     assert max(shares) <= 1
 
@@ -60,10 +59,10 @@ def test_samples_at_a_time() -> None:
 
 def test_what_cannot_be_kept_is_said_once(warnings: list[str]) -> None:
     model = tiny.make_model("llama")
-    blocks = find_blocks(model)
+    where = place(model, tiny.make_batch())
     for _ in range(2):
-        one = make_probe("masked loss", blocks, square_sums(blocks))
-        run_probes(model, blocks, [tiny.make_batch(2, 11)], [one], memory=5_000)
+        probe = PROBES["masks of wanda"].make(where)
+        run(model, [tiny.make_batch(2, 11)], probe, memory=5_000)
     told = [message for message in warnings if "probe_memory" in message]
     assert len(told) == 1 and "x 11 tokens" in told[0]
 

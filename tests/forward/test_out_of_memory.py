@@ -5,15 +5,17 @@ from itertools import count
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from helpers.probes import PROBES, SINGLE_BATCH, make_probe, square_sums
+from helpers import tiny
+from helpers.probes import PROBES, numbers, place
 from transformers import PreTrainedModel
 
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.forward.probe import Probe
 from absorb_plugin.forward.run import run_probes
 
+AT_ONCE = {name for name in PROBES if name.startswith(("pruner of", "model pruned"))}
+DIVISIBLE = [name for name in PROBES if name not in AT_ONCE]
 NUMBER = count()  # of runs: each says once that memory was short
 
 
@@ -37,33 +39,18 @@ def run(model: PreTrainedModel, probe: Probe, samples: int) -> None:
     run_probes(model, find_blocks(model), batches, [probe], description=what)
 
 
-def flat(result: object) -> list[np.ndarray]:
-    """All numbers of a result."""
-    if isinstance(result, tuple):
-        return [np.asarray(x, dtype=float) for x in result]
-    if isinstance(result, dict):
-        return [np.asarray(x) for x in result.values()]
-    if hasattr(result, "__dict__"):
-        values = vars(result).values()
-        return [x for x in values if isinstance(x, np.ndarray | float)]
-    return [np.asarray(result)]
-
-
-@pytest.mark.parametrize("which", sorted({*PROBES} - {*SINGLE_BATCH}))
+@pytest.mark.parametrize("which", DIVISIBLE)
 def test_halves(
     which: str, llama: PreTrainedModel, small_device: list[int], warnings: list[str]
 ) -> None:
-    torch.manual_seed(0)
-    blocks = find_blocks(llama)
-    sums, roomy = square_sums(blocks), tiny.make_model("llama")
-    other = find_blocks(roomy)
-    expected = make_probe(which, other, sums)
-    run(roomy, expected, 5)
-    found = make_probe(which, blocks, sums)
+    where = place(tiny.make_model("llama"), tiny.make_batch())
+    small = place(llama, tiny.make_batch(), where.statistics)
+    expected, found = (PROBES[which].make(x) for x in (where, small))
+    run(where.model, expected, 5)
     run(llama, found, 5)
     assert max(small_device) == 5 and set(small_device) >= {5, 2, 1}
-    for one, two in zip(flat(found.result()), flat(expected.result()), strict=True):
-        np.testing.assert_allclose(one, two, rtol=2e-4, atol=1e-6)
+    results = numbers(found.result()), numbers(expected.result())
+    np.testing.assert_allclose(*results, rtol=2e-4, atol=1e-6)
     assert sum("does not fit" in message for message in warnings) == 1
 
 
@@ -71,21 +58,19 @@ def test_one_sample_that_does_not_fit(llama: PreTrainedModel) -> None:
     def refuse(*_: object) -> None:
         raise torch.OutOfMemoryError("the device is full")
 
-    hook = llama.model.layers[1].mlp.register_forward_pre_hook(refuse)
     before = tiny.snapshot(llama)
-    blocks = find_blocks(llama)
-    probe = make_probe("gradient", blocks, square_sums(blocks))
+    probe = PROBES["slope under masks"].make(place(llama, tiny.make_batch()))
+    hook = llama.model.layers[1].mlp.register_forward_pre_hook(refuse)
     with pytest.raises(torch.OutOfMemoryError, match="single sample: use fewer"):
         run(llama, probe, 4)
     hook.remove()
     tiny.assert_untouched(llama, before)
 
 
-@pytest.mark.parametrize("which", SINGLE_BATCH)
+@pytest.mark.parametrize("which", sorted(AT_ONCE))
 def test_what_takes_all_samples_at_once(
     which: str, llama: PreTrainedModel, small_device: list[int]
 ) -> None:
-    blocks = find_blocks(llama)
-    probe = make_probe(which, blocks, square_sums(blocks))
+    probe = PROBES[which].make(place(llama, tiny.make_batch(2)))
     with pytest.raises(torch.OutOfMemoryError, match="use fewer confirm_samples"):
         run(llama, probe, 4)

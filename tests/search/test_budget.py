@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from absorb_plugin.budget import check_budget, meet_budget
 from absorb_plugin.correction import corrected
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 unit = st.floats(-2.0, 2.0)

@@ -5,12 +5,13 @@ import json
 
 import numpy as np
 import pytest
-import tiny
+from absorb_plugin.dose import as_dict, measure_doses
+from helpers import tiny
 from matplotlib.image import imread
 from test_absorption import measured
 
-from absorb_plugin.dose import as_dict, measure_doses
-from absorb_plugin.report.dose_figure import draw_doses
+from absorb_plugin.report.figure import draw
+from absorb_plugin.report.noise_figure import noise_charts
 
 
 def test_doses_are_those_of_single_probes() -> None:
@@ -46,6 +47,6 @@ def test_dictionary_and_figure() -> None:
         assert entry["drift"][1][0] is None and entry["drift"][1][1] > 0
         assert entry["ratio"][-1] == 1.0
     assert len(content["floor"]) == 3
-    image = imread(io.BytesIO(draw_doses(found, "falcon")))
+    image = imread(io.BytesIO(draw(noise_charts(content), "falcon", columns=3)))
     assert image.shape[0] > 400 and image.shape[1] > 1000
     assert image[..., :3].std() > 0.05

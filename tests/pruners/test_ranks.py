@@ -1,15 +1,15 @@
-"""What is reduced before pruning, and what is left alone; whole runs: ranks.py."""
+"""What is reduced before pruning, and what is left alone; whole runs: helpers/ranks.py."""
 
 from collections.abc import Iterator
 
 import pytest
-import runs
-import tiny
 import torch
+from helpers import runs, tiny
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
 from torch import distributed
 
-from absorb_plugin.peer_statistics import leave_statistics, reduce_statistics
+from absorb_plugin.pruners import pruner_class
+from absorb_plugin.pruners.ranks import leave_statistics, reduce_statistics
 
 pytestmark = pytest.mark.contract
 
@@ -36,26 +36,32 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     distributed.destroy_process_group()
 
 
+def attribute_of(modifier: SparsityModifierBase) -> str:
+    attribute = pruner_class(modifier).rank_statistics
+    assert attribute is not None
+    return attribute
+
+
 def calibrated(kind: str) -> tuple[SparsityModifierBase, torch.nn.Module]:
     """A pruner that has seen two samples of one Linear."""
-    peer, linear = runs.pruner(kind), torch.nn.Linear(16, 8)
-    peer._module_names = {linear: "up_proj"}
-    peer._module_sparsities = {linear: 0.5}
-    peer.calibrate_module(linear, (torch.randn(2, 5, 16),), torch.empty(0))
-    return peer, linear
+    modifier, linear = runs.pruner(kind), torch.nn.Linear(16, 8)
+    modifier._module_names = {linear: "up_proj"}
+    modifier._module_sparsities = {linear: 0.5}
+    modifier.calibrate_module(linear, (torch.randn(2, 5, 16),), torch.empty(0))
+    return modifier, linear
 
 
 def test_a_pruner_without_the_names_is_left_alone(
     group: None, warnings: list[str]
 ) -> None:
-    peer = Fake(sparsity=0.5)
-    reduce_statistics(peer)
-    assert "compress_modules" not in peer.__dict__
+    modifier = Fake(sparsity=0.5)
+    reduce_statistics(modifier, "_hessians")
+    assert "compress_modules" not in modifier.__dict__
     (message,) = warnings
     assert "Fake does not keep its statistics" in message
-    assert "neither of _row_scalars and _hessians" in message
-    peer.compress_modules()
-    assert peer._compressed == 1
+    assert "_hessians is no dict" in message
+    modifier.compress_modules()
+    assert modifier._compressed == 1
 
 
 @pytest.mark.parametrize("kind", list(runs.PRUNERS))
@@ -67,22 +73,22 @@ def test_what_the_names_hold_is_checked_too(
     kind: str,
     change: str,
 ) -> None:
-    peer, linear = calibrated(kind)
+    modifier, linear = calibrated(kind)
     called: list[object] = []
     monkeypatch.setattr(
-        type(peer), "compress_modules", lambda self: called.append(self)
+        type(modifier), "compress_modules", lambda self: called.append(self)
     )
-    reduce_statistics(peer)
-    assert "compress_modules" in peer.__dict__ and not warnings
+    reduce_statistics(modifier, attribute_of(modifier))
+    assert "compress_modules" in modifier.__dict__ and not warnings
     if change == "count":  # as GPTQ keeps it, which reduces by itself
-        peer._num_samples[linear] = torch.tensor(2)
+        modifier._num_samples[linear] = torch.tensor(2)
     elif change == "statistic":
-        (peer._row_scalars if kind == "wanda" else peer._hessians).clear()
+        getattr(modifier, attribute_of(modifier)).clear()
     else:
-        peer._module_names = {}
-    peer.compress_modules()
-    peer.compress_modules()
-    assert called == [peer, peer]
+        modifier._module_names = {}
+    modifier.compress_modules()
+    modifier.compress_modules()
+    assert called == [modifier, modifier]
     (message,) = warnings
     assert "does not keep its statistics as absorb_plugin knows it" in message
 
@@ -92,18 +98,18 @@ def test_one_rank_prunes_as_without(group: None, kind: str) -> None:
     weights = []
     for reduced in (False, True):
         torch.manual_seed(0)
-        peer, linear = calibrated(kind)
+        modifier, linear = calibrated(kind)
         if reduced:
-            reduce_statistics(peer)
-        peer.compress_modules()
-        leave_statistics(peer)
-        assert "compress_modules" not in peer.__dict__
+            reduce_statistics(modifier, attribute_of(modifier))
+        modifier.compress_modules()
+        leave_statistics(modifier)
+        assert "compress_modules" not in modifier.__dict__
         weights.append(tiny.snapshot(linear))
     tiny.assert_same(*weights)
     assert 0.3 < (weights[0]["weight"] == 0).float().mean() < 0.7
 
 
 def test_nothing_is_wrapped_without_a_process_group() -> None:
-    peer = runs.pruner()
-    reduce_statistics(peer)
-    assert "compress_modules" not in peer.__dict__
+    modifier = runs.pruner()
+    reduce_statistics(modifier, attribute_of(modifier))
+    assert "compress_modules" not in modifier.__dict__

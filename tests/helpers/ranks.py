@@ -12,20 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import runs
-import tiny
+import absorb_plugin.allocation as allocation
 import torch
+from absorb_plugin.compensation import Compensation
 from compressed_tensors.offload.convert import from_accelerate
 from llmcompressor.core import reset_session
 from torch import distributed
 from torch.utils.data import DataLoader
 
-import absorb_plugin.allocation as allocation
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.calibration import cache_batches, padded
-from absorb_plugin.compensation import Compensation
 from absorb_plugin.hookspecs import hookimpl
 from absorb_plugin.plugins import manager
+from helpers import runs, tiny
 
 WORLDS = (1, 2, 3)
 Batches = list[dict[str, torch.Tensor]]

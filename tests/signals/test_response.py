@@ -2,21 +2,20 @@
 
 from collections.abc import Callable
 
-import naive
 import numpy as np
 import pytest
-import tiny
 import torch
+from absorb_plugin.gradient import GradientProbe
+from absorb_plugin.masks import BlockMasks
+from absorb_plugin.response import CandidateScores, ResponseProbe
+from absorb_plugin.statistics import InputStatistics
+from helpers import naive, tiny
 from test_sweep import ride
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from absorb_plugin import memory
 from absorb_plugin.blocks import BlockMap, find_blocks
-from absorb_plugin.gradient import GradientProbe
-from absorb_plugin.masks import BlockMasks
-from absorb_plugin.response import CandidateScores, ResponseProbe
-from absorb_plugin.statistics import InputStatistics
 
 STEP = 0.1
 Sums = dict[str, torch.Tensor]

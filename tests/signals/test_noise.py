@@ -5,14 +5,9 @@ rounding floor.
 
 import copy
 
-import naive
 import numpy as np
 import pytest
-import tiny
 import torch
-from test_sweep import ride
-from transformers import PreTrainedModel
-
 from absorb_plugin.absorption import (
     FLOOR_MARGIN,
     KNOWN,
@@ -21,8 +16,12 @@ from absorb_plugin.absorption import (
     unit_noise,
     until_known,
 )
-from absorb_plugin.blocks import find_blocks
 from absorb_plugin.correction import direction_from_ratio
+from helpers import naive, tiny
+from test_sweep import ride
+from transformers import PreTrainedModel
+
+from absorb_plugin.blocks import find_blocks
 
 SEED, ETA = 7, 1e-2
 

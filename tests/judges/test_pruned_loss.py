@@ -4,21 +4,19 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import naive
 import numpy as np
 import pytest
-import runs
-import tiny
 import torch
+from absorb_plugin.compensation import Compensation
+from absorb_plugin.rehearsal import Rehearsal
+from absorb_plugin.strength import Search, search_strength
+from helpers import naive, runs, tiny
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import sparsify_weight
 from test_sweep import ride
 from transformers import PreTrainedModel
 
 from absorb_plugin.blocks import BlockMap, find_blocks
 from absorb_plugin.calibration import padded, split_samples, token_mask
-from absorb_plugin.compensation import Compensation
-from absorb_plugin.rehearsal import Rehearsal
-from absorb_plugin.strength import Search, search_strength
 
 DENSE = [
     *("llama", "mistral", "qwen3", "gemma3", "opt", "gpt_neox", "phi3", "falcon_h1"),

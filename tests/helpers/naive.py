@@ -1,4 +1,4 @@
-"""What the sweeps compute, the naive way: whole forwards of hooked or copied models."""
+"""What the probes compute, the naive way: whole forwards of hooked or copied models."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -9,8 +9,8 @@ from torch.nn import Module
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from absorb_plugin.absorption import unit_noise
 from absorb_plugin.blocks import BlockMap
+from absorb_plugin.signals.noise import unit_noise
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -27,7 +27,7 @@ def states(
     at: int | None = None,
     change: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """Hidden state behind every block; behind block `at` changed on its way."""
+    """Hidden state after every block; after block `at` changed on its way."""
     seen: dict[int, torch.Tensor] = {}
 
     def hook(index: int) -> Callable:
@@ -135,12 +135,8 @@ def masked(
 
 
 def per_linear(blocks: BlockMap, sparsities: Sequence[float]) -> dict[str, float]:
-    """Full name of a Linear -> sparsity of its block."""
-    return {
-        blocks.blocks[index].full_name(name): float(sparsity)
-        for index, sparsity in zip(blocks.prunable, sparsities, strict=True)
-        for name in blocks.blocks[index].linears
-    }
+    """Full name of a Linear -> its entry of an allocation."""
+    return dict(zip(blocks.linears(), map(float, sparsities), strict=True))
 
 
 def loss_sums(model: PreTrainedModel, batch: Batch) -> torch.Tensor:

@@ -1,35 +1,44 @@
-"""profile.json and the figure."""
+"""profile.json, and what stands beside it."""
 
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
-import runs
-import tiny
+import torch
 import yaml
+from helpers import runs, tiny
 from llmcompressor.recipe import Recipe
 from matplotlib.image import imread
 
 from absorb_plugin import files
+from absorb_plugin.calibration import SampleUse
 from absorb_plugin.report import profile as report_profile
-from absorb_plugin.report.figure import draw
 from absorb_plugin.report.page import render
+from absorb_plugin.report.profile_charts import profile_charts
+from absorb_plugin.search.confirm import Confirmed
 
 KEYS = {
     "schema_version",
     "model",
     "pruner",
+    "level",
     "calibration",
+    "samples",
     "recipe",
     "command",
     "settings",
     "noise",
     "search",
+    "confirmed",
+    "quality",
     "budget",
     "achieved",
     "realised",
+    "zeros_lost",
     "blocks",
     "unseen_linears",
     "versions",
@@ -37,7 +46,7 @@ KEYS = {
 BLOCK_KEYS = {
     "name",
     "parameters",
-    "metric",
+    "base_metric",
     "base_sparsity",
     "drift",
     "realignment",
@@ -102,8 +111,8 @@ def test_report_of_a_whole_run(tmp_path: Path) -> None:
     }
     assert profile["command"] is None  # pytest's own is not ours to publish
     assert (folder / "report.html").read_text() == render(profile)
-    assert profile["settings"]["noise_seed"] == 0
-    assert profile["noise"]["magnitude"] == ours.noise_magnitude
+    assert profile["settings"]["effort"] == "standard"
+    assert profile["noise"]["magnitude"] == 0.01 and profile["noise"]["seed"] == 0
     assert profile["budget"] == 0.5
     assert profile["achieved"] == pytest.approx(0.5, abs=1e-6)
     assert profile["search"].keys() == {
@@ -112,8 +121,9 @@ def test_report_of_a_whole_run(tmp_path: Path) -> None:
         "uniform_loss",
         "loss",
         "rounds",
-        "rehearsed",
     }
+    for entry in profile["search"]["rounds"]:
+        assert entry.keys() == {"direction", "strengths", "losses", "chosen"}
     assert len(profile["blocks"]) == 3
     zeros = weights = 0
     for index, block in enumerate(profile["blocks"]):
@@ -130,6 +140,7 @@ def test_report_of_a_whole_run(tmp_path: Path) -> None:
             rows = counts[f"{block['name']}.{name}"]
             expected = sum(rows) / linear["parameters"]
             assert linear["realised_sparsity"] == pytest.approx(expected)
+            assert linear["base_sparsity"] == block["base_sparsity"]
         assert block["realised_sparsity"] == pytest.approx(own / size, abs=1e-12)
         # Wanda takes int(columns · s): under one weight per row below the target
         assert 0 <= block["sparsity"] - block["realised_sparsity"] < 1 / 32
@@ -138,16 +149,108 @@ def test_report_of_a_whole_run(tmp_path: Path) -> None:
     assert profile["blocks"][-1]["ratio"] == 1.0
 
 
+@pytest.mark.parametrize("kind", ["wanda", "sparsegpt"])
+def test_what_was_confirmed(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_profile, "draw_profile", lambda profile: b"")
+    model = tiny.make_model("llama", num_hidden_layers=2)
+    ours = runs.absorption(
+        strength="auto",
+        report_dir=tmp_path,
+        allocator="atp",
+        allocator_args={"beta": 0.6},  # so steep that uniform is better
+    )
+    runs.run(model, [ours, runs.pruner(kind)], tmp_path)
+    profile = strict_json(tmp_path / "profile.json")
+    confirmed = profile["confirmed"]
+    assert confirmed["judge"] == kind
+    assert {"base", "uniform", "searched"} <= confirmed["losses"].keys()
+    losses, chosen = confirmed["losses"], confirmed["chosen"]
+    assert confirmed["gain"] == pytest.approx(losses["base"] - losses[chosen], abs=1e-6)
+    assert confirmed["gain"] > 0 and confirmed["standard_error"] > 0
+    uses = {entry["use"]: entry for entry in profile["samples"]}
+    assert {"statistics", "search", "confirm"} <= uses.keys()
+    assert uses["confirm"]["tokens"] == 16 * uses["confirm"]["samples"] > 0
+
+
+@pytest.mark.parametrize(("confirm", "chose_nothing"), [(5, True), (2, False)])
+def test_samples_that_chose_are_told_from_those_that_did_not(
+    confirm: int, chose_nothing: bool
+) -> None:
+    """By their tokens: a sample that was cut or copied is another object."""
+
+    def sample(first: int) -> dict[str, torch.Tensor]:
+        ids = torch.tensor([[first, 7, 8]])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    allocation = SimpleNamespace(
+        confirmed=Confirmed(np.array([]), "base", {"base": 1.0}, 0.0, np.nan),
+        samples=[
+            SampleUse("search", [sample(1), sample(2)]),
+            SampleUse("confirm", [sample(confirm), sample(6)]),
+        ],
+    )
+    entry = report_profile.confirmed_entry(allocation, "wanda")
+    assert entry["chose_nothing"] is chose_nothing
+    assert entry["standard_error"] is None
+
+
+def test_a_target_for_every_linear(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_profile, "draw_profile", lambda profile: b"")
+    model = tiny.make_model("llama", num_hidden_layers=2)
+    ours = runs.absorption(level="linear", report_dir=tmp_path)
+    runs.run(model, [ours, runs.pruner()], tmp_path)
+    profile = strict_json(tmp_path / "profile.json")
+    assert profile["level"] == "linear"
+    for block in profile["blocks"]:
+        targets = [linear["sparsity"] for linear in block["linears"].values()]
+        assert len(set(targets)) > 1
+        sizes = [linear["parameters"] for linear in block["linears"].values()]
+        mean = sum(s * p for s, p in zip(targets, sizes)) / sum(sizes)
+        assert block["sparsity"] == pytest.approx(mean)
+        for linear in block["linears"].values():
+            assert linear["base_sparsity"] == block["base_sparsity"]
+    titles = [chart.title for chart in profile_charts(profile)]
+    assert "Sparsity per Linear" in titles
+
+
+def test_a_figure_that_cannot_be_drawn_costs_no_run(
+    tmp_path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise ValueError("no font")
+
+    monkeypatch.setattr(report_profile, "draw", fail)
+    model = tiny.make_model("llama", num_hidden_layers=2)
+    ours = runs.absorption(allocator="uniform", strength=0, report_dir=tmp_path / "r")
+    runs.run(model, [ours, runs.pruner()], tmp_path)
+    assert strict_json(tmp_path / "r" / "profile.json")["realised"] == 0.5
+    files = {path.name for path in (tmp_path / "r").iterdir()}
+    assert files == {"profile.json", "report.html"}
+    told = [line for line in warnings if "profile.png could not be made" in line]
+    assert len(told) == 2 and "ValueError: no font" in told[0]
+
+
+def test_a_model_called_by_dollars_is_reported(
+    tmp_path: Path, warnings: list[str]
+) -> None:
+    model = tiny.make_model("llama", num_hidden_layers=2)
+    model.name_or_path = r"run$\oops$"
+    ours = runs.absorption(allocator="uniform", strength=0, report_dir=tmp_path / "r")
+    runs.run(model, [ours, runs.pruner()], tmp_path)
+    assert (tmp_path / "r" / "profile.png").stat().st_size > 1000
+    assert not any("could not be made" in line for line in warnings)
+    profile = strict_json(tmp_path / "r" / "profile.json")
+    assert profile["model"]["name_or_path"] == r"run$\oops$"
+
+
 def test_what_was_not_measured_is_null(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn: list[dict[str, Any]] = []
-
-    def keep(profile: dict[str, Any]) -> bytes:
-        drawn.append(profile)
-        return b""
-
-    monkeypatch.setattr(report_profile, "draw", keep)
+    monkeypatch.setattr(report_profile, "draw_profile", lambda profile: b"")
     model = tiny.make_model("llama", num_hidden_layers=2)
     ours = runs.absorption(allocator="uniform", strength=0, report_dir=tmp_path)
     runs.run(model, [ours, runs.pruner()], tmp_path)
@@ -156,14 +259,14 @@ def test_what_was_not_measured_is_null(
     for block in profile["blocks"]:
         assert block["drift"] is block["ratio"] is None
         assert block["sparsity"] == block["base_sparsity"] == 0.5
-    # one panel of sparsities, and nothing of what is missing
-    assert imread(io.BytesIO(draw(drawn[0]))).shape[0] < 400
+    (chart,) = profile_charts(profile)  # of sparsities, and nothing of what is missing
+    assert chart.title == "Sparsity per block"
 
 
 def test_one_sample_has_no_standard_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report_profile, "draw", lambda profile: b"")
+    monkeypatch.setattr(report_profile, "draw_profile", lambda profile: b"")
     model = tiny.make_model("llama", num_hidden_layers=2)
     ours = runs.absorption(signal="noise", report_dir=tmp_path)
     runs.run(model, [ours, runs.pruner()], tmp_path, samples=1)
@@ -172,7 +275,7 @@ def test_one_sample_has_no_standard_error(
 
 
 def test_sinks_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report_profile, "draw", lambda profile: b"")
+    monkeypatch.setattr(report_profile, "draw_profile", lambda profile: b"")
     model = tiny.make_model("llama", num_hidden_layers=2)
     dataset = tiny.make_dataset(4)
     rows = [[3, *[max(4, token) for token in row[1:]]] for row in dataset["input_ids"]]
@@ -188,7 +291,7 @@ def test_sinks_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_two_peers_share_nothing_but_the_modifier(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report_profile, "draw", lambda profile: b"")
+    monkeypatch.setattr(report_profile, "draw_profile", lambda profile: b"")
     model = tiny.make_model("llama", num_hidden_layers=2)
     ours = runs.absorption(report_dir=tmp_path)
     attention = runs.pruner(sparsity=0.3, targets=[r"re:.*self_attn\..*_proj$"])
@@ -248,7 +351,7 @@ def test_only_our_own_command_is_told(
 def test_two_modifiers_of_one_class_are_both_in_the_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report_profile, "draw", lambda profile: b"")
+    monkeypatch.setattr(report_profile, "draw_profile", lambda profile: b"")
     ours = runs.absorption(strength=0, allocator="uniform", report_dir=tmp_path)
     parts = [
         runs.pruner(sparsity=s, targets=[rf"re:.*{part}\..*_proj$"])

@@ -6,9 +6,8 @@ docs/compatibility.md say: it calls the expert with no rows, and prunes it all t
 from pathlib import Path
 
 import pytest
-import runs
-import tiny
 import torch
+from helpers import runs, tiny
 
 pytestmark = [
     pytest.mark.contract,

@@ -1,10 +1,9 @@
 """Runs of llm-compressor's own `oneshot` on tiny models."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tiny
 import torch
 from datasets import Dataset
 from llmcompressor import oneshot
@@ -15,7 +14,12 @@ from llmcompressor.modifiers.pruning import (
 )
 from transformers import PreTrainedModel, set_seed
 
-from absorb_plugin import AbsorptionAllocationModifier
+from absorb_plugin import AbsorptionAllocationModifier, pruners
+from absorb_plugin.allocate import Allocation
+from absorb_plugin.allocate import allocate as allocate_all
+from absorb_plugin.blocks import find_blocks
+from absorb_plugin.calibration import Batch
+from helpers import tiny
 
 PRUNERS = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}
 # Random weights have a flat loss, so strength is a number wherever a test is not about
@@ -30,6 +34,28 @@ def absorption(**fields: Any) -> AbsorptionAllocationModifier:
 def pruner(kind: str = "wanda", **fields: Any) -> Modifier:
     default = {"sparsity": 0.5, "targets": ["Linear"], "ignore": ["re:.*lm_head"]}
     return PRUNERS[kind](**{**default, **fields})
+
+
+def allocate(
+    model: PreTrainedModel,
+    batches: Sequence[Batch] | None = None,
+    sparsity: float = 0.5,
+    kind: str = "wanda",
+    **fields: Any,
+) -> Allocation:
+    """
+    :param batches: by default one of four samples
+    :param kind: of the pruner that it is for
+    :param fields: of the modifier
+    """
+    return allocate_all(
+        model,
+        find_blocks(model),
+        [tiny.make_batch(4)] if batches is None else batches,
+        sparsity=sparsity,
+        pruner=pruners.PRUNERS[kind](),
+        settings=absorption(**fields),
+    )
 
 
 def run(

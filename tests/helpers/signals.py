@@ -15,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import absorb_plugin.allocation as allocation
 import torch
 import transformers
 
-import absorb_plugin.allocation as allocation
 from absorb_plugin.cli.app import app
 
 torch.set_num_threads(1)

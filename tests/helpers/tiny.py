@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from helpers.words import make_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from helpers.words import make_tokenizer
 
 # Not by way of absorb_plugin: replays run without it.
 try:
@@ -203,6 +204,11 @@ def make_model(architecture: str, seed: int = 0, **overrides: Any) -> PreTrained
     if linearize_moe is not None:
         linearize_moe(model)  # as oneshot does
     return model
+
+
+def small(**overrides: Any) -> PreTrainedModel:
+    """A LLaMA of two blocks."""
+    return make_model("llama", num_hidden_layers=2, **overrides)
 
 
 def make_batch(

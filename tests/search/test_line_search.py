@@ -2,24 +2,23 @@
 
 from collections.abc import Callable, Sequence
 
-import naive
 import numpy as np
 import pytest
-import tiny
 import torch
+from absorb_plugin.allocation import Base, Calibration, base_allocation
+from absorb_plugin.budget import meet_budget
+from absorb_plugin.correction import corrected, direction_from_response
+from absorb_plugin.response import ResponseProbe
+from absorb_plugin.strength import STRENGTHS, TIE, Search, search_strength
+from helpers import naive, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sweep import ride
 from transformers import PreTrainedModel
 
-from absorb_plugin.allocation import Base, Calibration, base_allocation
 from absorb_plugin.blocks import find_blocks
-from absorb_plugin.budget import meet_budget
-from absorb_plugin.correction import corrected, direction_from_response
 from absorb_plugin.modifier import AbsorptionAllocationModifier
 from absorb_plugin.plugins import build_allocator
-from absorb_plugin.response import ResponseProbe
-from absorb_plugin.strength import STRENGTHS, TIE, Search, search_strength
 
 SIZES = np.array([100, 200, 100, 200])
 S, CAP = 0.6, 0.9
