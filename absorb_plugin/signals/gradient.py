@@ -71,7 +71,7 @@ class GradientProbe(Probe):
         # inputs of all blocks, and two gradients
         return Needs(
             trajectories=len(self._blocks) + 2,
-            pruned=True,
+            pruned=3,
             backward=True,
             kept_weights=self._source.kept_weights,
         )
