@@ -71,7 +71,7 @@ def load_config(model: str, trust_remote_code: bool = False) -> PretrainedConfig
             raise
         raise ValueError(
             f"{model} comes with code of its own, which can do anything. Read it; then "
-            "set trust_remote_code to run it"
+            "set trust_remote_code=True to run it"
         ) from error
     _check_language_model(model, config)
     return config

@@ -38,7 +38,7 @@ def check_output(out: Path, overwrite: bool) -> None:
     if all(path.is_dir() for path in out.rglob("*")):
         return
     if not overwrite:
-        raise FileExistsError(f"{out} is not empty: choose another, or set overwrite")
+        raise FileExistsError(f"{out} is not empty: choose another, or overwrite=True")
     if not (out / "config.json").is_file():
         raise FileExistsError(
             f"{out} has files in it but no config.json, so it is no saved model: it "
