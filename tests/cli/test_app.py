@@ -47,7 +47,7 @@ def test_help_is_answered_without_the_heavy_imports():
 
 def test_fields_become_options():
     error = ValueError(
-        "seq_len=65, text_column or overwrite=True; /a/seq_len/b, seq_lens"
+        "seq_len=65, text_column or overwrite=True; /seq_len/b, seq_lens"
     )
-    told = "--seq-len 65, --text-column or --overwrite; /a/seq_len/b, seq_lens"
+    told = "--seq-len 65, --text-column or --overwrite; /seq_len/b, seq_lens"
     assert one_line(error) == told

@@ -250,6 +250,25 @@ def offload_folders() -> set[Path]:
     return set(Path(tempfile.gettempdir()).glob("absorb-offload-*"))
 
 
+def test_where_weights_lie_with_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the first device's free memory is theirs, then comes what else there is."""
+    first = torch.device("cuda", 0)
+    monkeypatch.setattr(loading, "main_device", lambda: first)
+    monkeypatch.setattr(loading, "_free_memory", lambda: {0: 1000, 1: 2000})
+    free = loading.SPARE_CPU_MEMORY + 3000
+    monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: Memory(free))
+    assert loading._placement(500, accelerator=True) == {"device_map": {"": first}}
+    spread = loading._placement(501, accelerator=True)
+    shutil.rmtree(spread["offload_folder"])
+    assert spread["device_map"] == "auto"
+    assert spread["max_memory"] == {0: 500, 1: 1800, "cpu": 3000}
+    # to prune: where the pipelines of oneshot expect them
+    assert loading._placement(3000, accelerator=False) == {}
+    spread = loading._placement(3001, accelerator=False)
+    shutil.rmtree(spread["offload_folder"])
+    assert spread["max_memory"] == {"cpu": 3000}
+
+
 @pytest.fixture
 def large(tmp_path: Path) -> tuple[Path, PreTrainedModel]:
     model = tiny.make_model("llama", num_hidden_layers=6)
