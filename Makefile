@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
-CODE := absorb_cli absorb_plugin tests integration
+CODE := absorb_plugin tests integration
 
 # A contract test of its own for each version of llm-compressor, in .venv-VERSION; where
 # its pins ask for another torch, name that: make contract-0.12.0 TORCH=torch==2.12.0,
@@ -46,7 +46,7 @@ contract-%: .venv-%/.installed
 quality: $(STAMP)
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
-	$(BIN)/mypy absorb_cli absorb_plugin
+	$(BIN)/mypy absorb_plugin
 
 style: $(STAMP)
 	$(BIN)/ruff check --fix $(CODE)

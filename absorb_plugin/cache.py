@@ -8,14 +8,14 @@ of what was measured, and a checksum over all of it. Its name tells the key:
     STATION-MODEL-SAMPLES-MEASUREMENT.safetensors
 
 three shortened digests of the model with the software, of the calibration samples, and
-of all that a passenger was made with. Nothing is unpickled.
+of all that a probe was made with. Nothing is unpickled.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -29,7 +29,9 @@ from absorb_plugin import distributed
 from absorb_plugin.allocators.base import Remember
 from absorb_plugin.files import replace_file
 from absorb_plugin.fingerprint import digest, model_digest
-from absorb_plugin.sweep import Passenger
+
+if TYPE_CHECKING:
+    from absorb_plugin.forward.probe import Probe
 
 __all__ = ["ProfileCache", "RefusedEntry", "pack", "unpack"]
 
@@ -44,55 +46,56 @@ class RefusedEntry(Exception):
 class ProfileCache:
     """
     :param directory: where entries are; made if missing. Several processes may use it
-    :param model: the dense model; it is hashed once, when it is first needed
+    :param model: the dense model; the first rank hashes it, here
     """
 
     def __init__(self, directory: str, model: PreTrainedModel) -> None:
-        self._folder, self._model = Path(directory), model
-        self._digest: str | None = None
-        self._made_with: WeakKeyDictionary[Passenger, str] = WeakKeyDictionary()
+        self._folder = Path(directory)
+        with distributed.fail_together():
+            mine = model_digest(model) if distributed.is_first() else ""
+        self._model = distributed.from_first(mine)
+        self._kept = self._list()
+        self._made_with: WeakKeyDictionary[Probe, str] = WeakKeyDictionary()
 
-    def ride(
+    def load_or_run(
         self,
         what: str,
         samples: Sequence[Mapping[str, torch.Tensor]],
-        passenger: Passenger,
+        probe: "Probe",
         memory: int,
-        sweep: Callable[[], None],
+        run: Callable[[], None],
     ) -> None:
         """
-        Give the passenger what it measured in an earlier sweep, or run the sweep and
-        keep it.
+        Give the probe what it measured in an earlier run, or measure and keep it.
 
         :param what: the station, for messages and the file's name
-        :param samples: all that the sweep runs on
-        :param passenger: what its attributes are before its first ride is part of the
+        :param samples: all that is run
+        :param probe: what its attributes are before its first run is part of the
             key, and what it has measured so far
         :param memory: how far batches are split, which rounding depends on
-        :param sweep: runs it
+        :param run: measures
         """
-        if not passenger.kept:
-            raise TypeError(f"{type(passenger).__name__}.kept names nothing to keep")
-        if passenger not in self._made_with:  # later, a sweep may have left things
-            made_with = {
-                k: v for k, v in vars(passenger).items() if k not in passenger.kept
-            }
-            self._made_with[passenger] = digest([type(passenger).__name__, made_with])
-        so_far = [vars(passenger)[name] for name in passenger.kept]
-        # what a passenger has measured is that of its rank's samples
+        if not probe.state:
+            raise TypeError(f"{type(probe).__name__}.state names nothing to keep")
+        if probe not in self._made_with:  # later, a run may have left things
+            made_with = {k: v for k, v in vars(probe).items() if k not in probe.state}
+            self._made_with[probe] = digest([type(probe).__name__, made_with])
+        so_far = [vars(probe)[name] for name in probe.state]
+        # what a probe has measured is that of its rank's samples
         share = (distributed.rank(), distributed.ranks())
-        measurement = [self._made_with[passenger], so_far, memory, share]
+        measurement = [self._made_with[probe], so_far, memory, share]
         key = {
-            "model": self._model_digest(),
+            "model": self._model,
             "samples": digest(samples),
             "measurement": digest(measurement),
         }
-        found = self._find(what, key)
+        before = {name: vars(probe)[name] for name in probe.state}
+        found = self._find(what, key, before)
         if found is not None:
-            vars(passenger).update(found)
+            vars(probe).update(found)
             return
-        sweep()
-        self._keep(what, key, {name: vars(passenger)[name] for name in passenger.kept})
+        run()
+        self._keep(what, key, {name: vars(probe)[name] for name in probe.state})
 
     def numbers_for(self, owner: str) -> Callable[[str], Remember]:
         """
@@ -106,30 +109,29 @@ class ProfileCache:
         self, owner: str, linear: str, name: str, compute: Callable[[], float]
     ) -> float:
         key = {
-            "model": self._model_digest(),
+            "model": self._model,
             "samples": digest([]),
             "measurement": digest([owner, linear, name]),
         }
         what = f"{name} of {linear}"
-        found = self._find(what, key)
+        found = self._find(what, key, {"number": 0.0})
         if found is not None:
-            return float(found["number"])
+            return found["number"]
         number = float(compute())
         self._keep(what, key, {"number": number})
         return number
 
-    def _model_digest(self) -> str:
-        if self._digest is None:
-            self._digest = model_digest(self._model)
-        return self._digest
-
-    def _find(self, what: str, key: Mapping[str, str]) -> dict[str, Any] | None:
+    def _find(
+        self, what: str, key: Mapping[str, str], like: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """:param like: the names that are asked for, with values of their types"""
         path = self._path(what, key)
         if not path.exists():
             self._explain_missing(what, path)
             return None
         try:
             found = _read(path, key)
+            _check_names(found, like)
         except RefusedEntry as refused:
             logger.warning(
                 f"profile_cache: {path} is not used, {refused}. Measuring again"
@@ -138,16 +140,21 @@ class ProfileCache:
         logger.info(f"{what}: taken from {path}")
         return found
 
+    def _list(self) -> dict[str, list[list[str]]]:
+        """What was kept by earlier runs: station -> the rest of the files' names."""
+        found: dict[str, list[list[str]]] = {}
+        for path in self._folder.glob("*-*-*-*.safetensors"):
+            station, *key = path.stem.split("-")
+            found.setdefault(station, []).append(key)
+        return found
+
     def _explain_missing(self, what: str, path: Path) -> None:
         """Where measurements were kept and none fits, a user wonders why."""
         station, *wanted = path.stem.split("-")
-        kept = [
-            other.stem.split("-")[1:]
-            for other in self._folder.glob(f"{station}-*-*-*.safetensors")
-        ]
+        kept = self._kept.get(station, [])
         reasons = {
-            1: "another model (weights, configuration, kind of device, or versions of "
-            "the software)",
+            1: "another model (weights, configuration, device, or versions of the "
+            "software)",
             2: "other calibration samples",
         }
         for shared, reason in reasons.items():
@@ -247,13 +254,26 @@ def _read(path: Path, key: Mapping[str, str]) -> dict[str, Any]:
     checksum = metadata.pop("checksum", None)
     if checksum != digest([metadata, tensors]):
         raise RefusedEntry("its content does not fit its checksum: it is damaged")
-    recorded = json.loads(metadata["key"])
-    differing = [part for part in key if recorded.get(part) != key[part]]
+    try:
+        recorded = json.loads(metadata["key"])
+        differing = [part for part in key if recorded.get(part) != key[part]]
+        found = unpack(json.loads(metadata["tree"]), tensors)
+    except Exception as error:  # a file of others may hold anything; torch's devices
+        raise RefusedEntry(f"it cannot be understood: {error!r}") from error
     if differing:
         others = " and another ".join(differing)
         raise RefusedEntry(f"it was measured with another {others}")
-    try:
-        return unpack(json.loads(metadata["tree"]), tensors)
-    except (RuntimeError, AssertionError) as error:
-        # torch's words for a device that is not there
-        raise RefusedEntry(f"its tensors find no device: {error}") from error
+    return found
+
+
+def _check_names(found: Any, like: Mapping[str, Any]) -> None:
+    """
+    Nothing but what was asked for is taken.
+
+    :raises RefusedEntry: if names or types are others
+    """
+    if not isinstance(found, dict) or found.keys() != like.keys():
+        raise RefusedEntry(f"it does not hold just {', '.join(like)}")
+    wrong = [name for name in like if type(found[name]) is not type(like[name])]
+    if wrong:
+        raise RefusedEntry(f"{', '.join(wrong)} in it is of another type")

@@ -18,21 +18,22 @@ from torch.utils.data import DataLoader
 
 from absorb_plugin import distributed
 from absorb_plugin.cpu import fast_bfloat16
+from absorb_plugin.precision import ieee_float32
 
 __all__ = [
     "Batch",
-    "cache_batches",
     "calibrating",
-    "content",
     "cut_tokens",
-    "in_fixed_order",
+    "evenly_spaced",
     "interleaved",
     "join_samples",
-    "padded",
+    "pad_to_batch",
+    "read_batches",
+    "sample_key",
     "samples_of",
     "single_samples",
+    "sort_samples",
     "split_samples",
-    "spread",
     "token_mask",
 ]
 
@@ -44,18 +45,20 @@ T = TypeVar("T")
 def calibrating(model: torch.nn.Module) -> Iterator[None]:
     """
     The context of llm-compressor's own calibration passes: no gradients, no cache, no
-    dropout, no quantisation. The hooks of other modifiers sleep, so that a run of ours
-    leaves no trace in their statistics; enter it once, `disable_hooks` does not nest.
+    dropout, no quantisation. Float32 products are just that. The hooks of other
+    modifiers sleep, so that a run of ours leaves no trace in their statistics; enter it
+    once, `disable_hooks` does not nest.
     """
     with ExitStack() as stack:
         stack.enter_context(calibration_forward_context(model))
         stack.enter_context(DisableQuantization(model))
         stack.enter_context(HooksMixin.disable_hooks())
         stack.enter_context(fast_bfloat16())
+        stack.enter_context(ieee_float32())
         yield
 
 
-def cache_batches(loader: DataLoader | Iterable[Batch] | None) -> list[dict]:
+def read_batches(loader: DataLoader | Iterable[Batch] | None) -> list[dict]:
     """
     Read the calibration loader once. The random state is put back afterwards, so that
     a shuffling loader gives the pruner the very samples that it would give without us.
@@ -86,7 +89,7 @@ def _union(parts: list[list[dict]]) -> list[dict]:
     gets its first rows (0.14.0.1: the sampler counts within the shard, the loader in
     the whole): ranks whose samples another one has, all of them, add nothing.
     """
-    held = [Counter(map(content, split_samples(part, 1))) for part in parts]
+    held = [Counter(map(sample_key, split_samples(part, 1))) for part in parts]
     most = max(held, key=Counter.total)
     if len([own for own in held if own]) > 1 and all(own <= most for own in held):
         if distributed.is_first():
@@ -143,22 +146,22 @@ def split_samples(batches: Iterable[Batch], size: int) -> Iterator[dict]:
             }
 
 
-def single_samples(batches: Iterable[Batch], tokens: int | None = None) -> list[dict]:
+def single_samples(batches: Iterable[Batch], by_loss: bool = False) -> list[dict]:
     """
     The samples one by one, without those that are of no use, of which a warning tells.
 
-    :param tokens: of so many first tokens a sample must have one to predict: two
-        neighbours that are no padding. None: one token that is no padding will do
+    :param by_loss: a sample must have a token to predict: two neighbours that are no
+        padding. Else one token that is no padding will do
     :raises ValueError: if no sample is left
     """
     samples = list(split_samples(batches, 1))
-    if tokens is None:
-        useful = [x for x in samples if token_mask(x).any()]
-        wanted, lacking = "needs one token that is no padding", "has no token"
-    else:
-        useful = [x for x in samples if _predicts(cut_tokens(x, tokens))]
+    if by_loss:
+        useful = [x for x in samples if _predicts(x)]
         wanted = "needs two neighbouring tokens that are no padding. Use longer samples"
         lacking = "has no token to predict"
+    else:
+        useful = [x for x in samples if token_mask(x).any()]
+        wanted, lacking = "needs one token that is no padding", "has no token"
     if not useful:
         raise ValueError(f"the calibration set {lacking}: a sample {wanted}")
     if len(useful) < len(samples):
@@ -189,7 +192,7 @@ def join_samples(samples: Iterable[Batch], size: int = 8) -> list[dict]:
     return batches
 
 
-def padded(samples: Sequence[Batch]) -> dict:
+def pad_to_batch(samples: Sequence[Batch]) -> dict:
     """
     One batch of single samples of whatever length, padded on the right where theirs
     differ.
@@ -211,7 +214,7 @@ def padded(samples: Sequence[Batch]) -> dict:
     return {name: torch.cat([rows[name] for rows in filled]) for name in names}
 
 
-def in_fixed_order(samples: Iterable[Batch]) -> list[dict]:
+def sort_samples(samples: Iterable[Batch]) -> list[dict]:
     """
     Longest first, then by a hash of the tokens: an order that depends on the samples
     alone. So the ones that are held out, or chosen for a signal, are the same whether a
@@ -220,33 +223,52 @@ def in_fixed_order(samples: Iterable[Batch]) -> list[dict]:
     :param samples: batches of one sample
     """
 
-    return sorted((dict(sample) for sample in samples), key=content)
+    return sorted((dict(sample) for sample in samples), key=sample_key)
 
 
-def content(sample: Batch) -> tuple[int, bytes]:
+def sample_key(sample: Batch) -> tuple[int, bytes]:
     """Minus the number, and a hash, of the tokens of a single sample."""
     tokens = sample["input_ids"][token_mask(sample)].cpu().to(torch.int64)
     return -tokens.numel(), hashlib.sha256(tokens.numpy().tobytes()).digest()
 
 
-def spread(items: Sequence[T], count: int) -> list[T]:
+def evenly_spaced(items: Sequence[T], count: int) -> list[T]:
     """`count` items at even distances: loaders may sort samples by length."""
     count = min(count, len(items))
     return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
 
 
 def interleaved(items: Sequence[T], stride: int = 8) -> list[T]:
-    """All items, reordered so that the first few are spread over the whole."""
+    """All items, reordered so that the first few are evenly_spaced over the whole."""
     stride = max(1, len(items) // stride)
     return [item for offset in range(stride) for item in items[offset::stride]]
 
 
-def cut_tokens(sample: Batch, length: int) -> dict:
-    """The first `length` tokens of a single sample that are no padding."""
+def cut_tokens(
+    sample: Batch, length: int, salt: str | None = None, first: bool = False
+) -> dict:
+    """
+    A window of `length` tokens of a single sample, that are no padding.
+
+    :param salt: the window lies at a place that a hash of this and of the sample's
+        tokens tells; None for its beginning
+    :param first: the window begins with the sample's first token wherever it lies: a
+        model that was trained with BOS there is not itself without
+    """
     total = sample["input_ids"].shape[1]
-    start = int(token_mask(sample)[0].float().argmax())
+    real = token_mask(sample)[0].nonzero().flatten()
+    start, stop = int(real[0]), int(real[-1]) + 1
+    room = stop - start - length
+    offset = 0
+    if salt is not None and room > 0:
+        _, content = sample_key(sample)
+        digest = hashlib.sha256(salt.encode() + content).digest()
+        offset = int.from_bytes(digest[:8], "big") % (room + 1)
+    places = torch.arange(start + offset, min(start + offset + length, stop))
+    if first:
+        places[0] = start
     return {
-        name: tensor[:, start : start + length]
+        name: tensor[:, places.to(tensor.device)]
         if tensor.dim() > 1 and tensor.shape[1] == total
         else tensor
         for name, tensor in sample.items()

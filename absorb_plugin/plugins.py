@@ -26,7 +26,7 @@ __all__ = [
     "PluginError",
     "RegisteredAllocator",
     "allocators",
-    "announce",
+    "notify_plugins",
     "build_allocator",
     "manager",
     "owner_of",
@@ -160,7 +160,7 @@ def build_allocator(name: str, arguments: Mapping[str, Any]) -> Allocator:
         raise ValueError(f"allocator {name!r}: {problems}") from error
 
 
-def announce(profile: Mapping[str, Any]) -> None:
+def notify_plugins(profile: Mapping[str, Any]) -> None:
     """
     Tell the plugins what was allocated.
 

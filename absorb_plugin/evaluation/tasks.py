@@ -31,7 +31,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from absorb_plugin.evaluation.perplexity import ROWS, input_device
 from absorb_plugin.evaluation.text import Tokenizer, prefix_ids
 from absorb_plugin.files import json_object
-from absorb_plugin.sampling import standard_error
+from absorb_plugin.search.standard_error import standard_error
 
 __all__ = [
     "EncodedTask",

@@ -7,7 +7,7 @@ import sys
 import pytest
 from helpers.cli import absorb
 
-from absorb_cli.frame import one_line
+from absorb_plugin.cli.frame import one_line
 
 
 @pytest.mark.parametrize("name", ["prune", "eval", "demo"])
@@ -31,7 +31,7 @@ def test_usage_errors_have_exit_code_2(model_dir, text_file):
 HELP = """
 import sys
 from typer.testing import CliRunner
-from absorb_cli.app import app
+from absorb_plugin.cli.app import app
 result = CliRunner().invoke(app, ["prune", "--help"])
 assert result.exit_code == 0 and "--recipe" in result.stdout
 print([name for name in ("torch", "llmcompressor") if name in sys.modules])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from helpers.cli import absorb, error_of, files_in
 
-from absorb_cli.noise import _parse_magnitudes
+from absorb_plugin.cli.noise import _parse_magnitudes
 
 
 @pytest.mark.parametrize("text", ["", "1e-2,", "0", "-1", "nan", "inf", "a,b"])

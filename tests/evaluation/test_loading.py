@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from compressed_tensors.offload import disable_onloading
+from helpers import tiny
 from helpers.words import make_model, make_tokenizer, words
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -251,7 +251,7 @@ def offload_folders() -> set[Path]:
 
 
 def test_where_weights_lie_with_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of the first device's free memory is theirs, then comes what else there is."""
+    """Half of the free memory of the first one is theirs, then comes the rest."""
     first = torch.device("cuda", 0)
     monkeypatch.setattr(loading, "main_device", lambda: first)
     monkeypatch.setattr(loading, "_free_memory", lambda: {0: 1000, 1: 2000})

@@ -5,7 +5,7 @@ from pathlib import Path
 from click.testing import Result
 from typer.testing import CliRunner
 
-from absorb_cli.app import app
+from absorb_plugin.cli.app import app
 
 __all__ = ["absorb", "error_of", "files_in"]
 

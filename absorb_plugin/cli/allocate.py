@@ -1,0 +1,156 @@
+"""`absorb allocate`: the sparsity of every block, without pruning."""
+
+import json
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+from absorb_plugin.cli.frame import command, show
+from absorb_plugin.cli.inputs import Source, read_model
+from absorb_plugin.cli.options import (
+    AsJson,
+    Cache,
+    DatasetName,
+    Debug,
+    Dtype,
+    DtypeOption,
+    Model,
+    Samples,
+    Seed,
+    SeqLen,
+    Split,
+    Text,
+    TextColumn,
+    TrustRemoteCode,
+)
+
+if TYPE_CHECKING:
+    from absorb_plugin.allocate import Allocation
+
+__all__ = ["allocate"]
+
+
+class Granularity(str, Enum):
+    block = "block"
+    linear = "linear"
+
+
+class Level(str, Enum):
+    auto = "auto"
+    block = "block"
+    part = "part"
+    linear = "linear"
+
+
+class Effort(str, Enum):
+    quick = "quick"
+    standard = "standard"
+    thorough = "thorough"
+
+
+class PrunerName(str, Enum):
+    wanda = "wanda"
+    sparsegpt = "sparsegpt"
+
+
+def allocate(
+    model: Model,
+    allocator: Annotated[str, typer.Option(help="See `absorb allocators`.")],
+    sparsity: Annotated[float, typer.Option(help="The budget, in [0, 1).")],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Argument of the allocator."),
+    ] = None,
+    text: Text = None,
+    dataset: DatasetName = None,
+    split: Split = "train",
+    text_column: TextColumn = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = 512,
+    seed: Seed = 0,
+    granularity: Annotated[
+        Granularity, typer.Option(help="What the base allocator ranks.")
+    ] = Granularity.block,
+    level: Annotated[Level, typer.Option(help="What is corrected alike.")] = Level.auto,
+    effort: Annotated[
+        Effort, typer.Option(help="How much is measured.")
+    ] = Effort.standard,
+    pruner: Annotated[
+        PrunerName, typer.Option(help="What the allocation is for.")
+    ] = PrunerName.wanda,
+    correction: Annotated[
+        bool, typer.Option(help="Correct the base allocation by absorption.")
+    ] = True,
+    dtype: DtypeOption = Dtype.auto,
+    trust_remote_code: TrustRemoteCode = False,
+    profile_cache: Cache = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compute the sparsity of every block of MODEL, without pruning."""
+    with command(debug) as stdout:
+        from absorb_plugin.evaluation.allocation import allocate_model, as_dict
+        from absorb_plugin.evaluation.loading import load_model
+        from absorb_plugin.evaluation.text import calibration_samples
+        from absorb_plugin.files import check_writable
+        from absorb_plugin.search.budget import check_budget
+        from absorb_plugin.settings import AllocationSettings
+
+        settings = AllocationSettings(
+            allocator=allocator,
+            allocator_args=dict(map(_parse_argument, arguments or [])),
+            granularity=granularity.value,
+            level=level.value,
+            effort=effort.value,
+            profile_cache=None if profile_cache is None else str(profile_cache),
+            strength="auto" if correction else 0,
+        )
+        settings.base_allocator()
+        check_budget(sparsity, settings.max_sparsity)
+        if profile_cache is not None:
+            check_writable("--profile-cache", str(profile_cache))
+        documents = Source(text, dataset, split, text_column).documents()
+        _, tokenizer = read_model(model, dtype, trust_remote_code, seq_len)
+        data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
+        loaded = load_model(model, dtype.value, trust_remote_code)
+        found = allocate_model(loaded, data, sparsity, settings, pruner=pruner.value)
+        if as_json:
+            show(stdout, as_dict(found, allocator, pruner.value), as_json)
+        else:
+            _print(found, stdout)
+
+
+def _parse_argument(argument: str) -> tuple[str, Any]:
+    """`key=value`; the value is read as JSON where it is JSON, else as a string."""
+    key, equals, value = argument.partition("=")
+    if not (key and equals):
+        raise ValueError(f"--set {argument!r}: write KEY=VALUE, as in --set m=7")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def _print(allocation: "Allocation", file: TextIO) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for column in ("block", "weights", "metric", "base", "sparsity"):
+        table.add_column(column, justify="left" if column == "block" else "right")
+    bases = allocation.block_means(allocation.base.sparsity)
+    sparsities = allocation.block_means(allocation.sparsity)
+    for row, index in enumerate(allocation.blocks.prunable):
+        block = allocation.blocks.blocks[index]
+        table.add_row(
+            block.name,
+            f"{block.parameters:,}",
+            f"{allocation.base.metric[row]:.4g}",
+            f"{bases[row]:.4f}",
+            f"{sparsities[row]:.4f}",
+        )
+    table.caption = (
+        f"{allocation.achieved():.4f} of {allocation.budget.sparsity} over all"
+    )
+    Console(file=file).print(table)

@@ -1,0 +1,144 @@
+"""`absorb eval`: perplexity on a text, accuracies on tasks."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import typer
+
+from absorb_plugin.cli.frame import command, show
+from absorb_plugin.cli.inputs import Source, read_model
+from absorb_plugin.cli.options import (
+    AsJson,
+    DatasetName,
+    Debug,
+    Dtype,
+    DtypeOption,
+    Model,
+    SeqLen,
+    Split,
+    Text,
+    TextColumn,
+    TrustRemoteCode,
+)
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    model: Model,
+    more: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[FILE]...", help="More task files: --tasks tasks/*.jsonl works."
+        ),
+    ] = None,
+    text: Text = None,
+    dataset: DatasetName = None,
+    split: Split = "test",
+    text_column: TextColumn = None,
+    seq_len: SeqLen = 512,
+    windows: Annotated[
+        int | None,
+        typer.Option(min=1, help="First windows of the text; by default all."),
+    ] = None,
+    tasks: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="Zero-shot task, JSON lines. May be repeated."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="First items of every task; by default all."),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Sequences of the tasks per forward pass.")
+    ] = 8,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Save the result, for `absorb compare`."),
+    ] = None,
+    dtype: DtypeOption = Dtype.auto,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Perplexity of MODEL over windows of a text, and its accuracy on tasks."""
+    with command(debug) as stdout:
+        from absorb_plugin.evaluation.compare import save_result
+        from absorb_plugin.evaluation.loading import load_model
+        from absorb_plugin.evaluation.output import check_result_file
+        from absorb_plugin.evaluation.perplexity import perplexity, sparsity_if_known
+        from absorb_plugin.evaluation.tasks import (
+            encode_tasks,
+            evaluate_tasks,
+            read_tasks,
+        )
+        from absorb_plugin.evaluation.text import evaluation_windows
+        from absorb_plugin.files import check_file
+
+        # All that can be wrong with the arguments comes before the model is loaded.
+        if more and not tasks:
+            raise ValueError(f"{more[0]}: name task files after --tasks")
+        if not (text or dataset or tasks):
+            raise ValueError("nothing to do: give --text, --dataset or --tasks")
+        if out is not None:
+            check_file(out, "--out")
+            check_result_file(out)
+        read = read_tasks([*(tasks or []), *(more or [])], limit)
+        has_text = text is not None or dataset is not None
+        source = Source(text, dataset, split, text_column)
+        documents = source.documents() if has_text else None
+        config, tokenizer = read_model(
+            model, dtype, trust_remote_code, seq_len if has_text else None
+        )
+        tokens: Sequence[Sequence[int]] = []
+        if documents is not None:
+            tokens = evaluation_windows(documents, tokenizer, seq_len, count=windows)
+        encoded = encode_tasks(read, tokenizer, config.get_text_config())
+        loaded = load_model(model, dtype.value, trust_remote_code)
+        sparsity = sparsity_if_known(loaded) if out else None
+        result: dict[str, Any] = {}
+        if tokens:
+            value, count = perplexity(loaded, tokens)
+            result = {"perplexity": value, "tokens": count}
+        for name, found in evaluate_tasks(loaded, encoded, batch_size).items():
+            result[name] = dataclasses.asdict(found)
+        if out is not None:
+            save_result(out, model, sparsity, result)
+        if as_json:
+            show(stdout, result, as_json)
+        else:
+            _print(result, stdout)
+
+
+def _print(result: Mapping[str, Any], file: TextIO) -> None:
+    """
+    A line for the perplexity, a table of the tasks.
+
+    :param result: `perplexity` and `tokens`, where there was a text, and per task an
+        object with `acc`, `acc_norm`, `stderr` and `n`
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    if "perplexity" in result:
+        line = "Perplexity {perplexity:.3f} over {tokens} tokens".format(**result)
+        print(line, file=file, flush=True)
+    tasks = {name: one for name, one in result.items() if isinstance(one, Mapping)}
+    if not tasks:
+        return
+    table = Table()
+    table.add_column("task", overflow="fold")
+    for column in ("items", "acc", "± stderr", "acc_norm"):
+        table.add_column(column, justify="right")
+    for name, one in tasks.items():
+        values = (one["acc"], one["stderr"], one["acc_norm"])
+        table.add_row(name, str(one["n"]), *map(_four_digits, values))
+    Console(file=file).print(table)
+
+
+def _four_digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

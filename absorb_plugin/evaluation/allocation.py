@@ -1,0 +1,87 @@
+"""Allocate without pruning, and the result as plain data."""
+
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from absorb_plugin._llmcompressor import linearize_moe
+from absorb_plugin.allocate import Allocation, allocate
+from absorb_plugin.blocks import find_blocks
+from absorb_plugin.calibration import samples_of
+from absorb_plugin.devices import computing_on_one_device
+from absorb_plugin.pruners import PRUNERS
+from absorb_plugin.search.budget import check_budget
+from absorb_plugin.settings import AllocationSettings
+
+__all__ = ["allocate_model", "as_dict"]
+
+
+def allocate_model(
+    model: PreTrainedModel,
+    samples: Dataset,
+    sparsity: float,
+    settings: AllocationSettings,
+    *,
+    pruner: str = "wanda",
+) -> Allocation:
+    """
+    Allocate without pruning, over all Linears of the decoder blocks.
+
+    :param samples: rows of `input_ids` and `attention_mask`
+    :param sparsity: the budget S
+    :param pruner: name of the pruner that it is for, with its default settings
+    """
+    check_budget(sparsity, settings.max_sparsity)
+    with computing_on_one_device(model):
+        linearize_moe(model)  # as oneshot does: the experts' weights become Linears
+        return allocate(
+            model,
+            find_blocks(model),
+            samples_of(samples),
+            sparsity=sparsity,
+            pruner=PRUNERS[pruner](),
+            settings=settings,
+        )
+
+
+def as_dict(allocation: Allocation, allocator: str, pruner: str) -> dict[str, Any]:
+    """What `absorb allocate --json` prints."""
+    targets = allocation.linear_sparsities()
+    bases = dict(zip(targets, allocation.base.sparsity.tolist(), strict=True))
+    means = allocation.block_means(allocation.base.sparsity)
+    finals = allocation.block_means(allocation.sparsity)
+    blocks = []
+    for row, index in enumerate(allocation.blocks.prunable):
+        block = allocation.blocks.blocks[index]
+        unique = _unique_ends(list(block.linears))
+        linears = {}
+        for name in block.linears:
+            full = block.full_name(name)
+            entry = {"base_sparsity": bases[full], "sparsity": targets[full]}
+            if full in allocation.base.linear_metrics:
+                entry["metric"] = float(allocation.base.linear_metrics[full])
+            linears[name.rpartition(".")[2] if unique else name] = entry
+        blocks.append(
+            {
+                "name": block.name,
+                "parameters": block.parameters,
+                "metric": float(allocation.base.metric[row]),
+                "base_sparsity": float(means[row]),
+                "sparsity": float(finals[row]),
+                "linears": linears,
+            }
+        )
+    return {
+        "allocator": allocator,
+        "pruner": pruner,
+        "level": allocation.level,
+        "sparsity": allocation.budget.sparsity,
+        "achieved": allocation.achieved(),
+        "blocks": blocks,
+    }
+
+
+def _unique_ends(names: list[str]) -> bool:
+    """Whether the last parts of the names tell them apart, as in most models."""
+    return len({name.rpartition(".")[2] for name in names}) == len(names)

@@ -1,0 +1,1 @@
+"""One forward of the model, many trajectories, and the probes that ask for them."""

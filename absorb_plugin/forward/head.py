@@ -1,0 +1,64 @@
+"""Everything after the last block: final norm, output head, scaling of logits."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch.nn import Module
+from transformers import PreTrainedModel
+
+from absorb_plugin.forward.replaced import replaced_forward
+
+__all__ = ["CHUNK_BYTES", "OutputHead"]
+
+# Logits of one chunk, in float32; at a vocabulary of 128k that is 512 tokens.
+CHUNK_BYTES = 256 * 2**20
+
+
+class OutputHead:
+    """
+    Everything after the last block: final norm, head, and whatever scaling or capping
+    of logits the architecture adds. It runs the model itself with its blocks replaced
+    by one that returns the given hidden state, so nothing about the architecture has
+    to be known.
+    """
+
+    def __init__(self, model: PreTrainedModel, blocks: Sequence[Module]) -> None:
+        self._model, self._blocks = model, blocks
+        self._linear: Module | None = model.get_output_embeddings()
+        # calibration contexts switch the head's forward off
+        self._forward = None if self._linear is None else self._linear.forward
+        self.tuple_length = 0  # of what the blocks return; 0: a tensor
+        self.chunk_bytes = CHUNK_BYTES
+        self.vocabulary: int = model.config.get_text_config().vocab_size
+
+    def logits(
+        self, input_ids: torch.Tensor, hidden: torch.Tensor, start: int, stop: int
+    ) -> torch.Tensor:
+        """
+        :param input_ids: (batch, tokens), only its shape counts
+        :param hidden: output of the last block, (batch, tokens, hidden)
+        :return: float32 logits of tokens start … stop-1, (batch, stop - start, vocab)
+        """
+        part = hidden[:, start:stop]
+        # some models unpack what their blocks return, attention weights included
+        rest = (None,) * (self.tuple_length - 1)
+        output = (part, *rest) if self.tuple_length else part
+        with ExitStack() as stack:
+            stack.enter_context(self._enabled())
+            for block in self._blocks:
+                stack.enter_context(replaced_forward(block, _constant(output)))
+            return self._model(input_ids=input_ids[:, start:stop]).logits.float()
+
+    @contextmanager
+    def _enabled(self) -> Iterator[None]:
+        if self._linear is None or self._forward is None:
+            yield
+        else:
+            with replaced_forward(self._linear, self._forward):
+                yield
+
+
+def _constant(output: object) -> Callable[..., Any]:
+    return lambda *args, **kwargs: output

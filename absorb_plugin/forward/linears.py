@@ -1,0 +1,79 @@
+"""Blocks that compute with other weights than their own, one Linear at a time."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn import Linear
+from torch.nn.functional import linear as apply_linear
+
+from absorb_plugin.forward.replaced import replaced_forward
+
+__all__ = ["Weights", "differentiated", "replaced_weights"]
+
+# name of a Linear -> its weight, made or fetched when the Linear runs and let go after
+Weights = Mapping[str, Callable[[], torch.Tensor]]
+# takes what entered a Linear, (..., in_features), and the gradient of what left it,
+# (..., out_features): of the two, ∂loss/∂W is made
+Sink = Callable[[torch.Tensor, torch.Tensor], None]
+
+
+@contextmanager
+def replaced_weights(linears: Mapping[str, Linear], weights: Weights) -> Iterator[None]:
+    """Within the context the Linears named in `weights` compute with these."""
+    with ExitStack() as stack:
+        for name, weight in weights.items():
+            forward = partial(_apply, linears[name], weight)
+            stack.enter_context(replaced_forward(linears[name], forward))
+        yield
+
+
+@contextmanager
+def differentiated(
+    linears: Mapping[str, Linear], weights: Weights, sinks: Mapping[str, Sink]
+) -> Iterator[None]:
+    """
+    As `replaced_weights`; in the backward pass each Linear's sink is told its input and
+    the gradient of its output, and no gradient of a weight is made or held.
+    """
+    with ExitStack() as stack:
+        for name, weight in weights.items():
+            forward = partial(_apply_differentiated, linears[name], weight, sinks[name])
+            stack.enter_context(replaced_forward(linears[name], forward))
+        yield
+
+
+def _apply(
+    linear: Linear, weight: Callable[[], torch.Tensor], x: torch.Tensor
+) -> torch.Tensor:
+    return apply_linear(x, weight().to(x.device), linear.bias)
+
+
+def _apply_differentiated(
+    linear: Linear, weight: Callable[[], torch.Tensor], sink: Sink, x: torch.Tensor
+) -> torch.Tensor:
+    return _Differentiated.apply(x, linear.bias, weight, sink)
+
+
+class _Differentiated(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        weight: Callable[[], torch.Tensor],
+        sink: Sink,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.sink = weight, sink
+        return apply_linear(x, weight().to(x.device), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple:
+        (gradient,) = gradients
+        (x,) = ctx.saved_tensors
+        if x.numel():
+            ctx.sink(x, gradient)
+        return gradient.matmul(ctx.weight().to(x.device)), None, None, None

@@ -1,0 +1,162 @@
+"""What measures something while the model runs, and what it needs for that."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+from absorb_plugin.calibration import Batch
+from absorb_plugin.forward.head import OutputHead
+
+__all__ = ["Needs", "Probe", "RunBlock", "hidden_state"]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """
+    What a probe takes beside the model. Memory (`forward.memory`) and the cost model
+    (integration/benchmarks/cost_model.py) add this up.
+
+    :param trajectories: hidden states alive at once, beside the model's own
+    :param pruned: runs blocks under pruned weights, made one Linear at a time
+    :param backward: runs blocks backward
+    :param float32: runs blocks in float32
+    :param hessians: adds up Σ x xᵀ of a Linear's inputs and inverts it
+    :param kept_weights: pruned copies of the whole model that are kept
+    :param single_batch: all samples must pass a block before the next one
+    """
+
+    trajectories: int = 0
+    pruned: bool = False
+    backward: bool = False
+    float32: bool = False
+    hessians: bool = False
+    kept_weights: int = 0
+    single_batch: bool = False
+
+    def __or__(self, other: "Needs") -> "Needs":
+        """Of two probes in one forward: numbers add up, the rest is either's."""
+        mine, theirs = vars(self), vars(other)
+        return Needs(
+            **{
+                field.name: mine[field.name] + theirs[field.name]
+                if field.type in (int, "int")
+                else mine[field.name] or theirs[field.name]
+                for field in fields(self)
+            }
+        )
+
+
+class Probe:
+    """
+    What measures during a forward: override what you need.
+
+    All hidden states have shape (batch, tokens, hidden). `state` names the attributes
+    that hold what was measured; what the others were set to when the probe was made
+    tells one measurement from another (`profile_cache`).
+    """
+
+    state: tuple[str, ...] = ()
+
+    @property
+    def needs(self) -> Needs:
+        """What it takes beside the model."""
+        return Needs()
+
+    def start(self, batch: Batch) -> None:
+        """A new batch, on the model's device, is about to run."""
+
+    def enter(self, index: int, block: Module) -> None:
+        """The model is about to run block `index`."""
+
+    def leave(
+        self, index: int, before: torch.Tensor, after: torch.Tensor, run: "RunBlock"
+    ) -> torch.Tensor | None:
+        """
+        The model's own pass took `before` to `after`; `run` takes any other hidden
+        state through the same block, with the block's own mask and rotary embedding.
+
+        :return: what the model's own pass goes on with in place of `after`, if not
+            with that; for a probe that is alone in its forward
+        """
+        return None
+
+    def finish(self, batch: Batch, head: OutputHead) -> None:
+        """All blocks have run; `head` turns hidden states into logits."""
+
+    def close(self) -> None:
+        """The run is over, perhaps by an error: leave no hook behind."""
+
+    def result(self) -> Any:
+        """What was measured over all batches, and over all ranks."""
+        raise NotImplementedError
+
+
+class RunBlock:
+    """
+    Takes other hidden states through a block that the model has just run, with the
+    block's own mask and rotary embedding.
+
+    :param args: positional arguments of the model's own call
+    :param kwargs: keyword arguments of the same
+    """
+
+    def __init__(self, block: Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        self._block, self._args, self._kwargs = block, args, kwargs
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """:param hidden: shape (batch, tokens, hidden)"""
+        if self._args:
+            output = self._block(hidden, *self._args[1:], **self._kwargs)
+        else:
+            output = self._block(**{**self._kwargs, "hidden_states": hidden})
+        return hidden_state(output)
+
+    @contextmanager
+    def in_float32(self) -> Iterator["RunBlock"]:
+        """
+        Within the context the block's parameters are float32, and so is what the
+        yielded runner computes. One block's copy; the weights come back as they were.
+        """
+        wide = {name: _float32(value) for name, value in self._kwargs.items()}
+        with _float32_parameters(self._block):
+            yield RunBlock(self._block, tuple(map(_float32, self._args)), wide)
+
+
+def hidden_state(output: object) -> torch.Tensor:
+    """The hidden state among what a block returns."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    assert isinstance(hidden, torch.Tensor)
+    return hidden
+
+
+def _float32(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.float()
+    if isinstance(value, tuple):  # cosines and sines
+        return tuple(map(_float32, value))
+    return value
+
+
+@contextmanager
+def _float32_parameters(block: Module) -> Iterator[None]:
+    narrow = [
+        tensor
+        # getattr, for an offloaded tensor is fetched that way; it stays onloaded here
+        for module in block.modules()
+        for name in (*module._parameters, *module._buffers)
+        if isinstance(tensor := getattr(module, name), torch.Tensor)
+        and tensor.is_floating_point()
+        and tensor.dtype != torch.float32
+    ]
+    originals = [tensor.data for tensor in narrow]
+    try:
+        for tensor in narrow:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, original in zip(narrow, originals, strict=True):
+            tensor.data = original

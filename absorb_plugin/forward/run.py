@@ -1,0 +1,197 @@
+"""
+One forward of the model, many trajectories.
+
+A block's weights are resident exactly while the model runs it. So while ONE forward
+of the model passes block k, a hook runs block k again on every other hidden state that
+has come this far: noisy copies, or copies that met other weights on their way. Each
+block is onloaded once per batch, whatever the number of trajectories.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
+
+import torch
+from compressed_tensors.offload import disable_offloading, get_execution_device
+from loguru import logger
+from torch.nn import Module
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from absorb_plugin import distributed
+from absorb_plugin.blocks import BlockMap
+from absorb_plugin.calibration import Batch, calibrating, split_samples
+from absorb_plugin.forward.head import OutputHead
+from absorb_plugin.forward.memory import Footprint, footprint
+from absorb_plugin.forward.probe import Probe, RunBlock, hidden_state
+
+__all__ = ["NonFiniteHiddenState", "run_probes"]
+
+
+class NonFiniteHiddenState(ValueError):
+    """A block's output holds NaN or infinity."""
+
+
+def run_probes(
+    model: PreTrainedModel,
+    blocks: BlockMap,
+    batches: Iterable[Batch],
+    probes: Sequence[Probe],
+    *,
+    memory: int | None = None,
+    description: str = "Measuring",
+) -> None:
+    """
+    Run the model over the batches while the probes measure.
+
+    :param model: the model; its weights are not touched
+    :param blocks: all decoder blocks, in the order in which they run
+    :param batches: calibration batches; cut to fewer samples where the run would take
+        more than `memory`
+    :param memory: limit in bytes of what the run may take beside the model; None for
+        no limit. What cannot be cut to it goes on with a warning
+    :param description: label of the progress bar
+    :raises NonFiniteHiddenState: naming the first block with NaN or infinity
+    """
+    head = OutputHead(model, blocks.modules)
+    with ExitStack() as stack:
+        stack.enter_context(calibrating(model))
+        hooks = _BlockHooks(blocks, probes, head)
+        stack.push(hooks)  # before they are added: an interrupt may come in between
+        hooks.__enter__()
+        needs = [probe.needs for probe in probes]
+        need = footprint(model, blocks.modules, needs, memory)
+        whole = any(one.single_batch for one in needs)
+        head.chunk_bytes = need.chunk
+        for batch in tqdm(
+            list(_within_memory(batches, need, memory, whole)),
+            desc=description,
+            disable=not distributed.is_first(),
+        ):
+            device = get_execution_device(model)
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            for probe in probes:
+                probe.start(batch)
+            with hooks.active():
+                model(**batch)
+            for probe in probes:
+                probe.finish(batch, head)
+
+
+def _within_memory(
+    batches: Iterable[Batch], need: Footprint, memory: int | None, whole: bool
+) -> Iterator[dict]:
+    for batch in batches:
+        samples, tokens = batch["input_ids"].shape
+        if memory is not None:
+            if not whole:
+                samples = min(samples, need.samples(tokens, memory))
+            most = need.fixed + samples * need.sample(tokens)
+            if most > memory:
+                _warn_of_memory(memory, most, need.fixed, samples, tokens)
+        yield from split_samples([batch], samples)
+
+
+@cache
+def _warn_of_memory(
+    memory: int, most: int, fixed: int, samples: int, tokens: int
+) -> None:
+    """Once for each case, not once per batch."""
+    logger.warning(
+        f"probe_memory is {memory / 2**30:.3g} GiB, but measuring takes up to "
+        f"{most / 2**30:.3g} GiB beside the model: {fixed / 2**30:.3g} GiB for the "
+        f"masks of one block and the logits, the rest for {samples} x {tokens} tokens. "
+        "Going on; if memory runs out use fewer probe_tokens or max_seq_length, or "
+        "a device with more"
+    )
+
+
+class _BlockHooks:
+    """The hooks on the blocks, as a context manager that leaves none behind."""
+
+    def __init__(
+        self, blocks: BlockMap, probes: Sequence[Probe], head: OutputHead
+    ) -> None:
+        self._blocks, self._probes, self._head = blocks, probes, head
+        self._hooks = ExitStack()
+        self._onloaded = ExitStack()
+        self._listening = False
+
+    def __enter__(self) -> "_BlockHooks":
+        for index, block in enumerate(self._blocks.modules):
+            # Not HooksMixin.register_hook: those are asleep while we calibrate.
+            add_enter, add_leave = (
+                partial(
+                    block.register_forward_pre_hook,
+                    partial(self._enter, index),
+                    with_kwargs=True,
+                ),
+                partial(
+                    block.register_forward_hook,
+                    partial(self._leave, index),
+                    with_kwargs=True,
+                ),
+            )
+            # Both steps in one line: between two lines an interrupt may come.
+            self._hooks.callback(add_enter().remove)
+            self._hooks.callback(add_leave().remove)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.close()
+        self._onloaded.close()
+        for probe in self._probes:
+            probe.close()
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        self._listening = True
+        try:
+            yield
+        finally:
+            self._listening = False
+
+    def _enter(self, index: int, block: Module, args: tuple, kwargs: dict) -> None:
+        if not self._listening:
+            return
+        # from here to the end of _leave the block is onloaded once
+        self._onloaded.enter_context(disable_offloading())
+        for probe in self._probes:
+            probe.enter(index, block)
+
+    def _leave(
+        self, index: int, block: Module, args: tuple, kwargs: dict, output: object
+    ) -> object:
+        if not self._listening:
+            return None
+        before = args[0] if args else kwargs["hidden_states"]
+        after = hidden_state(output)
+        self._head.tuple_length = len(output) if isinstance(output, tuple) else 0
+        self._check(index, after)
+        run = RunBlock(block, args, kwargs)
+        self._listening = False
+        onward: torch.Tensor | None = None
+        try:
+            for probe in self._probes:
+                onward = probe.leave(index, before, after, run)
+        finally:
+            self._listening = True
+        self._onloaded.close()
+        if onward is None or not isinstance(output, tuple):
+            return onward
+        return (onward, *output[1:])
+
+    def _check(self, index: int, after: torch.Tensor) -> None:
+        name = self._blocks.blocks[index].name
+        if after.dim() != 3:
+            raise ValueError(
+                f"block {name} puts out a hidden state of shape "
+                f"{tuple(after.shape)}, not (batch, tokens, hidden): architectures "
+                "with several parallel streams, as Gemma 3n, are not supported"
+            )
+        if not torch.isfinite(after).all():
+            raise NonFiniteHiddenState(
+                f"block {name} puts out NaN or infinity on the "
+                "calibration text: check the weights and the dtype (float16 "
+                "overflows in some models, use bfloat16)"
+            )

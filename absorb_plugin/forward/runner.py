@@ -1,0 +1,72 @@
+"""Runs probes: every rank its share, within the memory, and each measurement once."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from loguru import logger
+from transformers import PreTrainedModel
+
+from absorb_plugin import distributed
+from absorb_plugin.blocks import BlockMap
+from absorb_plugin.cache import ProfileCache
+from absorb_plugin.calibration import join_samples, pad_to_batch
+from absorb_plugin.forward.probe import Probe
+from absorb_plugin.forward.run import run_probes
+
+__all__ = ["ProbeRunner"]
+
+
+class ProbeRunner:
+    """
+    :param model: the model; its weights are not touched
+    :param blocks: all decoder blocks
+    :param memory: bytes that a probe may take beside the model
+    :param cache: directory of measurements, or None
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: BlockMap,
+        memory: int,
+        cache: str | None = None,
+    ) -> None:
+        self._model, self._blocks, self._memory = model, blocks, memory
+        self.cache = None if cache is None else ProfileCache(cache, model)
+
+    def run(self, what: str, samples: Sequence[dict], probe: Probe) -> Any:
+        """
+        Under torch.distributed every rank runs its share of the samples, and all of
+        them where a probe takes a single batch.
+
+        :param what: is measured, for messages and the cache
+        :param samples: batches of one, the same on all ranks
+        :return: the probe's result, the same on all ranks
+        """
+        tokens = sum(sample["input_ids"].numel() for sample in samples)
+        logger.info(f"{what}: {len(samples)} samples, {tokens} tokens")
+        whole = probe.needs.single_batch
+        mine = list(samples) if whole else distributed.share(samples)
+        with distributed.fail_together():
+            if self.cache is None or not probe.state:
+                self._measure(what, mine, probe)
+            else:
+                self.cache.load_or_run(
+                    what,
+                    mine,
+                    probe,
+                    self._memory,
+                    lambda: self._measure(what, mine, probe),
+                )
+        return probe.result()
+
+    def _measure(self, what: str, samples: list[dict], probe: Probe) -> None:
+        whole = probe.needs.single_batch
+        run_probes(
+            self._model,
+            self._blocks,
+            [pad_to_batch(samples)] if whole else join_samples(samples),
+            [probe],
+            memory=self._memory,
+            description=what,
+        )

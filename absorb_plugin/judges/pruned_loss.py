@@ -1,0 +1,136 @@
+"""
+A judge of whole allocations: the held-out loss after the pruner's own arithmetic.
+
+Masks alone judge an allocation well where the pruner is Wanda, which sets masks and
+nothing else. SparseGPT makes the weights that remain answer for the pruned ones, in
+some blocks far better than in others, and what its masks promise may then be wrong. So
+an allocation is tried out before it is handed over: block after block, on calibration
+samples, as the pruner goes about it.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+
+import numpy as np
+import torch
+from torch.nn import Module
+
+from absorb_plugin.blocks import BlockMap
+from absorb_plugin.calibration import Batch, token_mask
+from absorb_plugin.forward.head import OutputHead
+from absorb_plugin.forward.linears import replaced_weights
+from absorb_plugin.forward.loss import check_predicted, score_states
+from absorb_plugin.forward.probe import Needs, Probe, RunBlock
+from absorb_plugin.pruners.base import Pruner
+from absorb_plugin.pruners.weights import Observed, ObservedInputs, block_sparsities
+
+__all__ = ["PrunedLoss", "judged_rows"]
+
+
+class PrunedLoss(Probe):
+    """
+    Prunes the model by every candidate, on one batch.
+
+    Each candidate is a trajectory from the first block on. It passes a block twice:
+    with the block's own weights, for the inputs of its Linears, and with the pruned
+    ones. The first candidate takes the model's own pass.
+
+    :param blocks: all blocks; their prunable Linears are pruned
+    :param pruner: how weights are pruned
+    :param candidates: allocations, each one sparsity per prunable Linear
+    :param calibrating: so many first samples of the batch are what weights are pruned
+        by; the others are what is judged by
+    """
+
+    state = ("_losses", "_tokens")
+
+    def __init__(
+        self,
+        blocks: BlockMap,
+        pruner: Pruner,
+        candidates: Sequence[np.ndarray],
+        calibrating: int,
+    ) -> None:
+        self._blocks, self._pruner, self._calibrating = blocks, pruner, calibrating
+        self._candidates = [block_sparsities(blocks, one) for one in candidates]
+        self._in_force = ExitStack()
+        self._losses: list[list[float]] = []
+        self._tokens: list[int] = []
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(
+            trajectories=len(self._candidates),
+            pruned=True,
+            hessians=self._pruner.hessians,
+            single_batch=True,
+        )
+
+    def start(self, batch: Batch) -> None:
+        self._mask = token_mask(batch).clone()
+        self._mask[self._calibrating :] = False
+        self._hidden: list[torch.Tensor] = []
+
+    def enter(self, index: int, block: Module) -> None:
+        self._own = self._in_force.enter_context(self._inputs(index).watched())
+
+    def leave(
+        self, index: int, before: torch.Tensor, after: torch.Tensor, run: RunBlock
+    ) -> torch.Tensor:
+        self._in_force.close()
+        states = [before, *self._hidden[1:]]
+        states += [before] * (len(self._candidates) - len(states))
+        self._hidden = []
+        for number, state in enumerate(states):
+            observed = self._own
+            if number > 0:
+                with self._inputs(index).watched() as observed:
+                    run(state)
+            self._hidden.append(self._run_pruned(index, number, observed, state, run))
+        del self._own
+        return self._hidden[0]
+
+    def finish(self, batch: Batch, head: OutputHead) -> None:
+        judged = judged_rows(batch, self._calibrating)
+        states = [hidden[self._calibrating :] for hidden in self._hidden]
+        self._losses, self._tokens = score_states(head, judged, states)
+        del self._hidden
+
+    def close(self) -> None:
+        self._in_force.close()
+
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        """As of `MaskedLoss`; every rank runs all samples."""
+        check_predicted(sum(self._tokens))
+        return np.array(self._losses).T, np.array(self._tokens)
+
+    def _inputs(self, index: int) -> ObservedInputs:
+        linears = self._blocks.blocks[index].linears
+        return ObservedInputs(self._pruner, linears, self._mask)
+
+    def _run_pruned(
+        self,
+        index: int,
+        candidate: int,
+        observed: Observed,
+        state: torch.Tensor,
+        run: RunBlock,
+    ) -> torch.Tensor:
+        sparsities = self._candidates[candidate].get(index, {})
+        linears = self._blocks.blocks[index].linears
+        wanted = {name: [s] for name, s in sparsities.items()}
+        pruned = observed.prune(self._pruner, linears, wanted)
+        weights = {name: partial(_given, one) for name, (one,) in pruned.items()}
+        with replaced_weights(linears, weights):
+            return run(state)
+
+
+def judged_rows(batch: Batch, calibrating: int) -> dict[str, torch.Tensor]:
+    """Of a batch the samples that weights are not pruned by."""
+    names = ("input_ids", "attention_mask")
+    return {name: batch[name][calibrating:] for name in names if name in batch}
+
+
+def _given(weight: torch.Tensor) -> torch.Tensor:
+    return weight

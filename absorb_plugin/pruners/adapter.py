@@ -1,0 +1,364 @@
+"""
+The pruning modifiers that follow in the recipe: find them, set their sparsities.
+
+With ranks.py the only file that relies on names of llm-compressor which are not part of
+its recipes (`_target_layers`, `PRUNABLE_LAYER_TYPES`, the session's recipe).
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from itertools import takewhile
+from typing import Any
+
+import torch
+import yaml
+from compressed_tensors.utils import match_named_modules, match_targets
+from llmcompressor.core import active_session
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import (
+    PRUNABLE_LAYER_TYPES,
+    SparsityModifierBase,
+)
+from loguru import logger
+from transformers import PreTrainedModel
+
+from absorb_plugin.blocks import BlockMap
+from absorb_plugin.pruners import Pruner, pruner_class
+from absorb_plugin.search.budget import check_budget
+
+__all__ = [
+    "PrunerAdapter",
+    "find_pruners",
+    "recipe_text",
+    "remove_from_recipe",
+    "user_fields",
+]
+
+# Fields that llm-compressor fills in by itself.
+HOUSEKEEPING = {"index", "group", "start", "end", "update"}
+
+# What they do to a weight that was pruned, measured in tests/test_quantization.py. By
+# name: their modules moved between the versions of llm-compressor that we support.
+DESTROYS_ZEROS = {
+    "GPTQModifier": "moves the error of quantisation onto weights that were pruned",
+    "QuIPModifier": "rotates the weights, which mixes zeros with other weights",
+    "SpinQuantModifier": "rotates the weights, which mixes zeros with other weights",
+}
+
+# major, minor
+NEWEST_TESTED = (0, 14)
+
+
+@dataclass(frozen=True)
+class PrunerAdapter:
+    """
+    A pruning modifier with a budget.
+
+    :param modifier: a SparseGPTModifier, WandaPruningModifier, or subclass
+    :param sparsity: the budget S: the scalar that the user wrote
+    :param layers: full name -> module that its `targets` match, in the module order
+        that upstream's list of sparsities follows
+    :param blocks: the decoder blocks; of their Linears only those it will prune
+    :param named: modules outside the blocks that the user targets by name
+    :param pruner: its arithmetic
+    """
+
+    modifier: SparsityModifierBase
+    sparsity: float
+    layers: Mapping[str, torch.nn.Module]
+    blocks: BlockMap
+    named: frozenset[str]
+    pruner: Pruner
+
+    @property
+    def name(self) -> str:
+        return type(self.modifier).__name__
+
+    def set_sparsities(self, sparsities: Mapping[str, float]) -> None:
+        """
+        Replace the scalar `sparsity` by a list in the module order of the targets.
+        Where a target holds Linears of unequal sparsity, the targets become the full
+        names of the Linears. Both fields are saved in recipe.yaml, so the run can be
+        replayed without us.
+
+        :param sparsities: full name of a Linear -> target, for all of `blocks`
+        """
+        modifier = self.modifier
+        values: list[float] = []
+        for name, layer in self.layers.items():
+            inside = {
+                sparsities[linear]
+                for linear in _prunable(name, layer)
+                if linear in sparsities
+            }
+            if len(inside) > 1:
+                return self._set_by_name(sparsities)
+            outside = self.sparsity if name in self.named else 0.0
+            values.append(float(inside.pop() if inside else outside))
+        if list(modifier._target_layers) != list(self.layers):
+            raise RuntimeError(
+                f"{self.name} matched other targets when it was initialised than "
+                "absorb_plugin did: the model was changed in between"
+            )
+        modifier.sparsity = values
+
+    def _set_by_name(self, sparsities: Mapping[str, float]) -> None:
+        modifier = self.modifier
+        model_order = {
+            name: layer
+            for name, layer in _linears_of(self.layers).items()
+            if name in sparsities or name in self.named
+        }
+        modifier.targets = list(model_order)
+        modifier._target_layers = model_order
+        modifier.sparsity = [
+            float(sparsities.get(name, self.sparsity)) for name in model_order
+        ]
+
+
+def find_pruners(
+    modifier: Modifier,
+    model: PreTrainedModel,
+    blocks: BlockMap,
+    ignore: Sequence[str],
+    max_sparsity: float,
+) -> list[PrunerAdapter]:
+    """
+    The pruning modifiers after `modifier` in the active recipe, checked. Call it in
+    `on_initialize`: later the pipelines show one modifier at a time.
+
+    :param modifier: ours; those after a second one of its class belong to that
+    :param ignore: names or patterns to leave dense beside their own `ignore`
+    :raises ValueError: if there is none, or one cannot take a list of sparsities
+    """
+    _warn_of_version(version("llmcompressor"))
+    recipe = active_session().lifecycle.recipe.modifiers
+    after = recipe[recipe.index(modifier) + 1 :]
+    ours = takewhile(lambda other: not isinstance(other, type(modifier)), after)
+    found = [other for other in ours if isinstance(other, SparsityModifierBase)]
+    if not found:
+        raise ValueError(
+            f"no pruning modifier follows {type(modifier).__name__} in the recipe: put "
+            "a SparseGPTModifier or WandaPruningModifier after it"
+        )
+    _warn_of_lost_zeros(after[after.index(found[0]) + 1 :], found[0])
+    return [_resolve(other, model, blocks, ignore, max_sparsity) for other in found]
+
+
+def user_fields(modifier: Modifier, **options: Any) -> dict[str, Any]:
+    """
+    The fields of a modifier that are its user's, not llm-compressor's own.
+
+    :param options: of pydantic's `model_dump`
+    """
+    fields = modifier.model_dump(exclude=HOUSEKEEPING, **options)
+    return {key: value for key, value in fields.items() if not key.endswith("_")}
+
+
+def recipe_text() -> str:
+    """
+    The active recipe as YAML, with the fields that the user has set. Call it in
+    `on_initialize`, before `find_pruners`.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for modifier in active_session().lifecycle.recipe.modifiers:
+        name = type(modifier).__name__
+        # Of two modifiers of one class in one group, one would be lost.
+        twins = sum(name in group for group in groups.values())
+        group = f"prune_{twins + 1}_modifiers" if twins else "prune_modifiers"
+        groups.setdefault(group, {})[name] = user_fields(
+            modifier, mode="json", exclude_unset=True
+        )
+    return yaml.safe_dump({"prune_stage": groups}, sort_keys=False, allow_unicode=True)
+
+
+@cache
+def _warn_of_version(installed: str) -> None:
+    """Once: a newer llm-compressor may work as well, and nobody has tried."""
+    if tuple(map(int, re.findall(r"\d+", installed)[:2])) > NEWEST_TESTED:
+        logger.warning(
+            f"absorb_plugin was tested up to llm-compressor {NEWEST_TESTED[0]}."
+            f"{NEWEST_TESTED[1]}, this is {installed}: going on. If a pruning modifier "
+            "fails or prunes otherwise than profile.json says, install an older one"
+        )
+
+
+def remove_from_recipe(modifier: Modifier) -> None:
+    """
+    Take `modifier` out of the active recipe, so that the recipe.yaml saved with the
+    model holds only what replays without this plugin.
+    """
+    recipe = active_session().lifecycle.recipe
+    # a new list: the session is walking through the old one
+    recipe.modifiers = [other for other in recipe.modifiers if other is not modifier]
+
+
+def _warn_of_lost_zeros(after: Sequence[Modifier], pruner: Modifier) -> None:
+    for modifier in after:
+        names = {base.__name__ for base in type(modifier).__mro__}
+        for name in names & DESTROYS_ZEROS.keys():
+            logger.warning(
+                f"{name} stands after {type(pruner).__name__} in the recipe and "
+                f"{DESTROYS_ZEROS[name]}: the model will be less sparse than asked "
+                "for. QuantizationModifier keeps every zero"
+            )
+
+
+def _resolve(
+    modifier: SparsityModifierBase,
+    model: PreTrainedModel,
+    blocks: BlockMap,
+    ignore: Sequence[str],
+    max_sparsity: float,
+) -> PrunerAdapter:
+    name = type(modifier).__name__
+    kind = pruner_class(modifier)
+    kind.check(modifier)
+    sparsity, pruner = _scalar_sparsity(modifier), kind.of(modifier)
+    try:
+        check_budget(sparsity, max_sparsity)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if isinstance(modifier.targets, str):
+        logger.warning(
+            f"{name}.targets is the bare string {modifier.targets!r}, which "
+            "llm-compressor matches letter by letter, that is, with nothing; taking "
+            f"it as {[modifier.targets]!r}"
+        )
+        modifier.targets = [modifier.targets]
+    _check_patterns(f"{name}.targets", modifier.targets)
+    _check_patterns(f"{name}.ignore", _as_list(modifier.ignore))
+    _check_patterns("ignore", _as_list(ignore))
+    modifier.ignore = [*_as_list(modifier.ignore), *_as_list(ignore)]
+
+    layers = dict(match_named_modules(model, modifier.targets))
+    in_blocks = blocks.linears()
+    by_name = [t for t in modifier.targets if t.startswith("re:") or t in layers]
+    pruned, named, spared = [], set(), []
+    for linear, module in _linears_of(layers).items():
+        ignored = linear in blocks.routers or _ignored(linear, module, modifier.ignore)
+        if linear in in_blocks and not ignored:
+            pruned.append(linear)
+        elif linear not in in_blocks and not ignored and _names(linear, by_name):
+            named.add(linear)
+        elif not _ignored_by_upstream(linear, module, modifier.ignore):
+            spared.append(linear)
+    mine = blocks.restrict(pruned)
+    if not mine.prunable:
+        raise ValueError(
+            f"{name} would prune no Linear inside the decoder blocks: targets="
+            f"{modifier.targets}, ignore={modifier.ignore}. Target the block class "
+            f"({type(blocks.blocks[0].module).__name__}) or 'Linear'"
+        )
+    _check_targets_within_blocks(name, layers, set(pruned), blocks)
+    # Upstream asks for "lm_head." with a trailing dot when a Linear is itself the
+    # target, so patterns that end in "$" and plain names miss it. And a target of 0.0
+    # is not enough: SparseGPT zeroes a weight per column block even then.
+    modifier.ignore = [
+        *modifier.ignore,
+        *(f"re:{re.escape(linear)}\\.?$" for linear in spared),
+    ]
+    return PrunerAdapter(modifier, sparsity, layers, mine, frozenset(named), pruner)
+
+
+def _check_patterns(field: str, patterns: Iterable[str]) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern.removeprefix("re:") if pattern[:3] == "re:" else "")
+        except re.error as error:
+            raise ValueError(
+                f"{field} holds {pattern!r}, which is no regular expression: {error}"
+            ) from error
+
+
+def _scalar_sparsity(modifier: SparsityModifierBase) -> float:
+    name = type(modifier).__name__
+    remedy = "Absorption needs one scalar `sparsity`, the budget that it distributes"
+    if modifier.sparsity_profile is not None:
+        raise ValueError(
+            f"{name} has sparsity_profile={modifier.sparsity_profile!r}. {remedy}; "
+            "name the profile as `allocator` of AbsorptionAllocationModifier instead"
+        )
+    if isinstance(modifier.sparsity, bool) or not isinstance(
+        modifier.sparsity, int | float
+    ):
+        raise ValueError(f"{name} has sparsity={modifier.sparsity!r}. {remedy}")
+    if modifier.mask_structure != "0:0":
+        raise ValueError(
+            f"{name} has mask_structure={modifier.mask_structure!r}, which fixes the "
+            "sparsity of every row, so llm-compressor would ignore our targets. Use "
+            'mask_structure: "0:0", or remove AbsorptionAllocationModifier'
+        )
+    return float(modifier.sparsity)
+
+
+def _prunable(name: str, layer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Full name -> module that upstream prunes when `layer` is a target."""
+    return {
+        f"{name}.{inner}".removesuffix("."): module
+        for inner, module in match_named_modules(layer, PRUNABLE_LAYER_TYPES)
+    }
+
+
+def _linears_of(layers: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
+    return {
+        linear: module
+        for name, layer in layers.items()
+        for linear, module in _prunable(name, layer).items()
+    }
+
+
+def _ignored(name: str, module: torch.nn.Module, ignore: Iterable[str]) -> bool:
+    """As the user meant it (plain name) or as upstream reads it (trailing dot)."""
+    return bool(
+        match_targets(name, module, ignore) or match_targets(f"{name}.", module, ignore)
+    )
+
+
+def _ignored_by_upstream(
+    name: str, module: torch.nn.Module, ignore: Iterable[str]
+) -> bool:
+    """Whichever of the two names upstream asks for, depending on the target."""
+    return bool(
+        match_targets(name, module, ignore)
+        and match_targets(f"{name}.", module, ignore)
+    )
+
+
+def _names(linear: str, targets: Iterable[str]) -> bool:
+    return any(
+        target == linear
+        or (target.startswith("re:") and re.match(target[3:], linear) is not None)
+        for target in targets
+    )
+
+
+def _check_targets_within_blocks(
+    name: str,
+    layers: Mapping[str, torch.nn.Module],
+    pruned: set[str],
+    blocks: BlockMap,
+) -> None:
+    """Upstream takes one sparsity per target, so no target may span two blocks."""
+    home = {
+        block.full_name(linear): block.name
+        for block in blocks.blocks
+        for linear in block.linears
+    }
+    for target, layer in layers.items():
+        homes = {
+            home[linear] for linear in _prunable(target, layer) if linear in pruned
+        }
+        if len(homes) > 1:
+            raise ValueError(
+                f"{name} targets {target!r}, which spans {len(homes)} decoder blocks "
+                "and can have one sparsity only. Target the block class "
+                f"({type(blocks.blocks[0].module).__name__}) or 'Linear'"
+            )
+
+
+def _as_list(value: str | Iterable[str]) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)

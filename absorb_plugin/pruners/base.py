@@ -1,0 +1,158 @@
+"""What a pruner is: what it sees of a Linear's inputs, and what it makes of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
+
+from absorb_plugin.forward.inputs import square_sum
+from absorb_plugin.pruners.thresholds import (
+    global_threshold,
+    row_chunks,
+    row_thresholds,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["MaskPruner", "Pruner"]
+
+
+class Pruner:
+    """
+    The arithmetic of a pruning modifier. A subclass is a frozen dataclass of the
+    modifier's settings, one file of this folder and one line in PRUNERS.
+
+    Class attributes:
+        name: how recipes of the command line call it
+        modifier: the class of llm-compressor that prunes so
+        rank_statistics: attribute of the modifier that holds, per module, the mean over
+            its samples of what it observes (`pruners.ranks`); None if there is none
+        hessians: whether `observe` returns a matrix that is inverted
+        tokens_per_column: calibration tokens that a run should have per column of the
+            widest Linear, below which it warns; 0 for any number
+    """
+
+    name: ClassVar[str]
+    modifier: ClassVar[type[SparsityModifierBase]]
+    rank_statistics: ClassVar[str | None] = None
+    hessians: ClassVar[bool] = False
+    tokens_per_column: ClassVar[int] = 0
+
+    @classmethod
+    def of(cls, modifier: SparsityModifierBase) -> Self:
+        """With the settings of a modifier of the recipe."""
+        return cls()
+
+    @classmethod
+    def check(cls, modifier: SparsityModifierBase) -> None:
+        """:raises ValueError: for settings that do not go with a list of sparsities"""
+
+    def judge_tokens(self, columns: int) -> int:
+        """
+        Calibration tokens that allocations should be pruned by when they are judged.
+
+        :param columns: of the widest Linear
+        """
+        return 0
+
+    @property
+    def masks(self) -> MaskPruner:
+        """A pruner that only masks and ranks weights alike, to shortlist by."""
+        raise NotImplementedError
+
+    def observe(self, inputs: torch.Tensor) -> torch.Tensor:
+        """
+        :param inputs: of a Linear, (tokens, in_features)
+        :return: what pruning goes by, float32; the sum over parts of the tokens is that
+            of the whole
+        """
+        raise NotImplementedError
+
+    def prune(
+        self,
+        weights: Sequence[torch.Tensor],
+        observed: torch.Tensor,
+        sparsities: Sequence[Sequence[float]],
+    ) -> list[list[torch.Tensor]]:
+        """
+        :param weights: of Linears with the same input, each (out_features, in_features)
+        :param observed: sum of what `observe` returned
+        :param sparsities: per weight several, each in [0, 1]
+        :return: per weight and sparsity a pruned copy, in the weight's dtype
+        """
+        raise NotImplementedError
+
+
+class MaskPruner(Pruner):
+    """
+    A pruner that zeroes the least scores and leaves the other weights alone. It scores
+    by a weight and by a_j = Σ x_j² over the tokens that enter the Linear.
+
+    Class attributes:
+        by_row: whether rows are compared within themselves, or all weights of a Linear
+    """
+
+    by_row: ClassVar[bool] = True
+
+    def score(self, weight: torch.Tensor, observed: torch.Tensor) -> torch.Tensor:
+        """
+        :param weight: some rows of a Linear's weight, (rows, in_features)
+        :param observed: a_j, shape (in_features,)
+        :return: at least 0, float32, of the weight's shape; the least go first
+        """
+        raise NotImplementedError
+
+    def observe(self, inputs: torch.Tensor) -> torch.Tensor:
+        return square_sum(inputs)
+
+    @property
+    def masks(self) -> MaskPruner:
+        return self
+
+    def thresholds(
+        self, weight: torch.Tensor, observed: torch.Tensor, sparsities: Sequence[float]
+    ) -> torch.Tensor:
+        """Largest score that goes, per row and sparsity: (rows, sparsities)."""
+        rows, columns = weight.shape
+        if not self.by_row:
+            scores = self.score(weight, observed)
+            ranks = [int(scores.numel() * s) for s in sparsities]
+            found = [
+                global_threshold(scores, rank - 1) if rank else scores.new_tensor(-1.0)
+                for rank in ranks
+            ]
+            return torch.stack(found).expand(rows, -1)
+        counts = [int(columns * s) for s in sparsities]
+        found = [
+            row_thresholds(self.score(weight[part], observed), counts)
+            for part in row_chunks(weight)
+        ]
+        return torch.cat(found)
+
+    def masked(
+        self, weight: torch.Tensor, observed: torch.Tensor, threshold: torch.Tensor
+    ) -> torch.Tensor:
+        """:param threshold: (rows, 1), one column of `thresholds`"""
+        pruned = torch.empty_like(weight)
+        for part in row_chunks(weight):
+            kept = self.score(weight[part], observed) > threshold[part]
+            pruned[part] = torch.where(kept, weight[part], 0)
+        return pruned
+
+    def prune(
+        self,
+        weights: Sequence[torch.Tensor],
+        observed: torch.Tensor,
+        sparsities: Sequence[Sequence[float]],
+    ) -> list[list[torch.Tensor]]:
+        pruned = []
+        for weight, wanted in zip(weights, sparsities, strict=True):
+            weight = weight.detach()
+            found = self.thresholds(weight, observed, wanted)
+            columns = found.split(1, dim=1)
+            pruned.append([self.masked(weight, observed, at) for at in columns])
+        return pruned

@@ -1,0 +1,187 @@
+"""
+SparseGPT (https://arxiv.org/abs/2301.00774): what remains of a weight makes up for what
+is pruned.
+
+llm-compressor's own function does the same one Linear at a time. Here the Linears that
+share an input, as queries, keys and values do, and all sparsities that are asked for,
+share the inverse and the walk over the columns.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from llmcompressor.modifiers.pruning import SparseGPTModifier
+from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
+
+from absorb_plugin.pruners.base import MaskPruner, Pruner
+from absorb_plugin.pruners.thresholds import global_threshold
+from absorb_plugin.pruners.wanda import Wanda
+
+__all__ = ["SparseGPT"]
+
+GROUP = 32  # columns: what a processor's cache holds of many rows
+# Tokens make a Hessian of no higher rank than their number.
+JUDGE_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class SparseGPT(Pruner):
+    """
+    It observes the Hessian Σ x xᵀ over the tokens that enter a Linear.
+
+    :param block_size: columns among which a share of the weights is pruned
+    :param dampening: of the Hessian, relative to the mean of its diagonal
+    :param preserve: what is zero already stays so, and counts
+    """
+
+    block_size: int = 128
+    dampening: float = 0.01
+    preserve: bool = False
+
+    name: ClassVar[str] = "sparsegpt"
+    modifier: ClassVar[type[SparsityModifierBase]] = SparseGPTModifier
+    rank_statistics: ClassVar[str] = "_hessians"
+    hessians: ClassVar[bool] = True
+    # docs/benchmarks.md: with fewer it is worse than Wanda
+    tokens_per_column: ClassVar[int] = 4
+
+    @classmethod
+    def of(cls, modifier: SparsityModifierBase) -> "SparseGPT":
+        assert isinstance(modifier, SparseGPTModifier)
+        return cls(
+            modifier.block_size,
+            modifier.dampening_frac or 0.0,
+            bool(modifier.preserve_sparsity_mask),
+        )
+
+    def judge_tokens(self, columns: int) -> int:
+        return max(JUDGE_TOKENS, columns)
+
+    @property
+    def masks(self) -> MaskPruner:
+        return Wanda()
+
+    def observe(self, inputs: torch.Tensor) -> torch.Tensor:
+        wide = inputs.float()
+        return wide.t() @ wide
+
+    def prune(
+        self,
+        weights: Sequence[torch.Tensor],
+        observed: torch.Tensor,
+        sparsities: Sequence[Sequence[float]],
+    ) -> list[list[torch.Tensor]]:
+        inverse, dead = self._inverse(observed)
+        copies = [w for w, wanted in zip(weights, sparsities) for _ in wanted]
+        # columns are walked through one by one: they lie together here
+        columns = torch.cat([copy.detach().float() for copy in copies]).t()
+        columns = columns.clone(memory_format=torch.contiguous_format)
+        columns[dead] = 0
+        rows = [len(copy) for copy in copies]
+        self._walk(columns, inverse, rows, [s for wanted in sparsities for s in wanted])
+        pruned = iter(
+            part.t().to(copy.dtype)
+            for part, copy in zip(columns.split(rows, dim=1), copies, strict=True)
+        )
+        return [[next(pruned) for _ in wanted] for wanted in sparsities]
+
+    def _walk(
+        self,
+        columns: torch.Tensor,
+        inverse: torch.Tensor,
+        rows: Sequence[int],
+        sparsities: Sequence[float],
+    ) -> None:
+        """
+        :param columns: (in_features, all rows), pruned in place
+        :param rows: how many of them belong to each sparsity
+        """
+        spared = columns == 0 if self.preserve else None
+        for start in range(0, len(columns), self.block_size):
+            stop = min(start + self.block_size, len(columns))
+            own = inverse[start:stop, start:stop]
+            part, diagonal = columns[start:stop], own.diagonal()
+            scores = (part / diagonal[:, None]).square()
+            zero = None if spared is None else spared[start:stop]
+            mask = _masks(scores, rows, sparsities, zero)
+            errors = _prune_columns(part, mask, own)
+            update = inverse[start:stop, stop:].t() @ errors
+            columns[stop:] -= update if spared is None else update * ~spared[stop:]
+
+    def _inverse(self, observed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Upper Cholesky factor of the inverse Hessian, (in_features, in_features), and
+        the features that are always zero.
+        """
+        hessian = observed.clone()
+        diagonal = hessian.diagonal()
+        dead = diagonal == 0
+        diagonal[dead] = 1
+        diagonal += self.dampening * diagonal.mean()
+        try:
+            # H = R Rᵀ with R upper is the Cholesky factorisation of H turned round;
+            # R⁻¹ is the upper factor of H⁻¹, without H⁻¹ itself
+            lower = torch.linalg.cholesky(hessian.flip(0, 1))
+        except torch.linalg.LinAlgError:
+            # as llm-compressor does, which warns of it in the run itself
+            return torch.eye(len(hessian), device=hessian.device), dead
+        del hessian, diagonal
+        one = torch.eye(len(lower), device=lower.device)
+        turned = torch.linalg.solve_triangular(lower, one, upper=False)
+        del lower, one
+        return turned.flip(0, 1), dead
+
+
+def _masks(
+    scores: torch.Tensor,
+    rows: Sequence[int],
+    sparsities: Sequence[float],
+    zero: torch.Tensor | None,
+) -> torch.Tensor:
+    """Where to prune, of the shape of `scores`: (columns, all rows)."""
+    parts = scores.split(rows, dim=1)
+    if zero is None:
+        masks = [_least(part, s) for part, s in zip(parts, sparsities, strict=True)]
+    else:
+        zeros = zero.split(rows, dim=1)
+        masks = [
+            # extended where more is asked for than there is
+            _least(part * ~old, s) if int(part.numel() * s) > old.sum() else old
+            for part, s, old in zip(parts, sparsities, zeros, strict=True)
+        ]
+    return torch.cat(masks, dim=1)
+
+
+def _least(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """Where the least ⌊n·sparsity⌋ + 1 of n scores are: SparseGPT's threshold."""
+    rank = int(scores.numel() * sparsity)
+    if rank == scores.numel():
+        return torch.ones_like(scores, dtype=torch.bool)
+    return scores <= global_threshold(scores, rank)
+
+
+def _prune_columns(
+    part: torch.Tensor, mask: torch.Tensor, inverse: torch.Tensor
+) -> torch.Tensor:
+    """
+    Prune some columns in place, each column's error going to those after it: one by
+    one to those of its group, at once to those after the group.
+
+    :param part: (columns, rows)
+    :param mask: True where to prune, of the same shape
+    :param inverse: (columns, columns), upper triangle
+    :return: what columns after `part` have to make up for, of its shape
+    """
+    errors = torch.zeros_like(part)
+    share = mask / inverse.diagonal()[:, None]
+    for start in range(0, len(part), GROUP):
+        stop = min(start + GROUP, len(part))
+        for i in range(start, stop):
+            torch.mul(part[i], share[i], out=errors[i])
+            after = slice(i + 1, stop)
+            part[after].addr_(inverse[i, after], errors[i], alpha=-1)
+        part[stop:] -= inverse[start:stop, stop:].t() @ errors[start:stop]
+    part[mask] = 0
+    return errors

@@ -1,0 +1,93 @@
+"""
+The scores at which a mask begins.
+
+A mask of a sparsity needs one number per row (Wanda) or per group of columns
+(SparseGPT), not the sorted scores. What is held beside the weights here is a chunk of
+one Linear's rows, whatever the size of the block.
+
+Which primitive finds the number, per device:
+
+- rows on a CPU: numpy, which selects and sorts with vector instructions. For one count
+  `partition` takes half the time of `sort`, for several counts one sort takes less than
+  they would (float32, rows of 1,536 and of 4,096, with AVX-512 and with AVX2); torch's
+  own `kthvalue` takes 6 times as long as `sort`, torch's `sort` 20 times
+- rows on an accelerator: `kthvalue`, whose radix selection gives each row a thread
+  block of its own. `sort` would move values and indices several times
+- a whole tensor on a CPU: numpy's `partition`
+- a whole tensor on an accelerator: `sort`. There `kthvalue` sees a single row, so one
+  thread block does all the work (pytorch#75599: 100 M elements, 0.68 s against 0.03 s)
+
+The choices for accelerators follow from the source and that report. integration/
+gpu_check.py times both primitives on the card at hand.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+__all__ = ["global_threshold", "row_chunks", "row_thresholds"]
+
+# Of float32 scores that are held at a time.
+CHUNK_BYTES = 64 * 2**20
+
+
+def row_thresholds(scores: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """
+    The n-th smallest score of every row, for several n at once. Scores that are no
+    greater are at least n.
+
+    :param scores: (rows, columns), float32
+    :param counts: each n in 0 … columns; 0 gives −∞, below every score
+    :return: (rows, len(counts)), on the device of `scores`
+    :raises ValueError: if a count is out of range
+    """
+    rows, columns = scores.shape
+    wrong = [count for count in counts if not 0 <= count <= columns]
+    if wrong:
+        raise ValueError(f"counts {wrong} are not in 0 … {columns}, the row's length")
+    found = scores.new_full((rows, len(counts)), -torch.inf)
+    wanted = sorted({count for count in counts if count})
+    for chunk in row_chunks(scores) if wanted else ():
+        smallest = _smallest(scores[chunk], wanted)
+        for position, count in enumerate(counts):
+            if count:
+                found[chunk, position] = smallest[wanted.index(count)]
+    return found
+
+
+def global_threshold(scores: torch.Tensor, rank: int) -> torch.Tensor:
+    """
+    The score that `rank` others precede when all are sorted.
+
+    :param scores: float32, of any shape
+    :param rank: counted from 0
+    :return: a scalar tensor on the device of `scores`
+    :raises ValueError: if there is no such rank
+    """
+    if not 0 <= rank < scores.numel():
+        raise ValueError(f"rank {rank} is not in 0 … {scores.numel() - 1}")
+    flat = scores.detach().flatten()
+    if flat.device.type == "cpu":
+        return scores.new_tensor(np.partition(flat.numpy(), rank)[rank])
+    return flat.sort().values[rank]
+
+
+def row_chunks(matrix: torch.Tensor) -> Iterator[slice]:
+    """Rows of a matrix that are worked on at a time: `CHUNK_BYTES` in float32."""
+    rows, columns = matrix.shape
+    step = max(1, CHUNK_BYTES // (4 * max(1, columns)))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _smallest(scores: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
+    """Per count the count-th smallest of every row, each of shape (rows,)."""
+    if scores.device.type != "cpu":
+        return [scores.kthvalue(count, dim=1).values for count in counts]
+    values = scores.detach().numpy()
+    if len(counts) == 1:
+        ranked = np.partition(values, counts[0] - 1, axis=1)
+    else:
+        ranked = np.sort(values, axis=1)
+    return [torch.from_numpy(ranked[:, count - 1]) for count in counts]

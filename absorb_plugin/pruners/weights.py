@@ -1,0 +1,270 @@
+"""
+Pruned weights for a probe: by masks that dense statistics allow, or block after block
+as the pruner itself makes them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import numpy as np
+import torch
+from torch.nn import Linear, Module
+
+from absorb_plugin.blocks import BlockMap
+from absorb_plugin.forward.inputs import real_tokens
+from absorb_plugin.forward.linears import Weights
+from absorb_plugin.groups import linear_names
+from absorb_plugin.pruners.base import MaskPruner, Pruner
+
+__all__ = [
+    "MaskedSlopes",
+    "MaskedWeights",
+    "Observed",
+    "ObservedInputs",
+    "PrunedSlopes",
+    "band",
+    "block_sparsities",
+]
+
+
+def block_sparsities(
+    blocks: BlockMap, allocation: np.ndarray
+) -> dict[int, dict[str, float]]:
+    """
+    An allocation, one sparsity per prunable Linear, by block and relative name.
+    """
+    by_name = dict(zip(linear_names(blocks), allocation.tolist(), strict=True))
+    return {
+        index: {
+            name: by_name[blocks.blocks[index].full_name(name)]
+            for name in blocks.blocks[index].linears
+        }
+        for index in blocks.prunable
+    }
+
+
+class MaskedWeights:
+    """
+    Masks of a model's Linears, made when a Linear runs. A threshold per row is kept, so
+    that weights are ranked once for each sparsity.
+
+    :param blocks: whose prunable Linears are masked
+    :param pruner: ranks the weights
+    :param input_square_sums: full name of a Linear -> a_j; a Linear without has seen no
+        token and stays dense
+    """
+
+    def __init__(
+        self,
+        blocks: BlockMap,
+        pruner: MaskPruner,
+        input_square_sums: Mapping[str, torch.Tensor],
+    ) -> None:
+        self._blocks, self._pruner = blocks, pruner
+        self._square_sums = input_square_sums
+        self._thresholds: dict[tuple[str, float], torch.Tensor] = {}
+
+    def identity(self) -> list[object]:
+        """What makes two of them equal (`fingerprint.digest`)."""
+        return [self._blocks, self._pruner, self._square_sums]
+
+    def seen(self, index: int) -> dict[str, Linear]:
+        """Relative name -> Linear of a block, of those that can be masked."""
+        block = self._blocks.blocks[index]
+        return {
+            name: linear
+            for name, linear in block.linears.items()
+            if block.full_name(name) in self._square_sums
+        }
+
+    def weights(self, index: int, sparsities: Mapping[str, float]) -> Weights:
+        """:param sparsities: relative name -> sparsity in [0, 1]"""
+        return {
+            name: partial(self.weight, index, name, sparsities[name])
+            for name in self.seen(index)
+        }
+
+    def weight(self, index: int, name: str, sparsity: float) -> torch.Tensor:
+        """The masked weight of one Linear."""
+        block = self._blocks.blocks[index]
+        weight, full = block.linears[name].weight.detach(), block.full_name(name)
+        observed = self._square_sums[full].to(weight.device)
+        if (full, sparsity) not in self._thresholds:
+            self.rank(index, name, [sparsity])
+        at = self._thresholds[full, sparsity].to(weight.device)
+        return self._pruner.masked(weight, observed, at)
+
+    def rank(self, index: int, name: str, sparsities: Sequence[float]) -> None:
+        """Find the thresholds of several sparsities at once, which costs as one."""
+        block = self._blocks.blocks[index]
+        weight, full = block.linears[name].weight.detach(), block.full_name(name)
+        observed = self._square_sums[full].to(weight.device)
+        found = self._pruner.thresholds(weight, observed, sparsities)
+        for sparsity, at in zip(sparsities, found.split(1, dim=1), strict=True):
+            self._thresholds[full, sparsity] = at
+
+
+def band(sparsity: float, step: float) -> tuple[float, float]:
+    """Both sides of a sparsity, within [0, 1]."""
+    return max(0.0, sparsity - step), min(1.0, sparsity + step)
+
+
+def _difference(less: torch.Tensor, more: torch.Tensor) -> torch.Tensor | None:
+    """
+    ΔW/Δs between weights of two sparsities; None where these do not differ.
+
+    :param less: the denser weights
+    :param more: the sparser ones
+    """
+    share = (less.count_nonzero() - more.count_nonzero()).item() / less.numel()
+    if share <= 0:
+        return None
+    return ((more.float() - less.float()) / share).to(less.dtype)
+
+
+class MaskedSlopes:
+    """
+    The weights of an allocation under masks, and how they change with its sparsities.
+
+    :param masks: makes the weights
+    :param allocation: one sparsity per prunable Linear
+    :param step: δ: the change is that from s − δ to s + δ
+    """
+
+    kept_weights = 0
+
+    def __init__(
+        self,
+        blocks: BlockMap,
+        masks: MaskedWeights,
+        allocation: np.ndarray,
+        step: float,
+    ) -> None:
+        self._masks, self._step = masks, step
+        self._sparsities = block_sparsities(blocks, allocation)
+
+    def identity(self) -> list[object]:
+        """What makes two of them equal (`fingerprint.digest`)."""
+        return [self._masks, self._step, self._sparsities]
+
+    def weights(self, index: int) -> Weights:
+        """Relative name -> weight, of the Linears of a block that are pruned."""
+        if index not in self._sparsities:
+            return {}
+        return self._masks.weights(index, self._sparsities[index])
+
+    def rank(self, index: int) -> None:
+        """Rank the weights of a block for all that follows."""
+        for name in self._masks.seen(index):
+            sparsity = self._sparsities[index][name]
+            self._masks.rank(index, name, [sparsity, *band(sparsity, self._step)])
+
+    def change(self, index: int, name: str) -> torch.Tensor | None:
+        """dW/ds of one Linear; None where W does not change."""
+        low, high = band(self._sparsities[index][name], self._step)
+        less = self._masks.weight(index, name, low)
+        return _difference(less, self._masks.weight(index, name, high))
+
+
+class PrunedSlopes:
+    """
+    The same of weights that the pruner has made, kept where the model's weights lie.
+
+    :param kept: index of a block -> name -> weights at s, s − δ and s + δ
+    """
+
+    kept_weights = 3
+
+    def __init__(self, kept: Mapping[int, Mapping[str, list[torch.Tensor]]]) -> None:
+        self._kept = kept
+
+    def identity(self) -> list[object]:
+        """What makes two of them equal (`fingerprint.digest`)."""
+        return [self._kept]
+
+    def weights(self, index: int) -> Weights:
+        """As of `MaskedSlopes`."""
+        return {
+            name: partial(self._weight, index, name)
+            for name in self._kept.get(index, {})
+        }
+
+    def rank(self, index: int) -> None:
+        """Nothing is left to do."""
+
+    def _weight(self, index: int, name: str) -> torch.Tensor:
+        return self._kept[index][name][0]
+
+    def change(self, index: int, name: str) -> torch.Tensor | None:
+        """As of `MaskedSlopes`."""
+        _, less, more = self._kept[index][name]
+        return _difference(less, more)
+
+
+class Observed:
+    """
+    What a pruner observes of the inputs of a block's Linears.
+
+    :param groups: sums of what it observed, and the names of the Linears that they are
+        the inputs of
+    """
+
+    def __init__(self) -> None:
+        self.groups: list[tuple[torch.Tensor, list[str]]] = []
+
+    def prune(
+        self,
+        pruner: Pruner,
+        linears: Mapping[str, Linear],
+        sparsities: Mapping[str, Sequence[float]],
+    ) -> dict[str, list[torch.Tensor]]:
+        """Relative name -> the pruned weights, one per sparsity."""
+        pruned: dict[str, list[torch.Tensor]] = {}
+        for observed, names in self.groups:
+            weights = [linears[name].weight for name in names]
+            wanted = [sparsities[name] for name in names]
+            found = pruner.prune(weights, observed, wanted)
+            pruned |= dict(zip(names, found, strict=True))
+        return pruned
+
+
+class ObservedInputs:
+    """
+    Watches the Linears of one block while the model runs it.
+
+    :param pruner: observes
+    :param linears: relative name -> Linear
+    :param mask: True where a token counts, (batch, tokens)
+    """
+
+    def __init__(
+        self, pruner: Pruner, linears: Mapping[str, Linear], mask: torch.Tensor
+    ) -> None:
+        self._pruner, self._linears, self._mask = pruner, linears, mask
+        self._last: torch.Tensor | None = None  # what entered the last Linear
+
+    @contextmanager
+    def watched(self) -> Iterator[Observed]:
+        found = Observed()
+        with ExitStack() as stack:
+            for name, linear in self._linears.items():
+                note = partial(self._note, found, name)
+                # in one line: between two lines an interrupt may come
+                stack.callback(linear.register_forward_pre_hook(note).remove)
+            yield found
+            self._last = None
+
+    def _note(
+        self, found: Observed, name: str, module: Module, args: tuple[torch.Tensor, ...]
+    ) -> None:
+        x = args[0]
+        if not x.numel():  # an expert that no token was routed to
+            return
+        if self._last is x:
+            found.groups[-1][1].append(name)
+            return
+        self._last = x
+        rows, counted = real_tokens(x.detach(), self._mask)
+        if counted.any():
+            found.groups.append((self._pruner.observe(rows[counted]), [name]))

@@ -1,0 +1,1 @@
+"""Budgets, directions and line searches: plain arithmetic on numpy arrays."""

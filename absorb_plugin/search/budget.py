@@ -1,0 +1,150 @@
+"""The budget: how many weights may go in all, and how far a single Linear may."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+__all__ = ["Budget", "check_budget", "meet_budget"]
+
+# Sparsities are rounded to this many decimals: the pruners take int(columns * s), and
+# 0.4999999999999999 would cost a weight in every row where 0.5 was meant.
+DECIMALS = 10
+# Bounds that miss the budget by no more than rounding.
+SLACK = 1e-9
+
+
+@dataclass(frozen=True)
+class Budget:
+    """
+    :param sizes: number of weights of every Linear, p, shape (Linears,)
+    :param sparsity: S: Σ p·s = S·Σ p must hold
+    :param low: least sparsity of every Linear, shape (Linears,)
+    :param high: largest sparsity of every Linear, shape (Linears,)
+    """
+
+    sizes: np.ndarray
+    sparsity: float
+    low: np.ndarray
+    high: np.ndarray
+
+    @classmethod
+    def of(cls, sizes: np.ndarray, sparsity: float, max_sparsity: float) -> "Budget":
+        """
+        The same cap for every Linear.
+
+        :raises ValueError: if the cap leaves the budget out of reach
+        """
+        check_budget(sparsity, max_sparsity)
+        shape = np.shape(sizes)
+        return cls(
+            np.asarray(sizes, dtype=np.float64),
+            float(sparsity),
+            np.zeros(shape),
+            np.full(shape, float(max_sparsity)),
+        )
+
+    def at(self, sparsity: float) -> "Budget":
+        """The same Linears and bounds under another S."""
+        return replace(self, sparsity=sparsity)
+
+    def meet(self, wished: np.ndarray) -> np.ndarray:
+        """The wish, shifted and clipped so that the budget is met (`meet_budget`)."""
+        return meet_budget(wished, self.sizes, self.sparsity, self.high, self.low)
+
+    def uniform(self) -> np.ndarray:
+        """S for every Linear, as far as the bounds let it."""
+        return self.meet(np.full(self.sizes.shape, self.sparsity))
+
+    def mean(self, sparsities: np.ndarray) -> float:
+        """Share of all weights that `sparsities` prune."""
+        return float(self.sizes @ sparsities / self.sizes.sum())
+
+
+def check_budget(sparsity: float, max_sparsity: float) -> None:
+    """
+    :raises ValueError: if no allocation under `max_sparsity` can reach `sparsity`
+    """
+    if not 0.0 <= sparsity < 1.0:
+        raise ValueError(f"sparsity={sparsity} must be in [0, 1)")
+    if sparsity > max_sparsity:
+        raise ValueError(
+            f"sparsity={sparsity} cannot be met with max_sparsity={max_sparsity}: even "
+            "with every block at the cap the model stays denser. Raise max_sparsity or "
+            "lower the pruning modifier's sparsity."
+        )
+
+
+def meet_budget(
+    sparsities: np.ndarray,
+    parameters: np.ndarray,
+    sparsity: float,
+    high: np.ndarray | float = 1.0,
+    low: np.ndarray | float = 0.0,
+) -> np.ndarray:
+    """
+    Shift all by one number, clip, and so meet Σ p·s = S·Σ p.
+
+    The shift is found by bisection on a monotone function, so equals with equal bounds
+    stay equal and the order is kept where no bound is met.
+
+    :param sparsities: finite wished-for sparsities, any range, shape (N,)
+    :param parameters: p, number of prunable weights of each, shape (N,)
+    :param sparsity: global target S
+    :param high: upper bound of every s, one for all or shape (N,)
+    :param low: lower bound, likewise
+    :return: s in [low, high], weighted mean within 1e-9 of S, shape (N,)
+    :raises ValueError: on non-finite input, no weights, or a budget that the bounds
+        leave out of reach
+    """
+    wished = np.asarray(sparsities, dtype=np.float64)
+    weights = np.asarray(parameters, dtype=np.float64)
+    if wished.shape != weights.shape or wished.ndim != 1 or wished.size == 0:
+        raise ValueError(
+            f"sparsities {wished.shape} and parameters {weights.shape} must be equally "
+            "long, non-empty vectors"
+        )
+    if not np.isfinite(wished).all():
+        raise ValueError(f"sparsities must be finite, got {wished.tolist()}")
+    if not (weights > 0).all():
+        raise ValueError(f"parameters must be positive, got {weights.tolist()}")
+    weights = weights / weights.sum()
+    low, high = (
+        np.broadcast_to(np.asarray(x, dtype=float), wished.shape) for x in (low, high)
+    )
+    _check_bounds(weights, sparsity, low, high)
+
+    # Beyond the bounds nothing but the clipping survives; clamping the range keeps the
+    # bisection exact for absurd inputs such as 1e300.
+    center = float(np.clip(weights @ np.clip(wished, -1e6, 1e6), -1e6, 1e6))
+    wished = np.clip(wished, center - 1e6, center + 1e6)
+
+    def shifted(shift: float) -> np.ndarray:
+        return np.clip(wished + shift, low, high)
+
+    least, most = -float(wished.max()), float(high.max()) - float(wished.min())
+    shift = sparsity - float(weights @ wished)
+    if abs(float(weights @ shifted(shift)) - sparsity) > 1e-13:
+        while True:
+            shift = 0.5 * (least + most)
+            if shift in (least, most):
+                break
+            if float(weights @ shifted(shift)) < sparsity:
+                least = shift
+            else:
+                most = shift
+        shift = most
+    return np.clip(np.round(shifted(shift), DECIMALS), low, high)
+
+
+def _check_bounds(
+    weights: np.ndarray, sparsity: float, low: np.ndarray, high: np.ndarray
+) -> None:
+    if not 0.0 <= sparsity < 1.0:
+        raise ValueError(f"sparsity={sparsity} must be in [0, 1)")
+    least, most = float(weights @ low), float(weights @ high)
+    if not least - SLACK <= sparsity <= most + SLACK:
+        raise ValueError(
+            f"sparsity={sparsity} cannot be met: max_sparsity, limits and zeros that "
+            f"are there already leave between {least:.4f} and {most:.4f}. Widen them, "
+            "or change the pruning modifier's sparsity"
+        )

@@ -1,0 +1,98 @@
+"""The last comparison: by the pruner's arithmetic, on samples that chose nothing."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from absorb_plugin.search.budget import Budget
+from absorb_plugin.search.line_search import TIE, Judge, gain
+
+__all__ = ["Confirmed", "confirm"]
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """
+    What the pruner's own arithmetic made of the allocations.
+
+    :param sparsity: the allocation taken, one sparsity per Linear, shape (N,)
+    :param chosen: its name: "base", "uniform", "searched" (the outcome of the search)
+        or "halfway" (between the better of base and uniform and that)
+    :param losses: held-out cross-entropy in nats per token, by name
+    :param gain: by how much the one taken is below the base, nats per token
+    :param standard_error: of that, over samples; NaN for one sample
+    """
+
+    sparsity: np.ndarray
+    chosen: str
+    losses: dict[str, float]
+    gain: float
+    standard_error: float
+
+
+def confirm(
+    found: np.ndarray, base: np.ndarray, budget: Budget, judge: Judge
+) -> Confirmed:
+    """
+    The outcome of the search if it is no worse than base and uniform, else halfway if
+    that beats the better of them by more than its standard error, else that one.
+
+    :param found: the outcome of the search, shape (N,)
+    :param base: the base allocation
+    :param judge: the pruner's, on samples that no choice has seen
+    """
+    ballot = _Ballot(judge)
+    uniform = budget.uniform()
+    ballot.ask({"base": base, "uniform": uniform, "searched": found})
+    best = min(("base", "uniform"), key=ballot.loss)
+    chosen = "searched"
+    if ballot.loss("searched") > ballot.loss(best):
+        middle = budget.meet((ballot.allocations[best] + found) / 2)
+        ballot.ask({"halfway": middle})
+        chosen = "halfway" if ballot.beats("halfway", best) else best
+    won, error = ballot.gain(chosen, "base")
+    losses = {name: ballot.loss(name) for name in ballot.allocations}
+    return Confirmed(ballot.allocations[chosen], chosen, losses, won, error)
+
+
+class _Ballot:
+    """Allocations that are judged, each once; equal ones share a judgement."""
+
+    def __init__(self, judge: Judge) -> None:
+        self._judge = judge
+        self.allocations: dict[str, np.ndarray] = {}
+        self._sums: dict[str, np.ndarray] = {}
+        self._tokens = np.array([])
+
+    def ask(self, allocations: dict[str, np.ndarray]) -> None:
+        self.allocations |= allocations
+        new: dict[str, np.ndarray] = {}
+        twins: dict[str, str] = {}
+        for name, one in allocations.items():
+            same = [
+                n for n, x in (new | self._known()).items() if np.array_equal(x, one)
+            ]
+            if same:
+                twins[name] = same[0]
+            else:
+                new[name] = one
+        if new:
+            sums, self._tokens = self._judge(list(new.values()))
+            self._sums |= dict(zip(new, sums, strict=True))
+        self._sums |= {name: self._sums[twin] for name, twin in twins.items()}
+
+    def loss(self, name: str) -> float:
+        """Nats per token."""
+        return float(self._sums[name].sum() / self._tokens.sum())
+
+    def gain(self, name: str, other: str) -> tuple[float, float]:
+        """By how much `name` is below `other`, and the standard error of that."""
+        return gain(self._sums[other], self._sums[name], self._tokens)
+
+    def beats(self, name: str, other: str) -> bool:
+        """By more than a tie and than the standard error."""
+        won, error = self.gain(name, other)
+        return won > TIE and not won <= error
+
+    def _known(self) -> dict[str, np.ndarray]:
+        return {name: self.allocations[name] for name in self._sums}

@@ -1,0 +1,73 @@
+"""From a signal per group to a bounded change of its sparsity: plain mathematics."""
+
+import math
+
+import numpy as np
+
+__all__ = ["corrected", "direction_from_ratio", "direction_from_response", "winsorised"]
+
+
+def direction_from_ratio(ratio: np.ndarray) -> np.ndarray:
+    """
+    u_l = clip(ln r_l, −ln 3, +ln 3); Δ_l = −(u_l − mean u)  (arXiv 2606.15161).
+
+    :param ratio: amplification ratio r_l > 0 per block, shape (L,)
+    :return: Δ, shape (L,): negative for amplifying blocks, which are protected
+    :raises ValueError: if a ratio is not positive and finite
+    """
+    ratio = np.asarray(ratio, dtype=np.float64)
+    if not (np.isfinite(ratio).all() and (ratio > 0).all()):
+        raise ValueError(
+            f"amplification ratios must be positive, got {ratio.tolist()}: choose "
+            "another magnitude in signal_args (noise too small is lost in rounding, "
+            "noise too large overflows), 1e-2 is a good start"
+        )
+    u = np.clip(np.log(ratio), -math.log(3.0), math.log(3.0))
+    return -(u - u.mean())
+
+
+def direction_from_response(response: np.ndarray) -> np.ndarray:
+    """
+    Δ = −(g − mean g), g winsorised at its 5 % and 95 % quantiles.
+
+    :param response: slope of the loss per weight, or what a group's relief brings, (G,)
+    :return: Δ, shape (G,): negative for those whose relief helps most
+    """
+    g = winsorised(response)
+    return -(g - g.mean())
+
+
+def winsorised(response: np.ndarray) -> np.ndarray:
+    """
+    Clipped at the 5 % and 95 % quantiles.
+
+    :raises ValueError: if a response is not finite
+    """
+    response = np.asarray(response, dtype=np.float64)
+    if not np.isfinite(response).all():
+        raise ValueError(
+            f"the loss answers to changes of single groups by {response.tolist()}, but "
+            "must be finite: check the weights after the blocks (final norm, lm_head) "
+            "and the dtype (float16 overflows in some models, use bfloat16)"
+        )
+    return np.clip(response, *np.quantile(response, [0.05, 0.95]))
+
+
+def corrected(base: np.ndarray, direction: np.ndarray, strength: float) -> np.ndarray:
+    """
+    s = base + β·Δ / max|Δ|: nothing moves by more than β before the budget step, which
+    must follow (`Budget.meet`).
+
+    :param base: an allocation, one sparsity per Linear, shape (N,)
+    :param direction: Δ, shape (N,)
+    :param strength: β, largest change of a sparsity; negative turns Δ round
+    :return: shape (N,), not clipped
+    """
+    base = np.asarray(base, dtype=np.float64)
+    direction = np.asarray(direction, dtype=np.float64)
+    if base.shape != direction.shape:
+        raise ValueError(f"base {base.shape} and direction {direction.shape} differ")
+    largest = np.abs(direction).max()
+    if largest == 0.0:
+        return base.copy()
+    return base + strength * (direction / largest)

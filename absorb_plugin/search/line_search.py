@@ -1,0 +1,229 @@
+"""
+The search for the correction, judged on held-out calibration text: never worse there
+than the base allocation or than uniform.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from absorb_plugin.search.budget import Budget
+from absorb_plugin.search.correction import corrected
+from absorb_plugin.search.descent import Slopes, Spreading, Step, descend
+from absorb_plugin.search.standard_error import standard_error
+
+__all__ = [
+    "Judge",
+    "Losses",
+    "Measure",
+    "Round",
+    "SearchResult",
+    "descent_search",
+    "gain",
+    "line_search",
+]
+
+# The negative side is there because a signal can point the wrong way: the noise ratio
+# does on some models. Whether it does shows in the first round, so later ones leave it
+# out. A round that does not take the largest is near the optimum along its direction,
+# and the next one tries half of everything.
+STRENGTHS = (-0.05, 0.05, 0.1, 0.2)
+# Losses closer than this, in nats per token, are a tie: the smaller strength wins.
+TIE = 1e-3
+# Points of a descent's path that are judged.
+PARTS = 3
+
+# Sums of cross-entropy (candidates, samples), and predicted tokens (samples,).
+Losses = tuple[np.ndarray, np.ndarray]
+Judge = Callable[[Sequence[np.ndarray]], Losses]
+# An allocation -> the direction Δ in which to change it, both of shape (Linears,).
+Measure = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Round:
+    """
+    One round: the direction measured and what each strength scored.
+
+    :param direction: Δ of every Linear, shape (N,)
+    :param strengths: β tried, 0 included, ascending
+    :param losses: held-out cross-entropy in nats per token, one per strength
+    :param chosen: the β taken; 0 where none beat the start of the round
+    """
+
+    direction: np.ndarray
+    strengths: list[float]
+    losses: list[float]
+    chosen: float
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """
+    :param sparsity: the allocation, one sparsity per Linear, shape (N,)
+    :param start: "base", or "uniform" where uniform scored better
+    :param base_loss: held-out cross-entropy of the base allocation, nats per token
+    :param uniform_loss: the same of the uniform allocation
+    :param loss: the same of the outcome
+    :param direction: Δ of the first round or step, shape (N,)
+    :param rounds: of a line search
+    :param steps: of a descent
+    :param judged: number of steps -> held-out loss of the allocation after them
+    :param taken: number of steps of a descent that were taken
+    """
+
+    sparsity: np.ndarray
+    start: str
+    base_loss: float
+    uniform_loss: float
+    loss: float
+    direction: np.ndarray
+    rounds: list[Round] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    judged: dict[int, float] = field(default_factory=dict)
+    taken: int = 0
+
+
+def line_search(
+    base: np.ndarray, budget: Budget, measure: Measure, judge: Judge, *, rounds: int
+) -> SearchResult:
+    """
+    Each round starts from the allocation that the one before chose, and measures its
+    direction there. A strength is taken only if it beats the start of the round by more
+    than one standard error of the paired difference over samples.
+
+    :param base: base allocation that meets the budget, shape (N,)
+    :param budget: sizes, S and bounds of the Linears
+    :param measure: the signal
+    :param judge: the loss of allocations on held-out samples
+    :param rounds: at most so many; the search stops when a round chooses 0
+    """
+    found, own, tokens = _started(base, budget, judge)
+    current = found.sparsity
+    done: list[Round] = []
+    scale = 1.0
+    for number in range(rounds):
+        direction = measure(current)
+        strengths = [beta * scale for beta in STRENGTHS if beta > 0 or number == 0]
+        candidates = [
+            budget.meet(corrected(current, direction, beta)) for beta in strengths
+        ]
+        sums, tokens = judge(candidates)
+        best = _choose(own, sums, tokens, strengths)
+        taken = 0.0 if best is None else strengths[best]
+        done.append(_round(direction, strengths, own, sums, tokens, taken))
+        if best is None:
+            break
+        current, own = candidates[best], sums[best]
+        if taken < max(strengths):
+            scale /= 2
+    loss = float(own.sum() / tokens.sum())
+    first = done[0].direction
+    return replace(found, sparsity=current, loss=loss, direction=first, rounds=done)
+
+
+def descent_search(
+    base: np.ndarray,
+    budget: Budget,
+    measure: Callable[[np.ndarray], Slopes],
+    judge: Judge,
+    *,
+    groups: Spreading,
+    rounds: int,
+) -> SearchResult:
+    """
+    Descend from the better of base and uniform; of some points of the path the best on
+    held-out samples is taken, if it beats the start by more than a standard error.
+
+    :param measure: the slopes of every group under an allocation
+    :param groups: spreads one number per group over the Linears
+    :param rounds: steps of the descent
+    """
+    found, own, tokens = _started(base, budget, judge)
+    descent = descend(found.sparsity, budget, measure, groups, rounds=rounds)
+    made = len(descent.steps)
+    points = sorted({made * part // PARTS for part in range(1, PARTS + 1)} - {0})
+    judged = {0: found.loss}
+    best, best_sums = 0, own
+    if points:
+        sums, tokens = judge([descent.path[point] for point in points])
+        means = _means(sums, tokens)
+        judged |= dict(zip(points, means, strict=True))
+        least = int(np.argmin(means))
+        won, error = gain(own, sums[least], tokens)
+        if won > TIE and not won <= error:
+            best, best_sums = points[least], sums[least]
+    return replace(
+        found,
+        sparsity=descent.path[best],
+        loss=float(best_sums.sum() / tokens.sum()),
+        direction=descent.direction,
+        steps=descent.steps,
+        judged=judged,
+        taken=best,
+    )
+
+
+def _started(
+    base: np.ndarray, budget: Budget, judge: Judge
+) -> tuple[SearchResult, np.ndarray, np.ndarray]:
+    """The better of base and uniform, its loss sums, and tokens, per sample."""
+    uniform = budget.uniform()
+    sums, tokens = judge([base, uniform])
+    base_loss, uniform_loss = _means(sums, tokens)
+    better = uniform_loss < base_loss
+    found = SearchResult(
+        uniform if better else base,
+        "uniform" if better else "base",
+        base_loss,
+        uniform_loss,
+        uniform_loss if better else base_loss,
+        np.zeros_like(base),
+    )
+    return found, sums[1] if better else sums[0], tokens
+
+
+def gain(own: np.ndarray, other: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
+    """
+    :param own: loss sums per sample
+    :param other: of another allocation, on the same samples
+    :return: by how much the other is lower, nats per token, and its standard error
+    """
+    difference = own - other
+    error = standard_error(difference, tokens)
+    return float(difference.sum() / tokens.sum()), float(error)
+
+
+def _round(
+    direction: np.ndarray,
+    strengths: list[float],
+    own: np.ndarray,
+    sums: np.ndarray,
+    tokens: np.ndarray,
+    taken: float,
+) -> Round:
+    losses = dict(zip(strengths, _means(sums, tokens), strict=True))
+    losses[0.0] = float(own.sum() / tokens.sum())
+    tried = sorted(losses)
+    return Round(direction, tried, [losses[beta] for beta in tried], taken)
+
+
+def _means(sums: np.ndarray, tokens: np.ndarray) -> list[float]:
+    return (sums.sum(axis=1) / tokens.sum()).tolist()
+
+
+def _choose(
+    own: np.ndarray, sums: np.ndarray, tokens: np.ndarray, strengths: Sequence[float]
+) -> int | None:
+    """Index of the strength to take, None for none."""
+    means = sums.sum(axis=1) / tokens.sum()
+    if np.isinf(means).all():
+        return None
+    tied = [i for i, mean in enumerate(means) if mean <= means.min() + TIE]
+    best = min(tied, key=lambda i: (abs(strengths[i]), -strengths[i]))
+    mean, error = gain(own, sums[best], tokens)
+    # with one sample the error is NaN, and any gain beyond a tie is taken
+    if mean <= TIE or mean <= error:
+        return None
+    return best

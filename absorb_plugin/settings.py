@@ -1,0 +1,134 @@
+"""The recipe's fields, checked; `AbsorptionAllocationModifier` is their lifecycle."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+from absorb_plugin.allocators.base import Allocator
+from absorb_plugin.plugins import build_allocator
+
+__all__ = ["EFFORTS", "AllocationSettings", "Effort"]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """
+    How much is measured. Samples are calibration samples of the run.
+
+    :param rounds: corrections at most
+    :param statistics: samples for the inputs' statistics, whole
+    :param signal: samples of each round's signal
+    :param search: held-out samples that judge the rounds
+    :param confirm: samples of the last comparison, which chose nothing before
+    :param tokens: of a sample, for the signal and for judging
+    """
+
+    rounds: int
+    statistics: int
+    signal: int
+    search: int
+    confirm: int
+    tokens: int
+
+
+EFFORTS = {
+    "quick": Effort(rounds=6, statistics=8, signal=8, search=8, confirm=8, tokens=128),
+    "standard": Effort(
+        rounds=12, statistics=16, signal=16, search=16, confirm=16, tokens=128
+    ),
+    "thorough": Effort(
+        rounds=24, statistics=32, signal=32, search=32, confirm=32, tokens=256
+    ),
+}
+
+# Names of earlier versions, and what to write now.
+RENAMED = {
+    "sweep_memory": "probe_memory",
+    "holdout_samples": "search_samples",
+    "rehearsal_samples": "confirm_samples",
+    "reduce_peer_statistics": "reduce_pruner_statistics",
+    "noise_magnitude": "signal_args: {magnitude: ...}",
+    "noise_dtype": "signal_args: {dtype: ...}",
+    "noise_samples": "signal_args: {samples: ...}",
+    "noise_samples_limit": "signal_args: {samples_limit: ...}",
+    "noise_seed": "signal_args: {seed: ...}",
+    "sink_tokens": "signal_args: {sink_tokens: ...}",
+    "response_step": "signal_args: {step: ...}",
+}
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class AllocationSettings(BaseModel):
+    """
+    The fields of `AbsorptionAllocationModifier`, where they are described.
+    """
+
+    allocator: str = "owl"
+    allocator_args: dict[str, Any] = Field(default_factory=dict)
+    granularity: Literal["block", "linear"] = "block"
+    level: Literal["auto", "block", "part", "linear"] = "auto"
+    signal: str = "auto"
+    signal_args: dict[str, Any] = Field(default_factory=dict)
+    strength: Annotated[float, Field(ge=-1, le=1)] | Literal["auto"] = "auto"
+    effort: Literal["quick", "standard", "thorough"] = "standard"
+    rounds: Count | None = None
+    statistics_samples: Count | None = None
+    signal_samples: Count | None = None
+    search_samples: Count | None = None
+    confirm_samples: Annotated[int, Field(ge=0)] | None = None
+    probe_tokens: Annotated[int, Field(ge=2)] | None = None
+    max_sparsity: float = Field(default=0.95, gt=0, lt=1)
+    probe_memory: int = Field(default=4 * 2**30, gt=0)
+    report_dir: str | None = None
+    profile_cache: str | None = None
+    ignore: list[str] = Field(default_factory=list)
+    reduce_pruner_statistics: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def validate_names(cls, values: Any) -> Any:
+        for name in (
+            RENAMED.keys() & values.keys() if isinstance(values, Mapping) else ()
+        ):
+            raise ValueError(f"field {name!r} is called {RENAMED[name]} now")
+        return values
+
+    @field_validator("report_dir", "profile_cache", mode="before")
+    @classmethod
+    def validate_directory(cls, value: str | Path | None) -> str | None:
+        return None if value is None else str(value)
+
+    @field_validator("ignore", mode="before")
+    @classmethod
+    def validate_ignore(cls, value: str | list[str]) -> list[str]:
+        return [value] if isinstance(value, str) else value
+
+    def measuring(self) -> Effort:
+        """What `effort` stands for, with the fields that override it."""
+        chosen = EFFORTS[self.effort]
+        given = {
+            "rounds": self.rounds,
+            "statistics": self.statistics_samples,
+            "signal": self.signal_samples,
+            "search": self.search_samples,
+            "confirm": self.confirm_samples,
+            "tokens": self.probe_tokens,
+        }
+        own = {key: value for key, value in given.items() if value is not None}
+        return Effort(**{**vars(chosen), **own})
+
+    def base_allocator(self) -> Allocator:
+        """
+        :raises ValueError: naming an allocator, argument or granularity there is not
+        """
+        allocator = build_allocator(self.allocator, self.allocator_args)
+        if self.granularity not in allocator.granularities:
+            raise ValueError(
+                f"allocator {self.allocator!r} has no granularity {self.granularity!r}:"
+                f" choose one of {list(allocator.granularities)}"
+            )
+        return allocator

@@ -1,0 +1,15 @@
+"""
+The signals that a correction can follow. Another one is a file of this folder and a
+name in the list below.
+"""
+
+from absorb_plugin.signals.base import Setting, Signal
+from absorb_plugin.signals.gradient import Gradient, PrunerGradient
+from absorb_plugin.signals.noise import Noise
+from absorb_plugin.signals.response import ResponseSignal
+
+__all__ = ["SIGNALS", "Setting", "Signal"]
+
+SIGNALS: dict[str, type[Signal]] = {
+    signal.name: signal for signal in (Gradient, PrunerGradient, ResponseSignal, Noise)
+}

@@ -1,0 +1,94 @@
+"""What a signal is: where it measures, and the direction that it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from absorb_plugin.blocks import BlockMap
+from absorb_plugin.forward.runner import ProbeRunner
+from absorb_plugin.groups import Groups
+from absorb_plugin.pruners.base import Pruner
+from absorb_plugin.pruners.weights import MaskedWeights
+from absorb_plugin.sample_split import SampleSplit
+from absorb_plugin.search.correction import direction_from_response
+from absorb_plugin.search.descent import Slopes
+
+__all__ = ["Setting", "Signal"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """
+    Where a signal measures.
+
+    :param blocks: all blocks
+    :param groups: what is corrected alike
+    :param samples: which serve what
+    :param runner: runs probes
+    :param pruner: that will prune
+    :param statistics: full name of a Linear -> a_j of the dense network
+    """
+
+    blocks: BlockMap
+    groups: Groups
+    samples: SampleSplit
+    runner: ProbeRunner
+    pruner: Pruner
+    statistics: Mapping[str, torch.Tensor]
+
+    @property
+    def masks(self) -> MaskedWeights:
+        """Masked weights, ranked anew."""
+        return MaskedWeights(self.blocks, self.pruner.masks, self.statistics)
+
+
+class Signal(BaseModel):
+    """
+    Base class of all signals. The pydantic fields of a subclass are its arguments
+    (`signal_args` of the modifier).
+
+    Class attributes:
+        name: how recipes call it
+        by_loss: whether it needs tokens to predict, and the inputs' statistics
+        once: whether it says the same of every allocation, and gives a direction only
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: ClassVar[str]
+    by_loss: ClassVar[bool] = True
+    once: ClassVar[bool] = False
+
+    def slopes(self, setting: Setting, allocation: np.ndarray) -> Slopes:
+        """
+        Of a signal that is not `once`: ∂loss/∂s of every group.
+
+        :param allocation: under which the network runs, one sparsity per Linear
+        """
+        raise NotImplementedError
+
+    def direction(self, setting: Setting, allocation: np.ndarray) -> np.ndarray:
+        """Δ of every group, negative for those that are to be pruned less."""
+        return direction_from_response(self.slopes(setting, allocation).mean)
+
+    @classmethod
+    def made_with(cls, arguments: Mapping[str, object]) -> Signal:
+        """:raises ValueError: naming an argument that it has not, or its wrong value"""
+        try:
+            return cls(**arguments)
+        except ValidationError as error:
+            takes = ", ".join(f"{k}={f.default!r}" for k, f in cls.model_fields.items())
+            told = "; ".join(
+                f"{'.'.join(map(str, one['loc']))}={one['input']!r}: {one['msg']}"
+                for one in error.errors()
+            )
+            raise ValueError(
+                f"signal_args of signal {cls.name!r}: {told}. It takes "
+                f"{takes or 'none'}"
+            ) from error

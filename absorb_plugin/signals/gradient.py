@@ -1,0 +1,210 @@
+"""
+The slope of the loss in every Linear's sparsity, from one backward pass.
+
+The network runs under the weights W̃(s) that a pruner makes of an allocation, and the
+cross-entropy is differentiated once:
+
+    slope = ⟨∂loss/∂W̃, (W̃(s+δ) − W̃(s−δ)) / 2δ⟩
+
+For a pruner that masks this is −Σ_band g_ij·w_ij / 2δ over the weights whose rank lies
+within ±δ of the threshold: restoring a masked weight changes the loss by about
++g_ij·w_ij, masking a kept one by about −g_ij·w_ij, and the second-order terms of the
+two have opposite signs. For SparseGPT it contains how the weights that remain make up
+for the others. It costs four block passes per block (forward, recomputation, backward).
+
+∂loss/∂W̃ is never made: with x what enters the Linear and y' the gradient of what leaves
+it, the slope is Σ over tokens of y'·(dW̃/ds x), which is known for each sample, and so
+is its standard error.
+"""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import numpy as np
+import torch
+from compressed_tensors.offload import disable_offloading
+from pydantic import Field
+from torch.nn import Module
+
+from absorb_plugin import distributed
+from absorb_plugin.blocks import BlockMap
+from absorb_plugin.calibration import Batch
+from absorb_plugin.forward.head import OutputHead
+from absorb_plugin.forward.linears import differentiated, replaced_weights
+from absorb_plugin.forward.loss import check_predicted, loss_gradient
+from absorb_plugin.forward.probe import Needs, Probe, RunBlock
+from absorb_plugin.groups import Groups, linear_names
+from absorb_plugin.pruners.weights import MaskedSlopes, PrunedSlopes
+from absorb_plugin.search.descent import Slopes
+from absorb_plugin.search.standard_error import standard_error
+from absorb_plugin.signals.base import Setting, Signal
+from absorb_plugin.signals.pruned_model import PrunedModel
+
+__all__ = ["Gradient", "GradientProbe", "LinearSlopes", "PrunerGradient"]
+
+
+class GradientProbe(Probe):
+    """
+    Measures the slope of every prunable Linear.
+
+    :param blocks: all blocks
+    :param source: the weights under which the network runs, and how they change
+    """
+
+    state = ("_slopes", "_tokens", "_losses", "_mixed")
+
+    def __init__(self, blocks: BlockMap, source: MaskedSlopes | PrunedSlopes) -> None:
+        self._blocks, self._source = blocks, source
+        self._rows = {name: row for row, name in enumerate(linear_names(blocks))}
+        self._in_force = ExitStack()
+        # one entry per sample
+        self._slopes: list[np.ndarray] = []  # ∂(sum of losses)/∂s, (Linears,)
+        self._tokens: list[int] = []
+        self._losses: list[float] = []
+        # Linears whose tokens are of no known sample: experts
+        self._mixed: set[int] = set()
+
+    @property
+    def needs(self) -> Needs:
+        # inputs of all blocks, and two gradients
+        return Needs(
+            trajectories=len(self._blocks) + 2,
+            pruned=True,
+            backward=True,
+            kept_weights=self._source.kept_weights,
+        )
+
+    def start(self, batch: Batch) -> None:
+        self._current = np.zeros((len(batch["input_ids"]), len(self._rows)))
+        self._visits: list[tuple[torch.Tensor, RunBlock]] = []
+
+    def enter(self, index: int, block: Module) -> None:
+        if not self._slopes:  # of the first batch
+            self._source.rank(index)
+        linears = self._blocks.blocks[index].linears
+        weights = self._source.weights(index)
+        self._in_force.enter_context(replaced_weights(linears, weights))
+
+    def leave(
+        self, index: int, before: torch.Tensor, after: torch.Tensor, run: RunBlock
+    ) -> None:
+        self._in_force.close()
+        self._visits.append((before, run))
+        self._last = after
+
+    def finish(self, batch: Batch, head: OutputHead) -> None:
+        losses, gradient = loss_gradient(head, batch, self._last)
+        for index in reversed(range(len(self._visits))):
+            before, run = self._visits.pop()
+            with disable_offloading():
+                gradient = self._backward(index, before, run, gradient)
+        self._slopes += list(self._current)
+        self._losses += [total for total, _ in losses]
+        self._tokens += [count for _, count in losses]
+        del self._last, self._current
+
+    def close(self) -> None:
+        self._in_force.close()
+
+    def result(self) -> "LinearSlopes":
+        """Means over all samples."""
+        slopes = np.array(distributed.gather_shares(self._slopes))
+        tokens = np.array(distributed.gather_shares(self._tokens), dtype=np.float64)
+        mixed = sorted(set().union(*distributed.gather(self._mixed)))
+        total = check_predicted(int(tokens.sum()))
+        loss = sum(distributed.gather_shares(self._losses)) / total
+        return LinearSlopes(slopes, tokens, mixed, loss)
+
+    def _backward(
+        self, index: int, before: torch.Tensor, run: RunBlock, gradient: torch.Tensor
+    ) -> torch.Tensor:
+        """Gradient before the block; the slopes of its Linears are added on the way."""
+        linears = self._blocks.blocks[index].linears
+        weights = self._source.weights(index)
+        sinks = {name: partial(self._add_slope, index, name) for name in weights}
+        with differentiated(linears, weights, sinks), torch.enable_grad():
+            source = before.detach().requires_grad_()
+            (found,) = torch.autograd.grad(run(source), source, gradient)
+        return found
+
+    def _add_slope(
+        self, index: int, name: str, x: torch.Tensor, gradient: torch.Tensor
+    ) -> None:
+        change = self._source.change(index, name)
+        if change is None:
+            return
+        row = self._rows[self._blocks.blocks[index].full_name(name)]
+        moved = x.matmul(change.to(x.device).t())
+        by_token = (gradient.float() * moved.float()).sum(dim=-1, dtype=torch.float64)
+        samples = len(self._current)
+        if x.dim() == 3 and len(x) == samples:
+            self._current[:, row] += by_token.sum(dim=1).cpu().numpy()
+        else:
+            self._current[:, row] += float(by_token.sum()) / samples
+            self._mixed.add(row)
+
+
+@dataclass(frozen=True)
+class LinearSlopes:
+    """
+    :param slopes: ∂(sum of losses)/∂s per sample and Linear, shape (samples, Linears)
+    :param tokens: predicted tokens per sample, shape (samples,)
+    :param mixed: columns whose tokens are of no known sample, so without an error
+    :param loss: cross-entropy under the allocation itself, nats per token
+    """
+
+    slopes: np.ndarray
+    tokens: np.ndarray
+    mixed: list[int]
+    loss: float
+
+    def mean(self) -> np.ndarray:
+        """∂loss/∂s of every Linear, nats per token, shape (Linears,)."""
+        return self.slopes.sum(axis=0) / self.tokens.sum()
+
+    def of_groups(self, groups: Groups) -> Slopes:
+        """Per group, and per share of all weights."""
+        share = groups.group_sizes / groups.group_sizes.sum()
+        by_group = np.array([groups.total(one) for one in self.slopes])
+        error = standard_error(by_group, self.tokens[:, None]) / share
+        error[groups.of[self.mixed]] = np.nan
+        return Slopes(groups.total(self.mean()) / share, error, self.loss)
+
+
+class Gradient(Signal):
+    """
+    The slope under masks.
+
+    :param step: δ/2: weights are looked at within so much of the threshold
+    """
+
+    name: ClassVar[str] = "gradient"
+
+    step: float = Field(default=0.05, gt=0, lt=1)
+
+    def slopes(self, setting: Setting, allocation: np.ndarray) -> Slopes:
+        source = MaskedSlopes(setting.blocks, setting.masks, allocation, self.step)
+        return _slopes(setting, source)
+
+
+class PrunerGradient(Gradient):
+    """
+    The slope through the pruner itself.
+
+    :param step: δ: half the distance of the two sparsities whose weights are compared
+    """
+
+    name: ClassVar[str] = "pruner"
+
+    def slopes(self, setting: Setting, allocation: np.ndarray) -> Slopes:
+        model = PrunedModel(setting.blocks, setting.pruner, allocation, self.step)
+        source = setting.runner.run("Pruned model", setting.samples.pruning, model)
+        return _slopes(setting, source)
+
+
+def _slopes(setting: Setting, source: MaskedSlopes | PrunedSlopes) -> Slopes:
+    probe = GradientProbe(setting.blocks, source)
+    found = setting.runner.run("Loss slope", setting.samples.next_signal(), probe)
+    return found.of_groups(setting.groups)

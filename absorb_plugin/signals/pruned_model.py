@@ -1,0 +1,97 @@
+"""What the pruner makes of the model under an allocation, and a little beside it."""
+
+from contextlib import ExitStack
+from functools import partial
+
+import numpy as np
+import torch
+from torch.nn import Linear, Module
+
+from absorb_plugin.blocks import BlockMap
+from absorb_plugin.calibration import Batch, token_mask
+from absorb_plugin.forward.linears import replaced_weights
+from absorb_plugin.forward.probe import Needs, Probe, RunBlock
+from absorb_plugin.pruners.base import Pruner
+from absorb_plugin.pruners.weights import (
+    ObservedInputs,
+    PrunedSlopes,
+    band,
+    block_sparsities,
+)
+
+__all__ = ["PrunedModel"]
+
+
+class PrunedModel(Probe):
+    """
+    Prunes block after block by one batch, each at three sparsities at once: what the
+    allocation says, and a step to both sides of that. The inputs of a block are those
+    that the pruned blocks before it give.
+
+    :param blocks: all blocks; their prunable Linears are pruned
+    :param pruner: how weights are pruned
+    :param allocation: one sparsity per prunable Linear
+    :param step: δ
+    """
+
+    def __init__(
+        self, blocks: BlockMap, pruner: Pruner, allocation: np.ndarray, step: float
+    ) -> None:
+        self._blocks, self._pruner, self._step = blocks, pruner, step
+        self._sparsities = block_sparsities(blocks, allocation)
+        self._in_force = ExitStack()
+        self._kept: dict[int, dict[str, list[torch.Tensor]]] = {}
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(
+            trajectories=1,
+            pruned=True,
+            hessians=self._pruner.hessians,
+            kept_weights=PrunedSlopes.kept_weights,
+            single_batch=True,
+        )
+
+    def start(self, batch: Batch) -> None:
+        self._mask = token_mask(batch)
+
+    def enter(self, index: int, block: Module) -> None:
+        linears = self._blocks.blocks[index].linears
+        watch = ObservedInputs(self._pruner, linears, self._mask)
+        self._observed = self._in_force.enter_context(watch.watched())
+
+    def leave(
+        self, index: int, before: torch.Tensor, after: torch.Tensor, run: RunBlock
+    ) -> torch.Tensor:
+        self._in_force.close()
+        linears = self._blocks.blocks[index].linears
+        wanted = {
+            name: [s, *band(s, self._step)]
+            for name, s in self._sparsities.get(index, {}).items()
+        }
+        pruned = self._observed.prune(self._pruner, linears, wanted)
+        self._kept[index] = {
+            name: [weight.to(_home(linears[name])) for weight in weights]
+            for name, weights in pruned.items()
+        }
+        weights = {name: partial(_given, found[0]) for name, found in pruned.items()}
+        with replaced_weights(linears, weights):
+            return run(before)
+
+    def close(self) -> None:
+        self._in_force.close()
+
+    def result(self) -> PrunedSlopes:
+        """The pruned weights, where the model's own lie."""
+        return PrunedSlopes(self._kept)
+
+
+def _given(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def _home(linear: Linear) -> torch.device:
+    """Where the weight lies while it is not in use; not on disk."""
+    parameters = getattr(linear._parameters, "offloaded_values", linear._parameters)
+    home = parameters["weight"].device
+    return torch.device("cpu") if home.type == "meta" else home
