@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 from loguru import logger
-from transformers import PreTrainedModel
+from torch.nn import Module
 
 from absorb_plugin import distributed
 from absorb_plugin.allocators.base_allocation import Base, base_allocation
@@ -83,7 +83,7 @@ class Allocation:
 
 
 def allocate(
-    model: PreTrainedModel,
+    model: Module,
     blocks: BlockMap,
     batches: Sequence[Batch],
     *,
@@ -92,7 +92,7 @@ def allocate(
     settings: AllocationSettings,
 ) -> Allocation:
     """
-    :param model: the dense model; its weights are not touched
+    :param model: the dense model, wrapped or not; its weights are not touched
     :param blocks: its blocks, with the Linears that will be pruned
     :param batches: tokenised calibration batches, the same on all ranks
     :param sparsity: the budget S
@@ -101,7 +101,7 @@ def allocate(
     """
     signal, level = choose_signal(settings, blocks), choose_level(settings)
     judged = settings.strength == "auto"
-    by_loss = judged or (settings.strength != 0 and signal.by_loss)
+    by_loss = needs_loss(settings, signal)
     effort = settings.measuring()
     samples = SampleSplit(batches, effort, judged=judged, by_loss=by_loss)
     runner = ProbeRunner(model, blocks, settings.probe_memory, settings.profile_cache)
@@ -165,6 +165,13 @@ def choose_signal(settings: AllocationSettings, blocks: BlockMap) -> Signal:
     if name not in SIGNALS:
         raise ValueError(f"signal={name!r}: choose auto or one of {list(SIGNALS)}")
     return SIGNALS[name].made_with(settings.signal_args)
+
+
+def needs_loss(settings: AllocationSettings, signal: Signal) -> bool:
+    """Whether next-token loss is measured."""
+    if settings.strength == "auto":
+        return True
+    return settings.strength != 0 and signal.by_loss
 
 
 def choose_level(settings: AllocationSettings) -> str:

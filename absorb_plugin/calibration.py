@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from absorb_plugin import distributed
 from absorb_plugin.cpu import fast_bfloat16
+from absorb_plugin.language_model import without_cache
 
 if TYPE_CHECKING:
     from absorb_plugin.settings import Effort
@@ -52,9 +53,12 @@ def calibrating(model: torch.nn.Module) -> Iterator[None]:
     The context of llm-compressor's own calibration passes: no gradients, no cache, no
     dropout, no quantisation. The hooks of other modifiers sleep, so that a run of ours
     leaves no trace in their statistics; enter it once, `disable_hooks` does not nest.
+
+    :param model: not wrapped: llm-compressor's context passes over wrappers
     """
     with ExitStack() as stack:
         stack.enter_context(calibration_forward_context(model))
+        stack.enter_context(without_cache(model))
         stack.enter_context(DisableQuantization(model))
         stack.enter_context(HooksMixin.disable_hooks())
         stack.enter_context(fast_bfloat16())

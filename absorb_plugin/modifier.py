@@ -9,10 +9,11 @@ from loguru import logger
 from pydantic import PrivateAttr
 
 from absorb_plugin import distributed
-from absorb_plugin.allocate import allocate, choose_signal
+from absorb_plugin.allocate import allocate, choose_signal, needs_loss
 from absorb_plugin.blocks import BlockMap, find_blocks
 from absorb_plugin.calibration import read_batches
 from absorb_plugin.files import check_writable
+from absorb_plugin.language_model import check_predicts_tokens, language_model
 from absorb_plugin.plugins import notify_plugins
 from absorb_plugin.pruners import adapter, ranks
 from absorb_plugin.report import Report
@@ -110,7 +111,8 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         self.base_allocator()
         self._blocks = find_blocks(state.model, kwargs.get("sequential_targets"))
-        choose_signal(self, self._blocks)
+        if needs_loss(self, choose_signal(self, self._blocks)):
+            check_predicts_tokens(state.model)
         self._recipe = adapter.recipe_text()  # before anything in it is changed
         self._pruners = adapter.find_pruners(
             self, state.model, self._blocks, self.ignore, self.max_sparsity
@@ -140,7 +142,13 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
             )
             found.set_sparsities(allocation.linear_sparsities())
             report = Report(
-                self, self._recipe, state.model, found, allocation, batches, number
+                self,
+                self._recipe,
+                language_model(state.model),
+                found,
+                allocation,
+                batches,
+                number,
             )
             self._reports.append(report)
             if distributed.is_first():

@@ -23,7 +23,6 @@ from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import (
     SparsityModifierBase,
 )
 from loguru import logger
-from transformers import PreTrainedModel
 
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.pruners import Pruner, pruner_class
@@ -121,7 +120,7 @@ class PrunerAdapter:
 
 def find_pruners(
     modifier: Modifier,
-    model: PreTrainedModel,
+    model: torch.nn.Module,
     blocks: BlockMap,
     ignore: Sequence[str],
     max_sparsity: float,
@@ -209,7 +208,7 @@ def _warn_of_lost_zeros(after: Sequence[Modifier], pruner: Modifier) -> None:
 
 def _resolve(
     modifier: SparsityModifierBase,
-    model: PreTrainedModel,
+    model: torch.nn.Module,
     blocks: BlockMap,
     ignore: Sequence[str],
     max_sparsity: float,
