@@ -15,6 +15,7 @@ from absorb_plugin import distributed
 from absorb_plugin.allocators.base_allocation import Base, base_allocation
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch, SampleSplit, SampleUse, cut_tokens
+from absorb_plugin.forward.check import check_forward
 from absorb_plugin.forward.inputs import InputStatistics, unseen_linears
 from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.groups import Groups, named
@@ -108,6 +109,9 @@ def allocate(
     groups = Groups.at(level, blocks)
     budget = Budget.of(groups.sizes, sparsity, settings.max_sparsity)
 
+    if settings.strength != 0:
+        with distributed.fail_together():
+            check_forward(model, blocks, samples.shortest(), by_loss=by_loss)
     allocator = settings.base_allocator()
     statistics = {}
     if by_loss or allocator.needs == "activations":

@@ -338,6 +338,10 @@ class SampleSplit:
         """All that are not held out, whole, the first few spread over the text."""
         return interleaved(self._measuring)
 
+    def shortest(self) -> dict:
+        """One sample, cut, to try the model on."""
+        return self._cut(self._measuring[-1:])[0]
+
     def uses(self) -> list[SampleUse]:
         """For the report."""
         return [
