@@ -18,6 +18,7 @@ from loguru import logger
 from torch.utils.data import DataLoader
 
 from absorb_plugin import distributed
+from absorb_plugin.batches import as_tensors
 from absorb_plugin.cpu import fast_bfloat16
 from absorb_plugin.language_model import without_cache
 
@@ -113,12 +114,7 @@ def _read(loader: DataLoader | Iterable[Batch]) -> list[dict]:
     batches = []
     with torch.random.fork_rng(devices=[]), _keep_generator(loader):
         for batch in loader:
-            tensors = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}
-            if "input_ids" not in tensors:
-                raise ValueError(
-                    "a calibration batch has no 'input_ids' but "
-                    f"{sorted(batch)}: tokenise the dataset first"
-                )
+            tensors = as_tensors(batch)
             if tensors["input_ids"].numel():
                 batches.append(tensors)
     return batches
