@@ -14,13 +14,14 @@ from torch.nn import Module
 from absorb_plugin import distributed
 from absorb_plugin.allocators.base_allocation import Base, base_allocation
 from absorb_plugin.blocks import BlockMap
-from absorb_plugin.calibration import Batch, SampleSplit, SampleUse, cut_tokens
+from absorb_plugin.calibration import Batch, cut_tokens, token_mask
 from absorb_plugin.forward.check import check_forward
 from absorb_plugin.forward.inputs import InputStatistics, unseen_linears
 from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.groups import Groups, named
 from absorb_plugin.judges import MaskedLoss, PrunedLoss
 from absorb_plugin.pruners import Pruner
+from absorb_plugin.sample_split import SampleSplit, SampleUse
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.search.confirm import Confirmed, confirm
 from absorb_plugin.search.correction import corrected
@@ -104,7 +105,14 @@ def allocate(
     judged = settings.strength == "auto"
     by_loss = needs_loss(settings, signal)
     effort = settings.measuring()
-    samples = SampleSplit(batches, effort, judged=judged, by_loss=by_loss)
+    samples = SampleSplit(
+        batches,
+        effort,
+        judged=judged,
+        by_loss=by_loss,
+        pruning_tokens=pruner.judge_tokens(widest(blocks)),
+    )
+    warn_of_few_tokens(pruner, blocks, batches)
     runner = ProbeRunner(model, blocks, settings.probe_memory, settings.profile_cache)
     groups = Groups.at(level, blocks)
     budget = Budget.of(groups.sizes, sparsity, settings.max_sparsity)
@@ -181,6 +189,26 @@ def needs_loss(settings: AllocationSettings, signal: Signal) -> bool:
 def choose_level(settings: AllocationSettings) -> str:
     """What `level: auto` stands for: what won in docs/benchmarks.md."""
     return "block" if settings.level == "auto" else settings.level
+
+
+def warn_of_few_tokens(
+    pruner: Pruner, blocks: BlockMap, batches: Sequence[Batch]
+) -> None:
+    """A Hessian of too few tokens makes a pruner that uses it worse than masks."""
+    tokens = sum(int(token_mask(batch).sum()) for batch in batches)
+    wanted = pruner.tokens_per_column * widest(blocks)
+    if tokens < wanted:
+        logger.warning(
+            f"{pruner.modifier.__name__} prunes by {tokens} calibration tokens, and "
+            f"the widest Linear has {widest(blocks)} columns: with fewer than {wanted} "
+            "tokens it can be worse than Wanda. Raise num_calibration_samples or "
+            "max_seq_length"
+        )
+
+
+def widest(blocks: BlockMap) -> int:
+    """Columns of the widest Linear that will be pruned."""
+    return max(linear.in_features for linear in blocks.linears().values())
 
 
 def measure_direction(

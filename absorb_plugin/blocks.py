@@ -118,8 +118,8 @@ def find_blocks(
 
     :param model: a decoder-only language model, or one whose `get_decoder()` is,
         wrapped or not
-    :param block_classes: class names of the blocks, for a model that names none. Others,
-        such as any other `sequential_targets` of llm-compressor, change nothing
+    :param block_classes: class names of the blocks, for a model that names none.
+        Others, such as other `sequential_targets` of llm-compressor, change nothing
     :raises ValueError: for encoder-decoder models, or if no block with a Linear is
         found
     """

@@ -4,8 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from datasets import Dataset
@@ -21,14 +20,10 @@ from absorb_plugin import distributed
 from absorb_plugin.batches import as_tensors
 from absorb_plugin.cpu import fast_bfloat16
 from absorb_plugin.language_model import without_cache
-
-if TYPE_CHECKING:
-    from absorb_plugin.settings import Effort
+from absorb_plugin.precision import ieee_float32
 
 __all__ = [
     "Batch",
-    "SampleSplit",
-    "SampleUse",
     "calibrating",
     "cut_tokens",
     "evenly_spaced",
@@ -52,8 +47,9 @@ T = TypeVar("T")
 def calibrating(model: torch.nn.Module) -> Iterator[None]:
     """
     The context of llm-compressor's own calibration passes: no gradients, no cache, no
-    dropout, no quantisation. The hooks of other modifiers sleep, so that a run of ours
-    leaves no trace in their statistics; enter it once, `disable_hooks` does not nest.
+    dropout, no quantisation. Float32 products are just that. The hooks of other
+    modifiers sleep, so that a run of ours leaves no trace in their statistics; enter it
+    once, `disable_hooks` does not nest.
 
     :param model: not wrapped: llm-compressor's context passes over wrappers
     """
@@ -63,6 +59,7 @@ def calibrating(model: torch.nn.Module) -> Iterator[None]:
         stack.enter_context(DisableQuantization(model))
         stack.enter_context(HooksMixin.disable_hooks())
         stack.enter_context(fast_bfloat16())
+        stack.enter_context(ieee_float32())
         yield
 
 
@@ -149,22 +146,22 @@ def split_samples(batches: Iterable[Batch], size: int) -> Iterator[dict]:
             }
 
 
-def single_samples(batches: Iterable[Batch], tokens: int | None = None) -> list[dict]:
+def single_samples(batches: Iterable[Batch], by_loss: bool = False) -> list[dict]:
     """
     The samples one by one, without those that are of no use, of which a warning tells.
 
-    :param tokens: of so many first tokens a sample must have one to predict: two
-        neighbours that are no padding. None: one token that is no padding will do
+    :param by_loss: a sample must have a token to predict: two neighbours that are no
+        padding. Else one token that is no padding will do
     :raises ValueError: if no sample is left
     """
     samples = list(split_samples(batches, 1))
-    if tokens is None:
-        useful = [x for x in samples if token_mask(x).any()]
-        wanted, lacking = "needs one token that is no padding", "has no token"
-    else:
-        useful = [x for x in samples if _predicts(cut_tokens(x, tokens))]
+    if by_loss:
+        useful = [x for x in samples if _predicts(x)]
         wanted = "needs two neighbouring tokens that are no padding. Use longer samples"
         lacking = "has no token to predict"
+    else:
+        useful = [x for x in samples if token_mask(x).any()]
+        wanted, lacking = "needs one token that is no padding", "has no token"
     if not useful:
         raise ValueError(f"the calibration set {lacking}: a sample {wanted}")
     if len(useful) < len(samples):
@@ -247,12 +244,31 @@ def interleaved(items: Sequence[T], stride: int = 8) -> list[T]:
     return [item for offset in range(stride) for item in items[offset::stride]]
 
 
-def cut_tokens(sample: Batch, length: int) -> dict:
-    """The first `length` tokens of a single sample that are no padding."""
+def cut_tokens(
+    sample: Batch, length: int, salt: str | None = None, first: bool = False
+) -> dict:
+    """
+    A window of `length` tokens of a single sample, that are no padding.
+
+    :param salt: the window lies at a place that a hash of this and of the sample's
+        tokens tells; None for its beginning
+    :param first: the window begins with the sample's first token wherever it lies: a
+        model that was trained with BOS there is not itself without
+    """
     total = sample["input_ids"].shape[1]
-    start = int(token_mask(sample)[0].float().argmax())
+    real = token_mask(sample)[0].nonzero().flatten()
+    start, stop = int(real[0]), int(real[-1]) + 1
+    room = stop - start - length
+    offset = 0
+    if salt is not None and room > 0:
+        _, content = sample_key(sample)
+        digest = hashlib.sha256(salt.encode() + content).digest()
+        offset = int.from_bytes(digest[:8], "big") % (room + 1)
+    places = torch.arange(start + offset, min(start + offset + length, stop))
+    if first:
+        places[0] = start
     return {
-        name: tensor[:, start : start + length]
+        name: tensor[:, places.to(tensor.device)]
         if tensor.dim() > 1 and tensor.shape[1] == total
         else tensor
         for name, tensor in sample.items()
@@ -265,96 +281,3 @@ def token_mask(batch: Batch) -> torch.Tensor:
     if mask is None or mask.shape != batch["input_ids"].shape:
         return torch.ones_like(batch["input_ids"], dtype=torch.bool)
     return mask.bool()
-
-
-@dataclass(frozen=True)
-class SampleUse:
-    """
-    What calibration samples serve.
-
-    :param use: "statistics", "signal", "search", "confirm" or "pruning"
-    :param samples: batches of one
-    """
-
-    use: str
-    samples: list[dict]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that are no padding, of all samples."""
-        return sum(int(token_mask(sample).sum()) for sample in self.samples)
-
-
-class SampleSplit:
-    """
-    Which calibration samples serve what, decided once. Those that judge are held out
-    at even distances and serve nothing else.
-
-    Under torch.distributed every rank holds all samples and makes the same choices.
-
-    :param batches: the same on all ranks
-    :param effort: how many samples serve what, and how many of their tokens
-    :param judged: whether allocations are judged, so that samples are held out
-    :param by_loss: whether anything needs a token to predict
-    :raises ValueError: if samples are to be held out and there is but one
-    """
-
-    def __init__(
-        self, batches: Sequence[Batch], effort: "Effort", *, judged: bool, by_loss: bool
-    ) -> None:
-        self._effort = effort
-        tokens = effort.tokens if by_loss else None
-        samples = sort_samples(single_samples(batches, tokens))
-        check_alike(samples)
-        held_out: list[dict] = []
-        if judged:
-            if len(samples) < 2:
-                raise ValueError(
-                    "strength='auto' holds calibration samples out to judge by, and "
-                    "there is but one: raise num_calibration_samples, or give strength "
-                    "as a number (0.1 is a good start)"
-                )
-            held_out = evenly_spaced(samples, min(effort.search, len(samples) // 2))
-        out = {id(sample) for sample in held_out}
-        self._measuring = [sample for sample in samples if id(sample) not in out]
-        self._measured = 0
-        self.search = self._cut(held_out)
-        self.confirm = self.search
-        self.statistics = evenly_spaced(self._measuring, effort.statistics)
-        self.pruning = self._cut(evenly_spaced(self._measuring, effort.confirm))
-
-    def next_signal(self) -> list[dict]:
-        """Other samples in every round, as far as there are any."""
-        count = min(self._effort.signal, len(self._measuring))
-        start, self._measured = self._measured, self._measured + count
-        order = interleaved(self._measuring)
-        return self._cut([order[(start + i) % len(order)] for i in range(count)])
-
-    def in_turn(self) -> list[dict]:
-        """All that are not held out, whole, the first few spread over the text."""
-        return interleaved(self._measuring)
-
-    def shortest(self) -> dict:
-        """One sample, cut, to try the model on."""
-        return self._cut(self._measuring[-1:])[0]
-
-    def uses(self) -> list[SampleUse]:
-        """For the report."""
-        return [
-            SampleUse(use, getattr(self, use))
-            for use in ("statistics", "search", "confirm", "pruning")
-        ]
-
-    def _cut(self, samples: Iterable[dict]) -> list[dict]:
-        return [cut_tokens(sample, self._effort.tokens) for sample in samples]
-
-
-def check_alike(samples: Sequence[Batch]) -> None:
-    """:raises ValueError: unless all ranks hold the same samples"""
-    mine = [sample_key(sample) for sample in samples]
-    if any(other != mine for other in distributed.gather(mine)):
-        raise ValueError(
-            "the ranks of torch.distributed were given different calibration samples: "
-            "pass what absorb_plugin.calibration.read_batches(loader) returns, which "
-            "collects those of all ranks"
-        )

@@ -1,23 +1,25 @@
 """The recipe's modifier: its lifecycle; the fields are in settings.py."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from absorb_plugin._llmcompressor import ModifierFactory  # isort: skip  first
+import absorb_plugin._llmcompressor  # noqa: F401  isort: skip  first
 from llmcompressor.core import Event, State
-from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers import Modifier, ModifierFactory
 from loguru import logger
 from pydantic import PrivateAttr
 
 from absorb_plugin import distributed
-from absorb_plugin.allocate import allocate, choose_signal, needs_loss
-from absorb_plugin.blocks import BlockMap, find_blocks
-from absorb_plugin.calibration import read_batches
 from absorb_plugin.files import check_writable
-from absorb_plugin.language_model import check_predicts_tokens, language_model
 from absorb_plugin.plugins import notify_plugins
-from absorb_plugin.pruners import adapter, ranks
-from absorb_plugin.report import Report
 from absorb_plugin.settings import AllocationSettings
+
+# The first import of llm-compressor, wherever it happens, imports this module (see
+# absorb_plugin/__init__.py). Whatever imports llm-compressor may be half imported then,
+# so the methods fetch it when they run.
+if TYPE_CHECKING:
+    from absorb_plugin.blocks import BlockMap
+    from absorb_plugin.pruners.adapter import PrunerAdapter
+    from absorb_plugin.report import Report
 
 __all__ = ["AbsorptionAllocationModifier"]
 
@@ -103,12 +105,18 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
 
     requires_calibration_data: bool = False  # True would cost a calibration of its own
 
-    _blocks: BlockMap = PrivateAttr()
-    _pruners: list[adapter.PrunerAdapter] = PrivateAttr(default_factory=list)
-    _reports: list[Report] = PrivateAttr(default_factory=list)
+    _blocks: "BlockMap" = PrivateAttr()
+    _pruners: "list[PrunerAdapter]" = PrivateAttr(default_factory=list)
+    _reports: "list[Report]" = PrivateAttr(default_factory=list)
     _recipe: str = PrivateAttr(default="")
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        from absorb_plugin.allocate import choose_signal, needs_loss
+        from absorb_plugin.blocks import find_blocks
+        from absorb_plugin.calibration import read_batches
+        from absorb_plugin.language_model import check_predicts_tokens
+        from absorb_plugin.pruners import adapter, ranks
+
         self.base_allocator()
         self._blocks = find_blocks(state.model, kwargs.get("sequential_targets"))
         if needs_loss(self, choose_signal(self, self._blocks)):
@@ -128,18 +136,25 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         return True
 
     def on_event(self, state: State, event: Event, **kwargs: Any) -> None:
+        from absorb_plugin.allocate import allocate
+        from absorb_plugin.calibration import read_batches
+        from absorb_plugin.devices import computing_on_one_device
+        from absorb_plugin.language_model import language_model
+        from absorb_plugin.report import Report
+
         if event.type_.value not in CALIBRATION_START or self._reports:
             return
         batches = read_batches(state.data.calib)
         for number, found in enumerate(self._pruners):
-            allocation = allocate(
-                state.model,
-                found.blocks,
-                batches,
-                sparsity=found.sparsity,
-                pruner=found.pruner,
-                settings=self,
-            )
+            with computing_on_one_device(state.model):
+                allocation = allocate(
+                    state.model,
+                    found.blocks,
+                    batches,
+                    sparsity=found.sparsity,
+                    pruner=found.pruner,
+                    settings=self,
+                )
             found.set_sparsities(allocation.linear_sparsities())
             report = Report(
                 self,
@@ -156,6 +171,8 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
                 notify_plugins(report.profile())
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        from absorb_plugin.pruners import adapter, ranks
+
         for report in self._reports if distributed.is_first() else ():
             report.measure_realised()
             report.write(self.report_dir)

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
+from absorb_plugin.allocation import Base, allocate_model
+from absorb_plugin.budget import meet_budget
 from allocator_references import (
     importances,
     reference_alpha,
@@ -24,6 +25,7 @@ from allocator_references import (
 )
 from compressed_tensors.offload import offload_module, set_onload_device
 from compressed_tensors.offload.cache import OffloadCache
+from helpers import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -31,7 +33,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from absorb_plugin import AbsorptionAllocationModifier
-from absorb_plugin.allocation import Base, allocate_model
 from absorb_plugin.allocators import (
     Allocator,
     AlphaPruning,
@@ -44,7 +45,6 @@ from absorb_plugin.allocators import (
 )
 from absorb_plugin.allocators import alpha_pruning as tail
 from absorb_plugin.allocators.alpha_pruning import fit_tail, spectrum, tail_exponent
-from absorb_plugin.budget import meet_budget
 from absorb_plugin.plugins import allocators, build_allocator, run_allocator
 
 ROOT = Path(__file__).parents[1]

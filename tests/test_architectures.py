@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
-import tiny
 import torch
 import transformers
+from absorb_plugin.allocation import allocate_model
+from helpers import runs, tiny
 from llmcompressor.core import reset_session
 from transformers import PreTrainedModel
 
-from absorb_plugin.allocation import allocate_model
 from absorb_plugin.blocks import BlockMap, find_blocks
 
 BUDGET = 0.5

@@ -8,24 +8,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-import runs
-import tiny
 import torch
-from compressed_tensors import offload
-from llmcompressor.core import reset_session
-from transformers import PreTrainedModel
-
 from absorb_plugin.absorption import NoiseProbe
 from absorb_plugin.allocation import Allocation
-from absorb_plugin.blocks import find_blocks
-from absorb_plugin.cache import ProfileCache, pack, unpack
 from absorb_plugin.compensation import Compensation
-from absorb_plugin.fingerprint import digest, model_digest, weights_digest
 from absorb_plugin.gradient import GradientProbe
 from absorb_plugin.rehearsal import Rehearsal
 from absorb_plugin.response import CandidateScores, ResponseProbe
 from absorb_plugin.statistics import InputStatistics
 from absorb_plugin.sweep import Passenger, sweep
+from compressed_tensors import offload
+from helpers import runs, tiny
+from llmcompressor.core import reset_session
+from transformers import PreTrainedModel
+
+from absorb_plugin.blocks import find_blocks
+from absorb_plugin.cache import ProfileCache, pack, unpack
+from absorb_plugin.fingerprint import digest, model_digest, weights_digest
 
 STATIONS = {"input_statistics", "noise_probe", "held_out_loss", "loss_slope"}
 

@@ -1,8 +1,8 @@
 """Calibration batches: read once, without a trace in the random state; cut, joined."""
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, RandomSampler

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import runs
-import tiny
 import torch
+from absorb_plugin.compensation import Compensation
+from absorb_plugin.rehearsal import Rehearsal
+from helpers import runs, tiny
 from helpers.cli import error_of, files_in
 from llmcompressor.core import reset_session
 from llmcompressor.modifiers.utils.hooks import HooksMixin
@@ -31,11 +32,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import absorb_plugin
 from absorb_plugin.allocators.base import Allocator, BaseAllocation
 from absorb_plugin.blocks import find_blocks
-from absorb_plugin.compensation import Compensation
 from absorb_plugin.evaluation.output import check_output, check_space, staged_directory
 from absorb_plugin.hookspecs import hookimpl
 from absorb_plugin.plugins import PluginError, manager
-from absorb_plugin.rehearsal import Rehearsal
 
 NIGHTLY = "ABSORB_NIGHTLY" in os.environ  # `make fuzz`: every line, not 4 of them
 PACKAGE = Path(absorb_plugin.__file__).parent

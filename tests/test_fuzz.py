@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
-import tiny
 import torch
+from helpers import runs, tiny
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from llmcompressor.args import DatasetArguments

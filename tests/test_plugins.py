@@ -351,8 +351,8 @@ def test_entry_points_are_loaded_once(loaded_from: Callable[..., None]) -> None:
 CHECK = """
 import sys
 from pathlib import Path
-import runs
-import tiny
+from helpers import runs
+from helpers import tiny
 import torch
 from llmcompressor.core import active_session
 from absorb_plugin import plugins

@@ -4,6 +4,7 @@ import typer
 
 from absorb_plugin.cli.allocate import allocate
 from absorb_plugin.cli.allocators import allocators
+from absorb_plugin.cli.check import check
 from absorb_plugin.cli.compare import compare
 from absorb_plugin.cli.demo import demo
 from absorb_plugin.cli.evaluate import evaluate
@@ -22,6 +23,7 @@ app = typer.Typer(
 app.command()(prune)
 app.command("eval")(evaluate)
 app.command()(compare)
+app.command()(check)
 app.command()(allocate)
 app.command()(noise)
 app.command()(allocators)

@@ -68,8 +68,9 @@ def noise(
     with command(debug) as stdout:
         from absorb_plugin.evaluation.loading import load_model
         from absorb_plugin.evaluation.text import calibration_samples
-        from absorb_plugin.files import check_file, replace_file
-        from absorb_plugin.report.dose_figure import draw_doses
+        from absorb_plugin.files import check_file
+        from absorb_plugin.report.figure import save_figure
+        from absorb_plugin.report.noise_figure import noise_charts
         from absorb_plugin.signals.noise_scan import as_dict, scan_noise
 
         magnitudes = _parse_magnitudes(eta)
@@ -86,7 +87,8 @@ def noise(
             noise_dtype=noise_dtype.value,
         )
         if figure is not None:
-            replace_file(figure, draw_doses(found, Path(model).name))
+            title = f"{Path(model).name}, computed in {found.dtype}"
+            save_figure(figure, noise_charts(as_dict(found)), title, columns=3)
         if as_json:
             show(stdout, as_dict(found), as_json)
         else:

@@ -9,6 +9,7 @@ from absorb_plugin._llmcompressor import linearize_moe
 from absorb_plugin.allocate import Allocation, allocate
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.calibration import samples_of
+from absorb_plugin.devices import computing_on_one_device
 from absorb_plugin.pruners import PRUNERS
 from absorb_plugin.search.budget import check_budget
 from absorb_plugin.settings import AllocationSettings
@@ -32,15 +33,16 @@ def allocate_model(
     :param pruner: name of the pruner that it is for, with its default settings
     """
     check_budget(sparsity, settings.max_sparsity)
-    linearize_moe(model)  # as oneshot does: the experts' weights become Linears
-    return allocate(
-        model,
-        find_blocks(model),
-        samples_of(samples),
-        sparsity=sparsity,
-        pruner=PRUNERS[pruner](),
-        settings=settings,
-    )
+    with computing_on_one_device(model):
+        linearize_moe(model)  # as oneshot does: the experts' weights become Linears
+        return allocate(
+            model,
+            find_blocks(model),
+            samples_of(samples),
+            sparsity=sparsity,
+            pruner=PRUNERS[pruner](),
+            settings=settings,
+        )
 
 
 def as_dict(allocation: Allocation, allocator: str, pruner: str) -> dict[str, Any]:

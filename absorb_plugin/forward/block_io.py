@@ -99,8 +99,8 @@ def hidden_state(output: object, block: Module | None = None) -> torch.Tensor:
             return value
     name = "a block" if block is None else type(block).__name__
     raise ValueError(
-        f"model: {name} returns {type(output).__name__} without a hidden state: expected "
-        "a tensor of floats, or a container that holds one"
+        f"model: {name} returns {type(output).__name__} without a hidden state: "
+        "expected a tensor of floats, or a container that holds one"
     )
 
 

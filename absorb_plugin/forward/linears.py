@@ -13,7 +13,7 @@ from absorb_plugin.forward.replaced import replaced_forward
 
 __all__ = ["Weights", "differentiated", "replaced_weights"]
 
-# name of a Linear -> its weight, made when the Linear runs and let go afterwards
+# name of a Linear -> its weight, made or fetched when the Linear runs and let go after
 Weights = Mapping[str, Callable[[], torch.Tensor]]
 # takes ∂loss/∂W of a Linear, (out_features, in_features)
 Sink = Callable[[torch.Tensor], None]
@@ -47,7 +47,7 @@ def differentiated(
 def _apply(
     linear: Linear, weight: Callable[[], torch.Tensor], x: torch.Tensor
 ) -> torch.Tensor:
-    return apply_linear(x, weight(), linear.bias)
+    return apply_linear(x, weight().to(x.device), linear.bias)
 
 
 def _apply_differentiated(
@@ -67,7 +67,7 @@ class _Differentiated(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.weight, ctx.sink = weight, sink
-        return apply_linear(x, weight(), bias)
+        return apply_linear(x, weight().to(x.device), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple:
@@ -76,4 +76,4 @@ class _Differentiated(torch.autograd.Function):
         rows = gradient.flatten(0, -2)
         if x.numel():
             ctx.sink(rows.t().matmul(x.flatten(0, -2)))
-        return gradient.matmul(ctx.weight()), None, None, None
+        return gradient.matmul(ctx.weight().to(x.device)), None, None, None

@@ -1,6 +1,6 @@
 """What measures something while the model runs, and what it needs for that."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any

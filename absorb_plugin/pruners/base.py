@@ -32,8 +32,8 @@ class Pruner:
         rank_statistics: attribute of the modifier that holds, per module, the mean over
             its samples of what it observes (`pruners.ranks`); None if there is none
         hessians: whether `observe` returns a matrix that is inverted
-        tokens_per_column: calibration tokens that it should have per column of the
-            widest Linear, below which a run warns; 0 for any number
+        tokens_per_column: calibration tokens that a run should have per column of the
+            widest Linear, below which it warns; 0 for any number
     """
 
     name: ClassVar[str]
@@ -50,6 +50,14 @@ class Pruner:
     @classmethod
     def check(cls, modifier: SparsityModifierBase) -> None:
         """:raises ValueError: for settings that do not go with a list of sparsities"""
+
+    def judge_tokens(self, columns: int) -> int:
+        """
+        Calibration tokens that allocations should be pruned by when they are judged.
+
+        :param columns: of the widest Linear
+        """
+        return 0
 
     @property
     def masks(self) -> MaskPruner:

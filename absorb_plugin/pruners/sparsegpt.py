@@ -22,6 +22,8 @@ from absorb_plugin.pruners.wanda import Wanda
 __all__ = ["SparseGPT"]
 
 GROUP = 32  # columns: what a processor's cache holds of many rows
+# Tokens make a Hessian of no higher rank than their number.
+JUDGE_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,9 @@ class SparseGPT(Pruner):
             modifier.dampening_frac or 0.0,
             bool(modifier.preserve_sparsity_mask),
         )
+
+    def judge_tokens(self, columns: int) -> int:
+        return max(JUDGE_TOKENS, columns)
 
     @property
     def masks(self) -> MaskPruner:

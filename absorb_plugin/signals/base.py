@@ -11,11 +11,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from absorb_plugin.blocks import BlockMap
-from absorb_plugin.calibration import SampleSplit
 from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.groups import Groups
 from absorb_plugin.pruners.base import Pruner
 from absorb_plugin.pruners.weights import MaskedWeights
+from absorb_plugin.sample_split import SampleSplit
 
 __all__ = ["Setting", "Signal"]
 

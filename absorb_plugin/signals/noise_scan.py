@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.calibration import join_samples, samples_of
+from absorb_plugin.devices import computing_on_one_device
 from absorb_plugin.files import json_numbers
 from absorb_plugin.forward.run import run_probes
 from absorb_plugin.signals.noise import NoiseProbe, NoiseProfile
@@ -74,14 +75,15 @@ def scan_noise(
         NoiseProbe(blocks.prunable, len(blocks), eta, seed, sink_tokens, noise_dtype)
         for eta in magnitudes
     ]
-    run_probes(
-        model,
-        blocks,
-        batches,
-        probes,
-        memory=probe_memory,
-        description=f"Noise of {len(probes)} magnitudes",
-    )
+    with computing_on_one_device(model):
+        run_probes(
+            model,
+            blocks,
+            batches,
+            probes,
+            memory=probe_memory,
+            description=f"Noise of {len(probes)} magnitudes",
+        )
     dtype = torch.float32 if noise_dtype == "float32" else model.dtype
     return NoiseScan(
         [blocks.blocks[index].name for index in blocks.prunable],

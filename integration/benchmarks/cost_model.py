@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from unittest.mock import patch
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from absorb_plugin.memory import Footprint, footprint
+from transformers import LlamaConfig, LlamaForCausalLM
 
 ELEMENT = 2  # bytes of a bfloat16
 MEMORY = 4 * 2**30  # sweep_memory's default

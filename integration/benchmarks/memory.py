@@ -72,9 +72,7 @@ def random_llama(dtype, layers: int):
 def measure(options: argparse.Namespace) -> dict:
     import numpy as np
     import torch
-
     from absorb_plugin.absorption import NoiseProbe
-    from absorb_plugin.blocks import find_blocks
     from absorb_plugin.compensation import Compensation
     from absorb_plugin.gradient import GradientProbe
     from absorb_plugin.memory import footprint
@@ -82,6 +80,8 @@ def measure(options: argparse.Namespace) -> dict:
     from absorb_plugin.response import CandidateScores, ResponseProbe
     from absorb_plugin.statistics import InputStatistics
     from absorb_plugin.sweep import sweep
+
+    from absorb_plugin.blocks import find_blocks
 
     torch.manual_seed(0)
     model = random_llama(getattr(torch, options.dtype), options.layers)

@@ -23,10 +23,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from absorb_plugin.allocation import Calibration
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from absorb_plugin import AbsorptionAllocationModifier
-from absorb_plugin.allocation import Calibration
 from absorb_plugin.evaluation.oneshot import prune
 from absorb_plugin.evaluation.text import calibration_samples, read_text
 

@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 
 import torch
+from absorb_plugin.allocation import Allocation, allocate_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import absorb_plugin.fingerprint as fingerprint
 from absorb_plugin import AbsorptionAllocationModifier
-from absorb_plugin.allocation import Allocation, allocate_model
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.evaluation.text import calibration_samples, read_text
 

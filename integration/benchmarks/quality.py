@@ -15,7 +15,7 @@ not repeated. `--table` prints the Markdown tables of files of results and runs 
 Methods: `dense`; `uniform`; `atp`, the depth-only ramp at the best of a few β, chosen
 on the very text that it is judged by, which favours it; `base`, the allocator alone;
 `paper`, the noise ratio at η = 1e-2 with noise on every token and strength 0.1; `ours`,
-the defaults of the modifier; `masks`, the same without the rehearsal of SparseGPT, and
+the defaults of the modifier; `masks`, the same without the last comparison, and
 `gradient`, `response` and `noise`, with that signal (not in the table, but in the
 results).
 
@@ -70,9 +70,13 @@ def allocation(
         )
     settings: dict = {
         "base": {"strength": 0},
-        "paper": {"signal": "noise", "strength": 0.1, "sink_tokens": "perturb"},
+        "paper": {
+            "signal": "noise",
+            "signal_args": {"sink_tokens": "perturb"},
+            "strength": 0.1,
+        },
         "ours": {},
-        "masks": {"rehearsal_samples": 0},
+        "masks": {"confirm_samples": 0},
         "gradient": {"signal": "gradient"},
         "response": {"signal": "response"},
         "noise": {"signal": "noise"},

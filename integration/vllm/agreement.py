@@ -6,13 +6,14 @@ where the likeliest and the second token are less than `tie` apart (in nats), ei
 win by the order of a sum alone, and what follows then has another text before it, so
 the prompt is not compared further. A difference at any other step is a failure.
 
-The rule for rounded activations: where activations are rounded to 8 bits, a difference
-in the last digit of one sum turns some of them over to the neighbouring value, and the
-blocks behind turn over more. Such a model does not agree with itself: `own` is how far
-its log-probabilities move in transformers alone when its first hidden state is changed
-by one part in a million. No server can be asked to agree more closely than that. Where
-a model amplifies so, its greedy tokens are not compared, and log-probabilities and
-perplexity are compared with what it does to itself.
+The rule for rounded arithmetic: where activations are rounded to 8 bits, or everything
+to bfloat16, a difference in the last digit of one sum turns some of them over to the
+neighbouring value, and the blocks that follow turn over more. Such a model does not
+agree with itself: `own` is how far its log-probabilities move in transformers alone
+when its first hidden state is changed by one part in a million (in bfloat16 by one
+rounding unit). No server can be asked to agree more closely than that. Where a model
+amplifies so, its greedy tokens are not compared, and log-probabilities and perplexity
+are compared with what it does to itself.
 """
 
 import math
@@ -123,7 +124,7 @@ def log_probs(
         noise = torch.randn(
             embeddings.shape, generator=torch.Generator().manual_seed(0)
         )
-        embeddings = embeddings * (1 + disturbance * noise)
+        embeddings = (embeddings * (1 + disturbance * noise)).to(embeddings.dtype)
     output = model(inputs_embeds=embeddings, use_cache=False)
     logits = output.logits[0, :-1].float()
     return logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].tolist()

@@ -1,0 +1,98 @@
+"""`absorb check`: what to know of a saved model before it is served."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TextIO
+
+import typer
+
+from absorb_plugin.cli.frame import command, show
+from absorb_plugin.cli.options import AsJson, Debug
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from absorb_plugin.evaluation.check_report import CheckReport
+
+__all__ = ["check"]
+
+
+def check(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Directory of a saved model.")
+    ],
+    load: Annotated[
+        bool, typer.Option("--load", help="Load it with transformers as well.")
+    ] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compare the zeros of a saved model with its recipe. Exit code 1 if broken."""
+    with command(debug) as stdout:
+        from absorb_plugin.evaluation.check import check_checkpoint
+
+        report = check_checkpoint(directory, load)
+        if as_json:
+            show(stdout, report.as_dict(), as_json)
+        else:
+            _print(report, stdout)
+        if report.problems:
+            raise typer.Exit(1)
+
+
+def _print(report: "CheckReport", file: TextIO) -> None:
+    from rich.console import Console
+
+    print(_summary(report), file=file)
+    if report.linears:
+        Console(file=file).print(_table(report))
+    for name, sentence in report.runtimes.items():
+        print(f"{name}: {sentence}", file=file)
+    print(f"serve: {report.serve}", file=file)
+    for warning in report.warnings:
+        print(f"warning: {warning}", file=file)
+    for problem in report.problems:
+        print(f"BROKEN: {problem}", file=file)
+    print("broken" if report.problems else "nothing is broken", file=file)
+
+
+def _summary(report: "CheckReport") -> str:
+    quantization = "not quantised"
+    if report.quantization:
+        bits = "/".join(map(str, report.quantization["bits"]))
+        quantization = f"{report.format}, {bits} bits"
+    lines = [
+        f"{report.directory}: {report.model_type}, {report.dtype}, {quantization}, "
+        f"{'tied' if report.tied else 'untied'} embeddings, "
+        f"{report.bytes / 1e9:.2f} GB in {report.files} files"
+    ]
+    if report.zeros is not None:
+        planned = "" if report.planned is None else f", planned {report.planned:.4f}"
+        lines.append(f"zeros in all Linears but the head: {report.zeros:.4f}{planned}")
+    if report.loads is not None:
+        lines.append(f"transformers loads it: {'yes' if report.loads else 'NO'}")
+    return "\n".join(lines)
+
+
+def _table(report: "CheckReport") -> "Table":
+    from rich.table import Table
+
+    from absorb_plugin.evaluation.check_report import planned_share, zero_share
+
+    table = Table()
+    for column in ("block", "weights", "planned", "zeros", "fewest", "most"):
+        table.add_column(column, justify="left" if column == "block" else "right")
+    for name, linears in report.blocks().items():
+        shares = [one.count.share for one in linears]
+        table.add_row(
+            name,
+            f"{sum(one.count.weights for one in linears):,}",
+            _four_digits(planned_share(linears)),
+            _four_digits(zero_share(linears)),
+            _four_digits(min(shares)),
+            _four_digits(max(shares)),
+        )
+    return table
+
+
+def _four_digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

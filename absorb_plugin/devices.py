@@ -1,0 +1,58 @@
+"""Where a model computes, and where its weights lie."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from compressed_tensors.offload import get_execution_device, set_onload_device
+from compressed_tensors.offload.cache import OffloadCache
+from compressed_tensors.offload.convert import from_accelerate
+from llmcompressor.utils.dev import get_main_device
+from torch.nn import Module
+
+__all__ = ["computing_on_one_device"]
+
+
+@contextmanager
+def computing_on_one_device(model: Module) -> Iterator[None]:
+    """
+    Within the context a model computes on one device, with its weights where they lie,
+    as under `oneshot`. Where it is spread over several devices, or offloaded to the CPU
+    or to disk, each weight is onloaded while it is used.
+
+    A model of compressed-tensors computes where it did when the context is left.
+    Accelerate's hooks are replaced by those of compressed-tensors for good. A model
+    that is whole on one device stays as it is.
+    """
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        from_accelerate(model)
+    before = _onload_devices(model)
+    try:
+        if len(_compute_devices(model)) > 1:
+            set_onload_device(model, get_main_device())
+        yield
+    finally:
+        for module, device in before.items():
+            _onload_to(module, device)
+
+
+def _compute_devices(model: Module) -> set[torch.device]:
+    return {
+        torch.device(get_execution_device(module))
+        for module in model.modules()
+        if len(module._parameters)
+    }
+
+
+def _onload_devices(model: Module) -> dict[Module, torch.device]:
+    return {
+        module: module._parameters.onload_device
+        for module in model.modules()
+        if isinstance(module._parameters, OffloadCache)
+    }
+
+
+def _onload_to(module: Module, device: torch.device) -> None:
+    for tensors in (module._parameters, module._buffers):
+        if isinstance(tensors, OffloadCache):
+            tensors.onload_device = device

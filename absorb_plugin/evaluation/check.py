@@ -1,0 +1,428 @@
+"""
+What to know of a pruned checkpoint before it is served: `absorb check`.
+
+The files are read tensor by tensor and the model is not loaded, so a checkpoint of any
+size is checked in little memory.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from compressed_tensors.utils import match_targets
+from transformers import PreTrainedModel
+
+from absorb_plugin.evaluation.check_report import (
+    CheckReport,
+    LinearZeros,
+    planned_share,
+    zero_share,
+)
+from absorb_plugin.evaluation.plan import (
+    make_skeleton,
+    pruned_linears,
+    read_modifiers,
+    stored_names,
+)
+from absorb_plugin.evaluation.shards import Checkpoint
+from absorb_plugin.evaluation.zeros import Count, count_dense, count_quantized
+
+__all__ = ["check_checkpoint"]
+
+# A block may miss its plan by this share of its weights, and by the rounding of a row.
+TOLERANCE = 0.005
+# Below this part of its plan a Linear was not pruned at all. Not zero: a model that was
+# once quantised has some zeros of its own.
+DENSE = 0.2
+
+HEAD_WEIGHTS = ("weight", "weight_packed")
+FLOATS = ("BF16", "F16", "F32", "F64")
+DESTROYS_ZEROS = {"GPTQModifier", "QuIPModifier", "SpinQuantModifier"}
+
+
+def check_checkpoint(directory: Path, load: bool = False) -> CheckReport:
+    """
+    :param directory: a saved model
+    :param load: also load it with transformers, which takes its memory
+    :raises OSError, ValueError: if it cannot be read; see `Checkpoint`
+    """
+    checkpoint = Checkpoint(directory)
+    report = _describe(checkpoint)
+    _check_config(checkpoint, report)
+    skeleton = _skeleton(checkpoint, report)
+    plan = _plan(checkpoint, skeleton, report)
+    _count_linears(checkpoint, skeleton, plan, report)
+    _check_head(checkpoint, skeleton, report)
+    _check_rest(checkpoint, report)
+    _check_plan(report)
+    if load:
+        report.loads = _load(directory, report)
+    return report
+
+
+def _describe(checkpoint: Checkpoint) -> CheckReport:
+    config = checkpoint.config
+    text = config.get("text_config") or config
+    dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype")
+    return CheckReport(
+        checkpoint.directory,
+        str(config.get("model_type", "unknown")),
+        checkpoint.bytes,
+        checkpoint.files,
+        str(dtype),
+        bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+        _quantization(config),
+    )
+
+
+def _quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    saved = config.get("quantization_config") or config.get("compression_config")
+    if not saved:
+        return None
+    bits = {
+        (group.get("weights") or {}).get("num_bits")
+        for group in (saved.get("config_groups") or {}).values()
+    }
+    return {
+        "method": saved.get("quant_method"),
+        "format": saved.get("format"),
+        "bits": sorted(bit for bit in bits if bit),
+    }
+
+
+def _check_config(checkpoint: Checkpoint, report: CheckReport) -> None:
+    config = checkpoint.config
+    places = {"config.json": config}
+    for name in ("quantization_config", "compression_config"):
+        places[f"{name} of config.json"] = config.get(name) or {}
+    for place, values in places.items():
+        if values.get("sparsity_config"):
+            report.problems.append(
+                f"{place} has a `sparsity_config`, which vLLM refuses since 0.24 "
+                "(of weights that are stored dense as well). "
+                + _sparsity_remedy(values["sparsity_config"])
+            )
+    stored = {
+        checkpoint.dtype(name)
+        for name in checkpoint.names
+        if name.endswith(("norm.weight", "embed_tokens.weight"))
+    }
+    expected = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+    if stored and report.dtype in expected and expected[report.dtype] not in stored:
+        report.warnings.append(
+            f"config.json says {report.dtype}, the files hold {', '.join(stored)}"
+        )
+
+
+def _sparsity_remedy(config: Mapping[str, Any]) -> str:
+    if config.get("format") == "dense":
+        return "Its weights are stored dense: delete the field"
+    return (
+        f"Its format is {config.get('format')!r}: save the model anew with "
+        "llm-compressor 0.11 or newer, which stores weights dense"
+    )
+
+
+def _skeleton(checkpoint: Checkpoint, report: CheckReport) -> PreTrainedModel | None:
+    try:
+        return make_skeleton(checkpoint.directory)
+    except Exception as error:  # transformers raises anything for what it lacks
+        report.warnings.append(
+            f"transformers {transformers.__version__} cannot build this model "
+            f"({type(error).__name__}: {error}), so its zeros are not compared with "
+            "recipe.yaml"
+        )
+        return None
+
+
+def _plan(
+    checkpoint: Checkpoint, skeleton: PreTrainedModel | None, report: CheckReport
+) -> dict[str, float]:
+    """Full name of a Linear of the model -> planned share of zeros."""
+    path = checkpoint.directory / "recipe.yaml"
+    if not path.is_file():
+        report.warnings.append("no recipe.yaml: there is no plan to compare with")
+        return {}
+    modifiers = read_modifiers(path)
+    lost = [name for name, _ in modifiers if name in DESTROYS_ZEROS]
+    if lost:
+        report.warnings.append(f"{lost[0]} in recipe.yaml makes pruned weights nonzero")
+    if any(name == "AbsorptionAllocationModifier" for name, _ in modifiers):
+        report.warnings.append(
+            "recipe.yaml still has an AbsorptionAllocationModifier: it is the recipe "
+            "that went in, and what it came to is not known"
+        )
+        return {}
+    if skeleton is None:
+        return {}
+    try:
+        plan = pruned_linears(modifiers, skeleton)
+    except ValueError as error:
+        report.problems.append(str(error))
+        return {}
+    if not plan:
+        report.warnings.append("recipe.yaml has no pruning modifier")
+    return plan
+
+
+def _count_linears(
+    checkpoint: Checkpoint,
+    skeleton: PreTrainedModel | None,
+    plan: Mapping[str, float],
+    report: CheckReport,
+) -> None:
+    stored = _stored_linears(checkpoint)
+    names = {name: name for name in stored if _block_of(name)}
+    if skeleton is not None:
+        modules = dict(skeleton.named_modules())
+        head = skeleton.get_output_embeddings()
+        linears = [
+            name
+            for name, module in modules.items()
+            if isinstance(module, torch.nn.Linear) and module is not head
+        ]
+        names = stored_names(linears, stored)
+        absent = [name for name in plan if name in linears and name not in names]
+        if absent:
+            report.problems.append(
+                f"{len(absent)} Linears of recipe.yaml are not in the files, "
+                f"{absent[0]} for one"
+            )
+    schemes = _schemes(checkpoint.config)
+    for name, saved in names.items():
+        count = _count(checkpoint, saved, stored[saved], schemes)
+        if count is None:
+            report.linears.clear()
+            report.warnings.append(
+                f"the weights of {saved} are in no format that this check knows: "
+                "zeros are not counted"
+            )
+            return
+        columns = max(1, count.weights // max(1, _rows(checkpoint, saved)))
+        planned = plan.get(name)
+        report.linears[saved] = LinearZeros(_block_of(saved), count, columns, planned)
+
+
+def _stored_linears(checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """Name of a module with a matrix -> local names of its tensors."""
+    found: dict[str, list[str]] = {}
+    for name in checkpoint.names:
+        module, _, local = name.rpartition(".")
+        found.setdefault(module, []).append(local)
+    return {
+        module: names
+        for module, names in found.items()
+        if "weight_packed" in names
+        or ("weight" in names and len(checkpoint.shape(f"{module}.weight")) == 2)
+    }
+
+
+def _rows(checkpoint: Checkpoint, name: str) -> int:
+    local = "weight" if f"{name}.weight" in checkpoint else "weight_packed"
+    return checkpoint.shape(f"{name}.{local}")[0]
+
+
+def _block_of(name: str) -> str:
+    """The first numbered part of a name, which is that of its decoder block."""
+    parts = name.split(".")
+    numbered = [place for place, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbered[0] + 1]) if numbered else ""
+
+
+def _schemes(config: Mapping[str, Any]) -> QuantizationConfig | None:
+    saved = config.get("quantization_config") or config.get("compression_config")
+    if not saved or not saved.get("config_groups"):  # another method than ours
+        return None
+    known = QuantizationConfig.model_fields.keys()
+    return QuantizationConfig.model_validate(
+        {key: value for key, value in saved.items() if key in known}
+    )
+
+
+def _count(
+    checkpoint: Checkpoint,
+    name: str,
+    local: Sequence[str],
+    schemes: QuantizationConfig | None,
+) -> Count | None:
+    if "weight_scale" not in local and "weight_packed" not in local:
+        if checkpoint.dtype(f"{name}.weight") not in FLOATS:
+            return None
+        return count_dense(checkpoint.pieces(f"{name}.weight"))
+    scheme = None if schemes is None else _scheme_of(name, schemes)
+    if scheme is None:
+        return None
+    assert schemes is not None
+    tensors = {
+        one: checkpoint.read(f"{name}.{one}") for one in local if one.startswith("w")
+    }
+    return count_quantized(tensors, scheme, str(scheme.format or schemes.format))
+
+
+def _scheme_of(name: str, schemes: QuantizationConfig) -> QuantizationScheme | None:
+    """Of the first group whose targets match the name or the class."""
+    linear = torch.nn.Linear(1, 1, device="meta")
+    for scheme in schemes.config_groups.values():
+        if isinstance(scheme, QuantizationScheme) and match_targets(
+            name, linear, scheme.targets
+        ):
+            return scheme
+    return None
+
+
+def _check_head(
+    checkpoint: Checkpoint, skeleton: PreTrainedModel | None, report: CheckReport
+) -> None:
+    head, embedding = _end_names(skeleton)
+    if report.tied:
+        if f"{head}.weight" in checkpoint and f"{embedding}.weight" in checkpoint:
+            one = checkpoint.read(f"{head}.weight")
+            if not torch.equal(one, checkpoint.read(f"{embedding}.weight")):
+                report.problems.append(
+                    "config.json ties the output head to the embeddings, and the files "
+                    "hold two that differ: set `tie_word_embeddings` to false, or the "
+                    "head is lost"
+                )
+    elif skeleton is not None and not _has_head(checkpoint, skeleton):
+        report.problems.append(
+            f"config.json does not tie the output head, and {head}.weight is in none "
+            "of the files: it would be made up at random. If the model was tied, set "
+            "`tie_word_embeddings` to true"
+        )
+    for name in (head, embedding):
+        if f"{name}.weight" in checkpoint:
+            share = count_dense(checkpoint.pieces(f"{name}.weight")).share
+            if share > 0.05:
+                report.warnings.append(
+                    f"{share:.1%} of {name} are zero: pruners ignore it by "
+                    '`ignore: ["re:.*lm_head"]` alone'
+                )
+
+
+def _has_head(checkpoint: Checkpoint, skeleton: PreTrainedModel) -> bool:
+    """Under its own name, or another (`embed_out`) with its shape."""
+    head, embedding = _end_names(skeleton)
+    module = skeleton.get_output_embeddings()
+    if module is None or any(f"{head}.{x}" in checkpoint for x in HEAD_WEIGHTS):
+        return True
+    return any(
+        checkpoint.shape(name) == tuple(module.weight.shape)
+        for name in checkpoint.names
+        if not _block_of(name) and name != f"{embedding}.weight"
+    )
+
+
+def _end_names(skeleton: PreTrainedModel | None) -> tuple[str, str]:
+    """Names of output head and embeddings, empty where there is none."""
+    if skeleton is None:
+        return "", ""
+    names = {id(module): name for name, module in skeleton.named_modules()}
+    head, embedding = skeleton.get_output_embeddings(), skeleton.get_input_embeddings()
+    return names.get(id(head), ""), names.get(id(embedding), "")
+
+
+def _check_rest(checkpoint: Checkpoint, report: CheckReport) -> None:
+    """NaN and infinity, in the Linears counted and in all other tensors."""
+    broken = [name for name, one in report.linears.items() if not one.count.finite]
+    for name in checkpoint.names:
+        if name.rpartition(".")[0] in report.linears:
+            continue
+        dense = checkpoint.dtype(name) in FLOATS
+        if dense and not count_dense(checkpoint.pieces(name)).finite:
+            broken.append(name)
+    if broken:
+        report.problems.append(
+            f"{len(broken)} tensors hold NaN or infinity, {broken[0]} for one: prune "
+            "again, in a wider dtype if it was float16"
+        )
+
+
+def _check_plan(report: CheckReport) -> None:
+    empty = [
+        name
+        for name, one in report.linears.items()
+        if one.count.zeros == one.count.weights and (one.planned or 0) < 1
+    ]
+    if empty:
+        report.problems.append(
+            f"{len(empty)} Linears have no weight left, {empty[0]} for one: an expert "
+            "that saw no calibration token, or weights that were not loaded"
+        )
+    dense = _left_dense(report)
+    if dense:
+        report.warnings.append(
+            f"{len(dense)} Linears of the plan were left dense, {dense[0]} for one: "
+            "the pruner leaves those that their block does not call"
+        )
+    for name, linears in report.blocks().items():
+        told = _beyond_plan(name, [x for x in linears if x.planned is not None], report)
+        if told:
+            report.problems.append(told)
+    unplanned = [
+        name
+        for name, one in report.linears.items()
+        if report.planned is not None and one.planned is None and one.count.share > 0.05
+    ]
+    if unplanned and report.format is None:
+        report.warnings.append(
+            f"{len(unplanned)} Linears have zeros and are not in the plan, "
+            f"{unplanned[0]} for one"
+        )
+
+
+def _left_dense(report: CheckReport) -> list[str]:
+    """Planned and not pruned, in blocks where others are."""
+    pruned = {
+        one.block
+        for one in report.linears.values()
+        if one.planned and not _is_dense(one)
+    }
+    return [
+        name
+        for name, one in report.linears.items()
+        if _is_dense(one) and one.block in pruned
+    ]
+
+
+def _is_dense(linear: LinearZeros) -> bool:
+    return linear.count.share < DENSE * (linear.planned or 0)
+
+
+def _beyond_plan(
+    name: str, linears: list[LinearZeros], report: CheckReport
+) -> str | None:
+    compared = [one for one in linears if not _is_dense(one)] or linears
+    share, planned = zero_share(compared), planned_share(compared)
+    if share is None or planned is None:
+        return None
+    slack = TOLERANCE + max(1 / one.columns for one in compared)
+    if share < planned - slack:
+        return f"block {name} has {share:.4f} zeros, planned are {planned:.4f}"
+    if share > planned + slack and report.format is None:  # rounding makes more
+        return f"block {name} has {share:.4f} zeros, planned are only {planned:.4f}"
+    return None
+
+
+def _load(directory: Path, report: CheckReport) -> bool:
+    try:
+        model_class = getattr(
+            transformers, Checkpoint(directory).config["architectures"][0]
+        )
+        _, info = model_class.from_pretrained(
+            directory, dtype="auto", output_loading_info=True
+        )
+    except Exception as error:  # of any kind: that is what was asked
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        report.problems.append(f"transformers does not load it: {reason}")
+        return False
+    for what in ("missing_keys", "mismatched_keys"):
+        if names := sorted(map(str, info.get(what) or ())):
+            report.problems.append(
+                f"transformers finds {len(names)} {what.replace('_', ' ')}, "
+                f"{names[0]} for one, and makes those weights up at random"
+            )
+            return False
+    return True

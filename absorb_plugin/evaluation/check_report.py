@@ -1,0 +1,152 @@
+"""What `absorb check` found."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from absorb_plugin.evaluation.zeros import Count
+
+__all__ = ["CheckReport", "LinearZeros", "planned_share", "zero_share"]
+
+# What takes each format (docs/deploy.md says what of this was tried).
+RUNTIMES: dict[str | None, dict[str, str]] = {
+    None: {
+        "transformers": "yes",
+        "vLLM, SGLang": "as a dense model: zeros make it neither faster nor smaller",
+        "vLLM on a CPU": "yes",
+    },
+    "int-quantized": {
+        "transformers": "yes",
+        "vLLM, SGLang": "NVIDIA Turing to Hopper, not Blackwell",
+        "vLLM on a CPU": "with VNNI instructions",
+    },
+    "pack-quantized": {
+        "transformers": "yes",
+        "vLLM, SGLang": "NVIDIA Turing or newer",
+        "vLLM on a CPU": "with AVX-512, served in 16 bits",
+    },
+    "float-quantized": {
+        "transformers": "yes",
+        "vLLM, SGLang": "NVIDIA Ada or newer; older ones by weights alone",
+        "vLLM on a CPU": "with AMX",
+    },
+}
+UNTRIED = {"transformers": "ask --load", "vLLM, SGLang": "not known to this check"}
+
+
+@dataclass(frozen=True)
+class LinearZeros:
+    """
+    :param block: name of its decoder block, or an empty string
+    :param count: its zeros, after dequantisation
+    :param columns: width of its input
+    :param planned: share of zeros that recipe.yaml asks for; None if it asks for none
+    """
+
+    block: str
+    count: Count
+    columns: int
+    planned: float | None
+
+
+@dataclass
+class CheckReport:
+    """
+    :param linears: name in the files -> zeros, in the model's order; the output head
+        apart
+    :param quantization: `format` and `bits`, or None
+    :param loads: whether transformers loads it; None if that was not tried
+    :param problems: what is broken, with remedies
+    :param warnings: what to know
+    """
+
+    directory: Path
+    model_type: str
+    bytes: int
+    files: int
+    dtype: str
+    tied: bool
+    quantization: dict[str, Any] | None
+    linears: dict[str, LinearZeros] = field(default_factory=dict)
+    loads: bool | None = None
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def format(self) -> str | None:
+        return self.quantization["format"] if self.quantization else None
+
+    @property
+    def zeros(self) -> float | None:
+        """Share over all Linears but the head; None if they could not be counted."""
+        return zero_share(list(self.linears.values()))
+
+    @property
+    def planned(self) -> float | None:
+        """Share that the plan asks for, over the Linears that it names."""
+        return planned_share(list(self.linears.values()))
+
+    @property
+    def runtimes(self) -> dict[str, str]:
+        return RUNTIMES.get(self.format, UNTRIED)
+
+    @property
+    def serve(self) -> str:
+        narrow = self.format == "pack-quantized" and self.dtype == "float32"
+        return f"vllm serve {self.directory}" + " --dtype bfloat16" * narrow
+
+    def blocks(self) -> dict[str, list[LinearZeros]]:
+        """Decoder block -> its Linears."""
+        found: dict[str, list[LinearZeros]] = {}
+        for linear in self.linears.values():
+            if linear.block:
+                found.setdefault(linear.block, []).append(linear)
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `absorb check --json` prints."""
+        return {
+            "directory": str(self.directory),
+            "model_type": self.model_type,
+            "bytes": self.bytes,
+            "files": self.files,
+            "dtype": self.dtype,
+            "tied": self.tied,
+            "quantization": self.quantization,
+            "zeros": self.zeros,
+            "planned": self.planned,
+            "blocks": [
+                {
+                    "name": name,
+                    "parameters": sum(one.count.weights for one in linears),
+                    "planned": planned_share(linears),
+                    "zeros": zero_share(linears),
+                }
+                for name, linears in self.blocks().items()
+            ],
+            "linears": {
+                name: {
+                    "parameters": one.count.weights,
+                    "planned": one.planned,
+                    "zeros": one.count.share,
+                }
+                for name, one in self.linears.items()
+            },
+            "runtimes": self.runtimes,
+            "serve": self.serve,
+            "loads": self.loads,
+            "problems": self.problems,
+            "warnings": self.warnings,
+        }
+
+
+def zero_share(linears: Sequence[LinearZeros]) -> float | None:
+    total = sum(one.count.weights for one in linears)
+    return sum(one.count.zeros for one in linears) / total if total else None
+
+
+def planned_share(linears: Sequence[LinearZeros]) -> float | None:
+    named = [(x.planned, x.count.weights) for x in linears if x.planned is not None]
+    total = sum(weights for _, weights in named)
+    return sum(share * weights for share, weights in named) / total if total else None

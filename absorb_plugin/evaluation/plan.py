@@ -1,0 +1,127 @@
+"""What recipe.yaml says that every Linear of a saved model should have lost."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from compressed_tensors.utils import match_named_modules, match_targets
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, PreTrainedModel
+
+from absorb_plugin._llmcompressor import linearize_moe
+
+__all__ = ["make_skeleton", "pruned_linears", "read_modifiers", "stored_names"]
+
+
+def make_skeleton(directory: Path) -> PreTrainedModel:
+    """
+    The model with weights that take no memory: for its modules, their names and order.
+
+    :raises Exception: whatever transformers raises for an architecture that it lacks
+    """
+    config = AutoConfig.from_pretrained(directory)
+    model_class = getattr(transformers, config.architectures[0])
+    # Not the meta device: to make Linears of fused experts llm-compressor copies them.
+    with FakeTensorMode():
+        model = model_class._from_config(config)
+        linearize_moe(model)
+    return model
+
+
+def read_modifiers(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """
+    Class names and fields of the modifiers of a recipe, in their order.
+
+    :raises ValueError: if it is no YAML, or not of a recipe's shape
+    """
+    try:
+        recipe = yaml.safe_load(path.read_text())
+        return [
+            (name, dict(fields or {}))
+            for stage in recipe.values()
+            for key, group in stage.items()
+            if key.endswith("modifiers")
+            for name, fields in group.items()
+        ]
+    except (yaml.YAMLError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is no recipe of llm-compressor: {error}") from error
+
+
+def pruned_linears(
+    modifiers: Iterable[tuple[str, Mapping[str, Any]]], model: PreTrainedModel
+) -> dict[str, float]:
+    """
+    Full name of a Linear -> planned share of zeros, as llm-compressor reads a recipe.
+
+    :param modifiers: from `read_modifiers`
+    :param model: a skeleton will do
+    :raises ValueError: if a list of sparsities has not one for each target
+    """
+    plan: dict[str, float] = {}
+    for name, fields in modifiers:
+        if "sparsity" in fields and "mask_structure" in fields:
+            plan |= _planned(name, fields, model)
+    return plan
+
+
+def _planned(
+    name: str, fields: Mapping[str, Any], model: PreTrainedModel
+) -> dict[str, float]:
+    targets = fields.get("targets", ["Linear"])
+    layers = dict(match_named_modules(model, targets))
+    values = _values(name, fields, len(layers))
+    return {
+        full.removesuffix("."): value
+        for (outer, layer), value in zip(layers.items(), values, strict=True)
+        for full, linear in _linears(outer, layer)
+        if not match_targets(full, linear, fields.get("ignore") or [])
+    }
+
+
+def _values(name: str, fields: Mapping[str, Any], count: int) -> list[float]:
+    """One sparsity for each target."""
+    pruned, of = map(int, str(fields["mask_structure"]).split(":"))
+    if of:  # as in 2:4; the sparsity is ignored then
+        return [pruned / of] * count
+    sparsity = fields["sparsity"]
+    if not isinstance(sparsity, list):
+        return [float(sparsity)] * count
+    if len(sparsity) != count:
+        raise ValueError(
+            f"recipe.yaml gives {name} {len(sparsity)} sparsities, and its targets "
+            f"match {count} modules of this model: the recipe is of another model"
+        )
+    return [float(value) for value in sparsity]
+
+
+def _linears(outer: str, layer: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """With the trailing dot of llm-compressor where the target is itself a Linear."""
+    for inner, linear in match_named_modules(layer, ["Linear"]):
+        yield f"{outer}.{inner}", linear
+
+
+def stored_names(modules: Iterable[str], stored: Iterable[str]) -> dict[str, str]:
+    """
+    Name of a Linear in the model -> in the files. transformers saves some
+    architectures under other names than its modules have (the experts of Mixtral): what
+    is not found as it is must agree in its numbers and last part, and alone do so.
+    """
+    modules, rest = list(modules), set(stored)
+    found = {name: name for name in modules if name in rest}
+    rest -= found.keys()
+    by_place: dict[object, list[str]] = {}
+    for name in rest:
+        by_place.setdefault(_place(name), []).append(name)
+    for name in modules:
+        candidates = by_place.get(_place(name), [])
+        if name not in found and len(candidates) == 1:
+            found[name] = candidates[0]
+    return found
+
+
+def _place(name: str) -> tuple[str, ...]:
+    return (*re.findall(r"\.(\d+)(?=\.)", name), name.rpartition(".")[2])

@@ -1,0 +1,169 @@
+"""A saved checkpoint, read tensor by tensor from its safetensors files."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from absorb_plugin.files import json_object
+
+__all__ = ["Checkpoint"]
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+LFS_POINTER = b"version https://git-lfs"
+# Elements of a tensor that are in memory at a time.
+PIECE = 1 << 25
+
+
+class Checkpoint:
+    """
+    Config and tensors of a directory that `save_pretrained` has written. Tensors are
+    read when asked for and not kept.
+
+    :param directory: holds config.json and safetensors files
+    :raises FileNotFoundError: if the directory, its config, or a file of weights is
+        missing
+    :raises ValueError: if it is no model (an adapter, Git LFS pointers), or a file is
+        damaged or cut short
+    """
+
+    def __init__(self, directory: Path) -> None:
+        _check_directory(directory)
+        self.directory = directory
+        self.config = _read_json(directory / "config.json")
+        self._files = _weight_files(directory)
+        self._opened = {path: _open(path) for path in self._files}
+        self._home: dict[str, Path] = {}
+        for path, file in self._opened.items():
+            self._home |= dict.fromkeys(file.keys(), path)
+        _check_index(directory, self._home)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files of weights."""
+        return sum(path.stat().st_size for path in self._files)
+
+    @property
+    def files(self) -> int:
+        return len(self._files)
+
+    @property
+    def names(self) -> list[str]:
+        """Full names of all tensors."""
+        return sorted(self._home)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._home
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """As safetensors writes it: "BF16", "I8", "F8_E4M3" ..."""
+        return str(self._slice(name).get_dtype())
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._opened[self._home[name]].get_tensor(name)
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """A tensor of any size, some rows at a time."""
+        shape = self.shape(name)
+        if not shape:
+            yield self.read(name)
+            return
+        row = max(1, torch.Size(shape[1:]).numel())
+        step, tensor = max(1, PIECE // row), self._slice(name)
+        for start in range(0, shape[0], step):
+            yield tensor[start : start + step]
+
+    def _slice(self, name: str) -> Any:
+        return self._opened[self._home[name]].get_slice(name)
+
+
+def _check_directory(directory: Path) -> None:
+    if not directory.exists():
+        raise FileNotFoundError(f"{directory}: no such directory")
+    if not directory.is_dir():
+        raise NotADirectoryError(
+            f"{directory} is a file: name the directory that holds config.json"
+        )
+    if (directory / "config.json").is_file():
+        return
+    if (directory / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{directory} is an adapter (adapter_config.json), not a model: merge it "
+            "into its base model (`merge_and_unload`), save that, and check it"
+        )
+    raise FileNotFoundError(
+        f"{directory} has no config.json: it is no directory of a saved model"
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    _check_pointer(path)
+    return json_object(path.read_bytes(), str(path))
+
+
+def _check_pointer(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(
+                f"{path} is a pointer of Git LFS, not the file itself: run "
+                "`git lfs pull` in the repository"
+            )
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    if (directory / INDEX).is_file():
+        return _indexed_files(directory)
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
+    if any(re.search(r"-of-\d+", p.name) for p in directory.glob("*.safetensors")):
+        raise FileNotFoundError(
+            f"{directory} has weights in several files but no {INDEX}, and cannot be "
+            "loaded without: copy it as well"
+        )
+    found = sorted(path.name for path in directory.glob("*.bin"))
+    remedy = f" ({found[0]} is another format: save it anew)" if found else ""
+    raise FileNotFoundError(f"{directory} has no {SINGLE} and no {INDEX}{remedy}")
+
+
+def _indexed_files(directory: Path) -> list[Path]:
+    index = _read_json(directory / INDEX)
+    if not isinstance(index.get("weight_map"), dict):
+        raise ValueError(f"{directory / INDEX} has no object `weight_map`")
+    names = sorted(set(index["weight_map"].values()))
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{directory} lacks {len(missing)} of {len(names)} files of weights that "
+            f"{INDEX} names: {', '.join(missing[:3])}{' …' if missing[3:] else ''}"
+        )
+    return [directory / name for name in names]
+
+
+def _open(path: Path) -> Any:
+    _check_pointer(path)
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} ({path.stat().st_size} bytes) is damaged or cut short: {error}. "
+            "Copy or download it again"
+        ) from error
+
+
+def _check_index(directory: Path, home: dict[str, Path]) -> None:
+    if not (directory / INDEX).is_file():
+        return
+    names = _read_json(directory / INDEX)["weight_map"]
+    missing = [name for name in names if name not in home]
+    if missing:
+        raise ValueError(
+            f"{directory / INDEX} names {len(missing)} tensors that are in none of its "
+            f"files, {missing[0]} for one: index and files are not of one model"
+        )

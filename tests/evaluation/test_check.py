@@ -1,0 +1,349 @@
+"""What is said of a saved checkpoint, and of what is none."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import tiny
+import torch
+import yaml
+from compressed_tensors.compressors import BaseCompressor, decompress_module
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from llmcompressor.core import reset_session
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from absorb_plugin.evaluation import shards
+from absorb_plugin.evaluation.check import check_checkpoint
+from absorb_plugin.evaluation.shards import Checkpoint
+from absorb_plugin.evaluation.zeros import count_quantized
+
+SCHEMES = ["W8A8", "W4A16", "FP8_DYNAMIC", "W4A16_ASYM", "NVFP4A16"]
+WEIGHTS = "model.safetensors"
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+def save_pruned(
+    out: Path, scheme: str | None = None, architecture: str = "llama", **fields: Any
+) -> Path:
+    """A tiny model through the real `oneshot`."""
+    shape = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2}
+    model = tiny.make_model(architecture, **(shape if architecture == "llama" else {}))
+    recipe = [runs.absorption(**fields), runs.pruner("sparsegpt")]
+    if scheme:
+        kind = {"targets": ["Linear"], "ignore": ["lm_head"], "scheme": scheme}
+        recipe.append(QuantizationModifier(**kind))
+    runs.run(model, recipe, out.parent, output_dir=str(out))
+    reset_session()
+    return out
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pruned(tmp_path_factory.mktemp("saved") / "model")
+
+
+@pytest.fixture
+def plain(saved: Path, tmp_path: Path) -> Path:
+    """A copy to be damaged."""
+    return Path(shutil.copytree(saved, tmp_path / "model"))
+
+
+def change_weights(model: Path, change: Callable[[dict], None]) -> None:
+    tensors = load_file(model / WEIGHTS)
+    change(tensors)
+    save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
+
+
+def change_json(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def expect_problem(model: Path, *words: str, load: bool = False) -> None:
+    (problem,) = check_checkpoint(model, load).problems
+    assert all(word in problem for word in words), problem
+
+
+def loaded_zeros(path: Path) -> dict[str, int]:
+    model = AutoModelForCausalLM.from_pretrained(path)
+    for module in model.modules():
+        decompress_module(module)
+    return {
+        name: int((module.weight == 0).sum())
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
+
+
+def test_a_plain_checkpoint(saved: Path) -> None:
+    report = check_checkpoint(saved, load=True)
+    assert (report.problems, report.warnings, report.loads) == ([], [], True)
+    assert report.format is None and report.dtype == "float32" and not report.tied
+    counted = {name: one.count.zeros for name, one in report.linears.items()}
+    assert counted == loaded_zeros(saved)
+    (stage,) = yaml.safe_load((saved / "recipe.yaml").read_text()).values()
+    planned = stage["default_modifiers"]["SparseGPTModifier"]["sparsity"]
+    found = [one.planned for one in report.linears.values()]
+    assert found == planned[:-1]  # the last is that of the head, which is ignored
+    assert report.planned == pytest.approx(0.5)
+    assert report.zeros == pytest.approx(0.5, abs=0.001)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_zeros_after_quantisation(scheme: str, tmp_path: Path) -> None:
+    out = save_pruned(tmp_path / "model", scheme)
+    report = check_checkpoint(out)
+    assert (report.problems, report.warnings) == ([], [])
+    counted = {name: one.count.zeros for name, one in report.linears.items()}
+    assert counted == loaded_zeros(out)
+    assert report.quantization is not None
+    assert report.quantization["bits"] == [8 if "8" in scheme[:3] else 4]
+    needs_16_bits = scheme.startswith("W4A16")
+    assert report.serve.endswith("--dtype bfloat16") == needs_16_bits
+
+
+@pytest.mark.parametrize("columns", [64, 72, 100])
+@pytest.mark.parametrize(
+    "form, arguments",
+    [
+        ("pack-quantized", {"num_bits": 4, "strategy": "channel"}),
+        ("pack-quantized", {"num_bits": 3, "strategy": "channel"}),
+        ("int-quantized", {"num_bits": 8, "strategy": "channel"}),
+        ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}),
+    ],
+)
+def test_codes_are_counted_as_decompression_counts(
+    form: str, arguments: dict, columns: int
+) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(33, columns) * (torch.rand(33, columns) < 0.5)
+    weight[0, :3] = -0.0
+    scale = torch.full((33, 1), 0.05)
+    scheme = QuantizationScheme(
+        targets=["Linear"], weights=QuantizationArgs(**arguments)
+    )
+    compressor = BaseCompressor.get_value_from_registry(form)
+    stored = compressor.compress({"weight": weight, "weight_scale": scale}, scheme)
+    dense = compressor.decompress(stored, scheme)["weight"]
+    found = count_quantized(stored, scheme, form)
+    assert (found.zeros, found.weights) == (int((dense == 0).sum()), dense.numel())
+    assert found.finite and found.zeros > 0
+    stored["weight_scale"] = torch.zeros_like(scale)  # then every code means zero
+    assert count_quantized(stored, scheme, form).share == 1
+    stored["weight_scale"] = torch.full_like(scale, torch.inf)
+    assert not count_quantized(stored, scheme, form).finite
+
+
+def test_the_model_is_not_loaded(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", refuse)
+    assert check_checkpoint(saved).zeros is not None
+
+
+def test_large_tensors_are_read_in_pieces(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Checkpoint(saved).read(DOWN)
+    monkeypatch.setattr(shards, "PIECE", 1000)
+    pieces = list(Checkpoint(saved).pieces(DOWN))
+    assert max(piece.numel() for piece in pieces) <= 1000
+    assert torch.equal(torch.cat(pieces), whole)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral", "gpt_neox", "opt"])
+def test_architectures(architecture: str, tmp_path: Path) -> None:
+    out = save_pruned(tmp_path / "model", architecture=architecture)
+    report = check_checkpoint(out)
+    assert not report.problems and report.planned == pytest.approx(0.5)
+    blocks = report.blocks()
+    assert len(blocks) == 3
+    pruned = [one.planned is not None for ones in blocks.values() for one in ones]
+    assert all(pruned) and len(pruned) >= 12
+
+
+def test_targets_per_linear(tmp_path: Path) -> None:
+    out = save_pruned(tmp_path / "model", granularity="linear", allocator="owl")
+    report = check_checkpoint(out)
+    assert not report.problems
+    assert len({one.planned for one in report.linears.values()}) > 2
+
+
+def test_several_files(saved: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    shutil.copy(saved / "recipe.yaml", tmp_path)
+    report, expected = check_checkpoint(tmp_path), check_checkpoint(saved)
+    assert report.files > 2 and not report.problems
+    assert report.linears == expected.linears
+
+
+def test_blocks_beyond_the_plan(plain: Path) -> None:
+    def fill(tensors: dict) -> None:
+        weight = tensors[DOWN]
+        tensors[DOWN] = torch.where(weight == 0, 0.01, weight)
+        tensors[DOWN][0, 0] = 0.0
+        tensors[DOWN][1:22] = 0.0
+
+    change_weights(plain, fill)
+    expect_problem(plain, "block model.layers.1", "planned are 0.62")
+
+    def empty(tensors: dict) -> None:
+        tensors[DOWN][:127] = 0.0
+
+    change_weights(plain, empty)
+    expect_problem(plain, "block model.layers.1", "planned are only 0.62")
+
+
+def test_a_linear_without_weights(plain: Path) -> None:
+    change_weights(plain, lambda tensors: tensors[DOWN].zero_())
+    problems = check_checkpoint(plain).problems
+    assert any("no weight left" in one and DOWN[:-7] in one for one in problems)
+
+
+def test_a_linear_that_was_left_dense(plain: Path) -> None:
+    change_weights(plain, lambda tensors: tensors[DOWN].fill_(1.0))
+    report = check_checkpoint(plain)
+    assert not report.problems
+    assert any("left dense" in one and DOWN[:-7] in one for one in report.warnings)
+
+
+def test_nothing_was_pruned(saved: Path, tmp_path: Path) -> None:
+    dense = tmp_path / "dense"
+    tiny.make_model(
+        "llama", hidden_size=128, intermediate_size=128, num_hidden_layers=2
+    ).save_pretrained(dense)
+    shutil.copy(saved / "recipe.yaml", dense)
+    assert len(check_checkpoint(dense).problems) == 2  # one for each block
+
+
+def test_nan(plain: Path) -> None:
+    name = "model.norm.weight"
+    change_weights(plain, lambda tensors: tensors[name].fill_(torch.nan))
+    expect_problem(plain, "NaN or infinity", name)
+
+
+@pytest.mark.parametrize(
+    "place", ["sparsity_config", "quantization_config", "compression_config"]
+)
+def test_a_sparsity_config(plain: Path, place: str) -> None:
+    sparsity = {"format": "dense", "targets": ["Linear"]}
+    nested = {"quant_method": "compressed-tensors", "sparsity_config": sparsity}
+    value = sparsity if place == "sparsity_config" else nested
+    change_json(plain / "config.json", **{place: value})
+    expect_problem(plain, "`sparsity_config`", "vLLM refuses", "delete the field")
+    change_json(plain / "config.json", **{place: {}})
+    assert not check_checkpoint(plain).problems
+
+
+def test_a_head_that_is_missing(plain: Path) -> None:
+    change_weights(plain, lambda tensors: tensors.pop("lm_head.weight"))
+    expect_problem(plain, "lm_head.weight is in none of the files")
+    change_json(plain / "config.json", tie_word_embeddings=True)
+    report = check_checkpoint(plain, load=True)
+    assert report.tied and report.loads and not report.problems
+
+
+def test_a_head_that_would_be_lost(plain: Path) -> None:
+    change_json(plain / "config.json", tie_word_embeddings=True)
+    expect_problem(plain, "two that differ")
+
+
+def test_a_pruned_head(plain: Path) -> None:
+    change_weights(plain, lambda tensors: tensors["lm_head.weight"][:32].zero_())
+    report = check_checkpoint(plain)
+    assert any("50.0% of lm_head are zero" in one for one in report.warnings)
+
+
+def test_what_transformers_does_not_load(plain: Path) -> None:
+    change_weights(plain, lambda tensors: tensors.pop("model.norm.weight"))
+    assert not check_checkpoint(plain).problems  # nobody counted the parameters
+    expect_problem(plain, "1 missing keys", "model.norm.weight", load=True)
+    change_json(plain / "config.json", num_attention_heads=0)
+    report = check_checkpoint(plain, load=True)
+    assert report.loads is False and any("cannot build" in x for x in report.warnings)
+
+
+def test_recipes_that_say_nothing(plain: Path) -> None:
+    recipe = plain / "recipe.yaml"
+    recipe.unlink()
+    report = check_checkpoint(plain)
+    assert not report.problems and report.planned is None
+    assert any("no recipe.yaml" in warning for warning in report.warnings)
+    fields = {"AbsorptionAllocationModifier": {}, "GPTQModifier": {}}
+    recipe.write_text(yaml.safe_dump({"stage": {"a_modifiers": fields}}))
+    report = check_checkpoint(plain)
+    assert not report.problems and len(report.warnings) == 2
+    recipe.write_text("[1, 2]")
+    with pytest.raises(ValueError, match="no recipe of llm-compressor"):
+        check_checkpoint(plain)
+
+
+def test_a_recipe_of_another_model(plain: Path) -> None:
+    recipe = plain / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("[0.38, ", "["))
+    expect_problem(plain, "14 sparsities", "15 modules", "another model")
+
+
+def point(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def index(model: Path, name: str, file: str) -> None:
+    content = {"weight_map": {name: file}}
+    (model / f"{WEIGHTS}.index.json").write_text(json.dumps(content))
+
+
+ERRORS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "directory": (shutil.rmtree, "no such directory"),
+    "config": (lambda m: (m / "config.json").unlink(), "has no config.json"),
+    "adapter": (
+        lambda m: (m / "config.json").rename(m / "adapter_config.json"),
+        "is an adapter .* merge it",
+    ),
+    "json": (lambda m: (m / "config.json").write_text("{"), "not JSON"),
+    "config pointer": (lambda m: point(m / "config.json"), "pointer of Git LFS"),
+    "pointer": (lambda m: point(m / WEIGHTS), "pointer of Git LFS.*git lfs pull"),
+    "cut short": (lambda m: cut(m / WEIGHTS), "cut short.*again"),
+    "header": (lambda m: (m / WEIGHTS).write_bytes(b"abc"), "cut short.*again"),
+    "weights": (lambda m: (m / WEIGHTS).unlink(), f"has no {WEIGHTS}"),
+    "other format": (
+        lambda m: (m / WEIGHTS).rename(m / "pytorch_model.bin"),
+        "pytorch_model.bin is another format",
+    ),
+    "no index": (
+        lambda m: (m / WEIGHTS).rename(m / "model-00001-of-00002.safetensors"),
+        "several files but no",
+    ),
+    "missing file": (
+        lambda m: index(m, DOWN, "model-00002-of-00002.safetensors"),
+        "lacks 1 of 1 files .* model-00002-of-00002",
+    ),
+    "wrong index": (
+        lambda m: index(m, "model.layers.9.weight", WEIGHTS),
+        "model.layers.9.weight for one: index and files",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_what_cannot_be_read(plain: Path, case: str) -> None:
+    break_it, message = ERRORS[case]
+    break_it(plain)
+    with pytest.raises((OSError, ValueError), match=message):
+        check_checkpoint(plain)
+
+
+def test_a_file_is_no_directory(plain: Path) -> None:
+    with pytest.raises(NotADirectoryError, match="name the directory"):
+        check_checkpoint(plain / "config.json")
