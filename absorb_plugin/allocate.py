@@ -25,8 +25,14 @@ from absorb_plugin.sample_split import SampleSplit, SampleUse
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.search.confirm import Confirmed, confirm
 from absorb_plugin.search.correction import corrected
-from absorb_plugin.search.line_search import Losses, SearchResult, line_search
-from absorb_plugin.settings import AllocationSettings
+from absorb_plugin.search.descent import Slopes
+from absorb_plugin.search.line_search import (
+    Losses,
+    SearchResult,
+    descent_search,
+    line_search,
+)
+from absorb_plugin.settings import AllocationSettings, Effort
 from absorb_plugin.signals import SIGNALS, Setting, Signal
 from absorb_plugin.signals.noise import Noise, NoiseProfile
 
@@ -134,21 +140,17 @@ def allocate(
         cache=runner.cache,
     )
     setting = Setting(blocks, groups, samples, runner, pruner, statistics)
-    measure = partial(measure_direction, setting, signal)
     final, direction = base.sparsity, np.zeros_like(base.sparsity)
     search, confirmed = None, None
     if judged:
-        rounds = 1 if signal.once else effort.rounds
-        search = line_search(
-            final, budget, measure, partial(masked_loss, setting), rounds=rounds
-        )
-        final, direction = search.sparsity, search.rounds[0].direction
+        search = search_correction(setting, signal, base, budget, effort)
+        final, direction = search.sparsity, search.direction
         if effort.confirm and final is not base.sparsity:
             judge = partial(pruned_loss, setting)
             confirmed = confirm(final, base.sparsity, budget, judge)
             final = confirmed.sparsity
     elif settings.strength != 0:
-        direction = measure(final)
+        direction = measure_direction(setting, signal, final)
         final = budget.meet(corrected(final, direction, float(settings.strength)))
     return Allocation(
         blocks=blocks,
@@ -211,12 +213,37 @@ def widest(blocks: BlockMap) -> int:
     return max(linear.in_features for linear in blocks.linears().values())
 
 
+def search_correction(
+    setting: Setting, signal: Signal, base: Base, budget: Budget, effort: Effort
+) -> SearchResult:
+    """Down the slopes of a signal that has some, else along its direction."""
+    judge = partial(masked_loss, setting)
+    if signal.once:
+        measure = partial(measure_direction, setting, signal)
+        return line_search(base.sparsity, budget, measure, judge, rounds=1)
+    return descent_search(
+        base.sparsity,
+        budget,
+        partial(measure_slopes, setting, signal),
+        judge,
+        groups=setting.groups,
+        rounds=effort.rounds,
+    )
+
+
+def measure_slopes(setting: Setting, signal: Signal, allocation: np.ndarray) -> Slopes:
+    """The slopes of every group, the same on all ranks."""
+    allocation = distributed.from_first(allocation)
+    return distributed.from_first(signal.slopes(setting, allocation))
+
+
 def measure_direction(
     setting: Setting, signal: Signal, allocation: np.ndarray
 ) -> np.ndarray:
     """Δ of every Linear, the same on all ranks."""
     allocation = distributed.from_first(allocation)
-    return setting.groups.spread(signal.measure(setting, allocation))
+    direction = distributed.from_first(signal.direction(setting, allocation))
+    return setting.groups.spread(direction)
 
 
 def masked_loss(setting: Setting, candidates: Sequence[np.ndarray]) -> Losses:

@@ -35,12 +35,12 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(rounds=3, statistics=16, signal=8, search=8, confirm=8, tokens=128),
+    "quick": Effort(rounds=6, statistics=8, signal=8, search=8, confirm=8, tokens=128),
     "standard": Effort(
-        rounds=6, statistics=16, signal=16, search=16, confirm=16, tokens=256
+        rounds=12, statistics=16, signal=16, search=16, confirm=16, tokens=128
     ),
     "thorough": Effort(
-        rounds=12, statistics=32, signal=32, search=32, confirm=32, tokens=512
+        rounds=24, statistics=32, signal=32, search=32, confirm=32, tokens=256
     ),
 }
 

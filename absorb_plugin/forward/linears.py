@@ -15,8 +15,9 @@ __all__ = ["Weights", "differentiated", "replaced_weights"]
 
 # name of a Linear -> its weight, made or fetched when the Linear runs and let go after
 Weights = Mapping[str, Callable[[], torch.Tensor]]
-# takes ∂loss/∂W of a Linear, (out_features, in_features)
-Sink = Callable[[torch.Tensor], None]
+# takes what entered a Linear, (..., in_features), and the gradient of what left it,
+# (..., out_features): of the two, ∂loss/∂W is made
+Sink = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 @contextmanager
@@ -34,8 +35,8 @@ def differentiated(
     linears: Mapping[str, Linear], weights: Weights, sinks: Mapping[str, Sink]
 ) -> Iterator[None]:
     """
-    As `replaced_weights`; in the backward pass each Linear's gradient goes to its sink
-    and is let go, so that of all of them one is held at a time.
+    As `replaced_weights`; in the backward pass each Linear's sink is told its input and
+    the gradient of its output, and no gradient of a weight is made or held.
     """
     with ExitStack() as stack:
         for name, weight in weights.items():
@@ -73,7 +74,6 @@ class _Differentiated(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple:
         (gradient,) = gradients
         (x,) = ctx.saved_tensors
-        rows = gradient.flatten(0, -2)
         if x.numel():
-            ctx.sink(rows.t().matmul(x.flatten(0, -2)))
+            ctx.sink(x, gradient)
         return gradient.matmul(ctx.weight().to(x.device)), None, None, None

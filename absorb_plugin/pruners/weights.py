@@ -110,19 +110,17 @@ def band(sparsity: float, step: float) -> tuple[float, float]:
     return max(0.0, sparsity - step), min(1.0, sparsity + step)
 
 
-def _along(gradient: torch.Tensor, less: torch.Tensor, more: torch.Tensor) -> float:
+def _difference(less: torch.Tensor, more: torch.Tensor) -> torch.Tensor | None:
     """
-    ⟨∂loss/∂W, ΔW/Δs⟩ between weights of two sparsities; 0 where they do not differ.
+    ΔW/Δs between weights of two sparsities; None where these do not differ.
 
     :param less: the denser weights
     :param more: the sparser ones
     """
-    weights = less.numel()
-    share = (less.count_nonzero() - more.count_nonzero()).item() / weights
+    share = (less.count_nonzero() - more.count_nonzero()).item() / less.numel()
     if share <= 0:
-        return 0.0
-    change = more.float() - less.float()
-    return float((gradient.float() * change).sum(dtype=torch.float64)) / share
+        return None
+    return ((more.float() - less.float()) / share).to(less.dtype)
 
 
 class MaskedSlopes:
@@ -162,14 +160,11 @@ class MaskedSlopes:
             sparsity = self._sparsities[index][name]
             self._masks.rank(index, name, [sparsity, *band(sparsity, self._step)])
 
-    def along(self, index: int, name: str, gradient: torch.Tensor) -> float:
-        """
-        :param gradient: ∂loss/∂W of one Linear
-        :return: ∂loss/∂s of it
-        """
+    def change(self, index: int, name: str) -> torch.Tensor | None:
+        """dW/ds of one Linear; None where W does not change."""
         low, high = band(self._sparsities[index][name], self._step)
         less = self._masks.weight(index, name, low)
-        return _along(gradient, less, self._masks.weight(index, name, high))
+        return _difference(less, self._masks.weight(index, name, high))
 
 
 class PrunedSlopes:
@@ -201,10 +196,10 @@ class PrunedSlopes:
     def _weight(self, index: int, name: str) -> torch.Tensor:
         return self._kept[index][name][0]
 
-    def along(self, index: int, name: str, gradient: torch.Tensor) -> float:
+    def change(self, index: int, name: str) -> torch.Tensor | None:
         """As of `MaskedSlopes`."""
         _, less, more = self._kept[index][name]
-        return _along(gradient, less.to(gradient.device), more.to(gradient.device))
+        return _difference(less, more)
 
 
 class Observed:

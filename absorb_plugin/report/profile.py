@@ -23,6 +23,7 @@ from absorb_plugin.report.page import render
 from absorb_plugin.report.profile_charts import profile_charts
 from absorb_plugin.report.words import model_name, run_title
 from absorb_plugin.report.write import write_or_warn
+from absorb_plugin.search.descent import Step
 from absorb_plugin.search.line_search import Round, SearchResult
 from absorb_plugin.signals.noise import NoiseProfile
 
@@ -248,6 +249,20 @@ def search_entry(search: SearchResult | None) -> dict[str, Any] | None:
         "uniform_loss": json_number(search.uniform_loss),
         "loss": json_number(search.loss),
         "rounds": [round_entry(entry) for entry in search.rounds],
+        "steps": [step_entry(step) for step in search.steps],
+        "judged": [
+            {"steps": steps, "loss": json_number(loss)}
+            for steps, loss in search.judged.items()
+        ],
+        "taken": search.taken,
+    }
+
+
+def step_entry(step: Step) -> dict[str, Any]:
+    return {
+        "loss": json_number(step.loss),
+        "length": step.length,
+        "largest": step.largest,
     }
 
 

@@ -32,7 +32,16 @@ def profile_charts(profile: Profile) -> list[Chart]:
     :param profile: content of profile.json
     :return: a chart for each thing that was measured
     """
-    parts = (_sparsity, _linears, _quality, _search, _confirmed, _ratio, _drift)
+    parts = (
+        _sparsity,
+        _linears,
+        _quality,
+        _search,
+        _descent,
+        _confirmed,
+        _ratio,
+        _drift,
+    )
     return list(chain.from_iterable(part(profile) for part in parts))
 
 
@@ -159,6 +168,34 @@ def _search(profile: Profile) -> Iterator[Chart]:
         "held-out loss [nats per token]",
         [*lines, *_rounds(search["rounds"])],
         "Circled: taken. Each round starts where the one before ended.",
+    )
+
+
+def _descent(profile: Profile) -> Iterator[Chart]:
+    search = profile["search"]
+    if search is None or not search["steps"]:
+        return
+    steps = list(range(len(search["steps"])))
+    points = [point["steps"] for point in search["judged"]]
+    taken = Line(
+        "held-out samples",
+        "final",
+        points,
+        [point["loss"] for point in search["judged"]],
+        ring=points.index(search["taken"]),
+    )
+    signal = [step["loss"] for step in search["steps"]]
+    lines = [
+        rule("uniform", [0, len(steps)], search["uniform_loss"]),
+        Line("samples of the step", "base", steps, signal, opacity=0.6),
+        taken,
+    ]
+    yield LineChart(
+        "Descent",
+        "steps made",
+        "loss [nats per token]",
+        lines,
+        "Circled: taken. Every step is measured on samples of its own.",
     )
 
 

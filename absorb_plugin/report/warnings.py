@@ -42,19 +42,19 @@ def _correction(profile: Profile) -> str:
     search = profile["search"]
     if search is None:
         return ""
-    kept = not any(entry["chosen"] for entry in search["rounds"])
+    kept = not search["taken"] and not any(x["chosen"] for x in search["rounds"])
     if search["start"] == "uniform":
         return _started_from_uniform(search, base, kept)
     if kept:
         return (
-            "Strength 0 was chosen: no correction beat the base allocation on the "
-            "held-out samples by more than their standard error."
+            "The base allocation was kept: no correction beat it on the held-out "
+            "samples by more than their standard error."
         )
     return ""
 
 
 def _started_from_uniform(search: Mapping[str, Any], base: str, kept: bool) -> str:
-    more = " and no strength beat it: this is a uniform allocation" if kept else ""
+    more = " and nothing beat it: this is a uniform allocation" if kept else ""
     return (
         f"Uniform beat {base} on the held-out samples "
         f"({search['uniform_loss']:.3f} against {search['base_loss']:.3f} nats), "

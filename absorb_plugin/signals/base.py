@@ -16,6 +16,8 @@ from absorb_plugin.groups import Groups
 from absorb_plugin.pruners.base import Pruner
 from absorb_plugin.pruners.weights import MaskedWeights
 from absorb_plugin.sample_split import SampleSplit
+from absorb_plugin.search.correction import direction_from_response
+from absorb_plugin.search.descent import Slopes
 
 __all__ = ["Setting", "Signal"]
 
@@ -54,7 +56,7 @@ class Signal(BaseModel):
     Class attributes:
         name: how recipes call it
         by_loss: whether it needs tokens to predict, and the inputs' statistics
-        once: whether it says the same of every allocation, so that one round will do
+        once: whether it says the same of every allocation, and gives a direction only
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -63,12 +65,17 @@ class Signal(BaseModel):
     by_loss: ClassVar[bool] = True
     once: ClassVar[bool] = False
 
-    def measure(self, setting: Setting, allocation: np.ndarray) -> np.ndarray:
+    def slopes(self, setting: Setting, allocation: np.ndarray) -> Slopes:
         """
+        Of a signal that is not `once`: ∂loss/∂s of every group.
+
         :param allocation: under which the network runs, one sparsity per Linear
-        :return: Δ of every group, negative for those that are to be pruned less
         """
         raise NotImplementedError
+
+    def direction(self, setting: Setting, allocation: np.ndarray) -> np.ndarray:
+        """Δ of every group, negative for those that are to be pruned less."""
+        return direction_from_response(self.slopes(setting, allocation).mean)
 
     @classmethod
     def made_with(cls, arguments: Mapping[str, object]) -> Signal:

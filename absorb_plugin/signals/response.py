@@ -31,7 +31,7 @@ from absorb_plugin.forward.loss import check_predicted, score_states
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.groups import Groups
 from absorb_plugin.pruners.weights import MaskedWeights, block_sparsities
-from absorb_plugin.search.correction import direction_from_response
+from absorb_plugin.search.descent import Slopes
 from absorb_plugin.search.standard_error import standard_error
 from absorb_plugin.signals.base import Setting, Signal
 
@@ -168,12 +168,14 @@ class ResponseSignal(Signal):
 
     step: float = Field(default=0.1, gt=0, lt=1)
 
-    def measure(self, setting: Setting, allocation: np.ndarray) -> np.ndarray:
+    def slopes(self, setting: Setting, allocation: np.ndarray) -> Slopes:
         probe = ResponseProbe(
             setting.blocks, setting.groups, setting.masks, allocation, self.step
         )
         samples = setting.samples.next_signal()
         found = setting.runner.run("Response probe", samples, probe)
-        # per weight: the budget is one of weights, and groups differ in size
-        size = setting.groups.group_sizes / setting.groups.group_sizes.mean()
-        return direction_from_response(found.response / size)
+        sizes = setting.groups.group_sizes
+        change = self.step * sizes / sizes.sum()
+        return Slopes(
+            found.response / change, found.response_error / change, found.loss
+        )
