@@ -44,7 +44,8 @@ class BlockCall:
         :raises ValueError: naming the block's class, if no argument is a hidden state
         """
         named = [(USUAL, kwargs[USUAL])] if USUAL in kwargs else []
-        places = [*enumerate(args), *named, *kwargs.items()]
+        places: list[tuple[int | str, Any]] = [*enumerate(args), *named]
+        places += kwargs.items()
         tensors = [(key, value) for key, value in places if _is_float(value)]
         if not tensors:
             given = [f"argument {i}" for i in range(len(args))] + list(kwargs)
