@@ -172,7 +172,8 @@ def _outermost(decoder: torch.nn.Module) -> list[torch.nn.ModuleList]:
 
 
 def _has_weights(module: torch.nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
+    # not parameters(): reading a weight may onload it
+    return any(len(inner._parameters) for inner in module.modules())
 
 
 def _preferred(
