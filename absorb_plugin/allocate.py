@@ -18,8 +18,9 @@ from absorb_plugin.calibration import Batch, cut_tokens, token_mask
 from absorb_plugin.forward.check import check_forward
 from absorb_plugin.forward.inputs import InputStatistics, unseen_linears
 from absorb_plugin.forward.runner import ProbeRunner
-from absorb_plugin.groups import Groups, named
+from absorb_plugin.groups import Groups, linear_sizes, named
 from absorb_plugin.judges import MaskedLoss, PrunedLoss
+from absorb_plugin.limits import bounds_of
 from absorb_plugin.pruners import Pruner
 from absorb_plugin.sample_split import SampleSplit, SampleUse
 from absorb_plugin.search.budget import Budget
@@ -122,7 +123,7 @@ def allocate(
     warn_of_few_tokens(pruner, blocks, batches)
     runner = ProbeRunner(model, blocks, settings.probe_memory, settings.profile_cache)
     groups = Groups.at(level, blocks)
-    budget = Budget.of(groups.sizes, sparsity, settings.max_sparsity)
+    budget = budget_of(blocks, sparsity, settings)
 
     if settings.strength != 0:
         with distributed.fail_together():
@@ -191,7 +192,18 @@ def needs_loss(settings: AllocationSettings, signal: Signal) -> bool:
 
 def choose_level(settings: AllocationSettings) -> str:
     """What `level: auto` stands for: what won in docs/benchmarks.md."""
-    return "block" if settings.level == "auto" else settings.level
+    return "linear" if settings.level == "auto" else settings.level
+
+
+def budget_of(
+    blocks: BlockMap, sparsity: float, settings: AllocationSettings
+) -> Budget:
+    """
+    :raises ValueError: if max_sparsity and limits leave it out of reach
+    """
+    low, high = bounds_of(blocks, settings.limits, settings.max_sparsity)
+    cap = Budget.of(linear_sizes(blocks), sparsity, settings.max_sparsity)
+    return cap.within(low, high)
 
 
 def warn_of_few_tokens(

@@ -89,6 +89,8 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         allocation or uniform. 0 for none
     :param probe_tokens: so many tokens of a sample are used by signals and judges
     :param max_sparsity: no Linear is pruned beyond it
+    :param limits: pattern -> [low, high]: bounds of the sparsity of the Linears that it
+        matches, by full name or "re:…"; the others meet the budget
     :param probe_memory: bytes that a probe may take beside the model; batches are split
         to stay below, down to one sample. "auto" takes half of what is free where the
         model computes (docs/scaling.md)
@@ -112,7 +114,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
     _recipe: str = PrivateAttr(default="")
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        from absorb_plugin.allocate import choose_signal, needs_loss
+        from absorb_plugin.allocate import budget_of, choose_signal, needs_loss
         from absorb_plugin.blocks import find_blocks
         from absorb_plugin.calibration import read_batches
         from absorb_plugin.language_model import check_predicts_tokens
@@ -126,6 +128,8 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         self._pruners = adapter.find_pruners(
             self, state.model, self._blocks, self.ignore, self.max_sparsity
         )
+        for found in self._pruners:
+            budget_of(found.blocks, found.sparsity, self)
         if state.data.calib is None:
             read_batches(None)  # says what is missing
         for field in ("report_dir", "profile_cache"):
