@@ -7,8 +7,8 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 from helpers.fake_accelerator import fake_accelerator
 from safetensors.torch import load_file, save_file
 
