@@ -9,16 +9,18 @@ from functools import partial
 
 import numpy as np
 from loguru import logger
-from transformers import PreTrainedModel
+from torch.nn import Module
 
 from absorb_plugin import distributed
 from absorb_plugin.allocators.base_allocation import Base, base_allocation
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch, cut_tokens, token_mask
+from absorb_plugin.forward.check import check_forward
 from absorb_plugin.forward.inputs import InputStatistics, unseen_linears
 from absorb_plugin.forward.runner import ProbeRunner
-from absorb_plugin.groups import Groups, named
+from absorb_plugin.groups import Groups, linear_sizes, named
 from absorb_plugin.judges import MaskedLoss, PrunedLoss
+from absorb_plugin.limits import bounds_of
 from absorb_plugin.pruners import Pruner
 from absorb_plugin.sample_split import SampleSplit, SampleUse
 from absorb_plugin.search.budget import Budget
@@ -90,7 +92,7 @@ class Allocation:
 
 
 def allocate(
-    model: PreTrainedModel,
+    model: Module,
     blocks: BlockMap,
     batches: Sequence[Batch],
     *,
@@ -99,7 +101,7 @@ def allocate(
     settings: AllocationSettings,
 ) -> Allocation:
     """
-    :param model: the dense model; its weights are not touched
+    :param model: the dense model, wrapped or not; its weights are not touched
     :param blocks: its blocks, with the Linears that will be pruned
     :param batches: tokenised calibration batches, the same on all ranks
     :param sparsity: the budget S
@@ -108,20 +110,24 @@ def allocate(
     """
     signal, level = choose_signal(settings, blocks), choose_level(settings)
     judged = settings.strength == "auto"
-    by_loss = judged or (settings.strength != 0 and signal.by_loss)
+    by_loss = needs_loss(settings, signal)
     effort = settings.measuring()
+    prunes = (judged and effort.confirm > 0) or (by_loss and signal.prunes)
     samples = SampleSplit(
         batches,
         effort,
         judged=judged,
         by_loss=by_loss,
-        pruning_tokens=pruner.judge_tokens(widest(blocks)),
+        pruning_tokens=pruner.judge_tokens(widest(blocks)) if prunes else None,
     )
     warn_of_few_tokens(pruner, blocks, batches)
     runner = ProbeRunner(model, blocks, settings.probe_memory, settings.profile_cache)
     groups = Groups.at(level, blocks)
-    budget = Budget.of(groups.sizes, sparsity, settings.max_sparsity)
+    budget = budget_of(blocks, sparsity, settings)
 
+    if settings.strength != 0:
+        with distributed.fail_together():
+            check_forward(model, blocks, samples.shortest(), by_loss=by_loss)
     allocator = settings.base_allocator()
     statistics = {}
     if by_loss or allocator.needs == "activations":
@@ -177,9 +183,27 @@ def choose_signal(settings: AllocationSettings, blocks: BlockMap) -> Signal:
     return SIGNALS[name].made_with(settings.signal_args)
 
 
+def needs_loss(settings: AllocationSettings, signal: Signal) -> bool:
+    """Whether next-token loss is measured."""
+    if settings.strength == "auto":
+        return True
+    return settings.strength != 0 and signal.by_loss
+
+
 def choose_level(settings: AllocationSettings) -> str:
     """What `level: auto` stands for: what won in docs/benchmarks.md."""
-    return "block" if settings.level == "auto" else settings.level
+    return "linear" if settings.level == "auto" else settings.level
+
+
+def budget_of(
+    blocks: BlockMap, sparsity: float, settings: AllocationSettings
+) -> Budget:
+    """
+    :raises ValueError: if max_sparsity and limits leave it out of reach
+    """
+    low, high = bounds_of(blocks, settings.limits, settings.max_sparsity)
+    cap = Budget.of(linear_sizes(blocks), sparsity, settings.max_sparsity)
+    return cap.within(low, high)
 
 
 def warn_of_few_tokens(

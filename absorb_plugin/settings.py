@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from absorb_plugin.allocators.base import Allocator
+from absorb_plugin.limits import check_limits
 from absorb_plugin.plugins import build_allocator
 
 __all__ = ["EFFORTS", "AllocationSettings", "Effort"]
@@ -82,7 +83,8 @@ class AllocationSettings(BaseModel):
     confirm_samples: Annotated[int, Field(ge=0)] | None = None
     probe_tokens: Annotated[int, Field(ge=2)] | None = None
     max_sparsity: float = Field(default=0.95, gt=0, lt=1)
-    probe_memory: int = Field(default=4 * 2**30, gt=0)
+    limits: dict[str, tuple[float, float]] = Field(default_factory=dict)
+    probe_memory: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
     report_dir: str | None = None
     profile_cache: str | None = None
     ignore: list[str] = Field(default_factory=list)
@@ -101,6 +103,14 @@ class AllocationSettings(BaseModel):
     @classmethod
     def validate_directory(cls, value: str | Path | None) -> str | None:
         return None if value is None else str(value)
+
+    @field_validator("limits", mode="after")
+    @classmethod
+    def validate_limits(
+        cls, value: dict[str, tuple[float, float]]
+    ) -> dict[str, tuple[float, float]]:
+        check_limits(value)
+        return value
 
     @field_validator("ignore", mode="before")
     @classmethod
