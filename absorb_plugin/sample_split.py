@@ -96,6 +96,10 @@ class SampleSplit:
         """All that are not held out, whole, the first few spread over the text."""
         return interleaved(self._measuring)
 
+    def shortest(self) -> dict:
+        """One sample, cut, to try the model on."""
+        return self._windows(self._measuring[-1:], "check")[0]
+
     def uses(self) -> list[SampleUse]:
         """For the report; of the signal's samples, those of the first round."""
         held_out = {"search": self.search, "confirm": self.confirm}
