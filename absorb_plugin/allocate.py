@@ -9,12 +9,13 @@ from functools import partial
 
 import numpy as np
 from loguru import logger
-from transformers import PreTrainedModel
+from torch.nn import Module
 
 from absorb_plugin import distributed
 from absorb_plugin.allocators.base_allocation import Base, base_allocation
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch, cut_tokens, token_mask
+from absorb_plugin.forward.check import check_forward
 from absorb_plugin.forward.inputs import InputStatistics, unseen_linears
 from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.groups import Groups, named
@@ -90,7 +91,7 @@ class Allocation:
 
 
 def allocate(
-    model: PreTrainedModel,
+    model: Module,
     blocks: BlockMap,
     batches: Sequence[Batch],
     *,
@@ -99,7 +100,7 @@ def allocate(
     settings: AllocationSettings,
 ) -> Allocation:
     """
-    :param model: the dense model; its weights are not touched
+    :param model: the dense model, wrapped or not; its weights are not touched
     :param blocks: its blocks, with the Linears that will be pruned
     :param batches: tokenised calibration batches, the same on all ranks
     :param sparsity: the budget S
@@ -108,20 +109,24 @@ def allocate(
     """
     signal, level = choose_signal(settings, blocks), choose_level(settings)
     judged = settings.strength == "auto"
-    by_loss = judged or (settings.strength != 0 and signal.by_loss)
+    by_loss = needs_loss(settings, signal)
     effort = settings.measuring()
+    prunes = (judged and effort.confirm > 0) or (by_loss and signal.prunes)
     samples = SampleSplit(
         batches,
         effort,
         judged=judged,
         by_loss=by_loss,
-        pruning_tokens=pruner.judge_tokens(widest(blocks)),
+        pruning_tokens=pruner.judge_tokens(widest(blocks)) if prunes else None,
     )
     warn_of_few_tokens(pruner, blocks, batches)
     runner = ProbeRunner(model, blocks, settings.probe_memory, settings.profile_cache)
     groups = Groups.at(level, blocks)
     budget = Budget.of(groups.sizes, sparsity, settings.max_sparsity)
 
+    if settings.strength != 0:
+        with distributed.fail_together():
+            check_forward(model, blocks, samples.shortest(), by_loss=by_loss)
     allocator = settings.base_allocator()
     statistics = {}
     if by_loss or allocator.needs == "activations":
@@ -175,6 +180,13 @@ def choose_signal(settings: AllocationSettings, blocks: BlockMap) -> Signal:
     if name not in SIGNALS:
         raise ValueError(f"signal={name!r}: choose auto or one of {list(SIGNALS)}")
     return SIGNALS[name].made_with(settings.signal_args)
+
+
+def needs_loss(settings: AllocationSettings, signal: Signal) -> bool:
+    """Whether next-token loss is measured."""
+    if settings.strength == "auto":
+        return True
+    return settings.strength != 0 and signal.by_loss
 
 
 def choose_level(settings: AllocationSettings) -> str:

@@ -112,14 +112,16 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
     _recipe: str = PrivateAttr(default="")
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        from absorb_plugin.allocate import choose_signal
+        from absorb_plugin.allocate import choose_signal, needs_loss
         from absorb_plugin.blocks import find_blocks
         from absorb_plugin.calibration import read_batches
+        from absorb_plugin.language_model import check_predicts_tokens
         from absorb_plugin.pruners import adapter, ranks
 
         self.base_allocator()
         self._blocks = find_blocks(state.model, kwargs.get("sequential_targets"))
-        choose_signal(self, self._blocks)
+        if needs_loss(self, choose_signal(self, self._blocks)):
+            check_predicts_tokens(state.model)
         self._recipe = adapter.recipe_text()  # before anything in it is changed
         self._pruners = adapter.find_pruners(
             self, state.model, self._blocks, self.ignore, self.max_sparsity
@@ -138,6 +140,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         from absorb_plugin.allocate import allocate
         from absorb_plugin.calibration import read_batches
         from absorb_plugin.devices import computing_on_one_device
+        from absorb_plugin.language_model import language_model
         from absorb_plugin.report import Report
 
         if event.type_.value not in CALIBRATION_START or self._reports:
@@ -155,7 +158,13 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
                 )
             found.set_sparsities(allocation.linear_sparsities())
             report = Report(
-                self, self._recipe, state.model, found, allocation, batches, number
+                self,
+                self._recipe,
+                language_model(state.model),
+                found,
+                allocation,
+                batches,
+                number,
             )
             self._reports.append(report)
             if distributed.is_first():

@@ -19,15 +19,22 @@ from compressed_tensors.offload import disable_offloading, get_execution_device
 from loguru import logger
 from torch.nn import Module
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from absorb_plugin import distributed
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch, calibrating, split_samples
 from absorb_plugin.devices import empty_cache
+from absorb_plugin.forward.block_io import (
+    BlockCall,
+    hidden_state,
+    hollow,
+    put_hidden_state,
+    without_cache_arguments,
+)
 from absorb_plugin.forward.head import OutputHead
 from absorb_plugin.forward.memory import Footprint, footprint
-from absorb_plugin.forward.probe import Probe, RunBlock, hidden_state
+from absorb_plugin.forward.probe import Probe, RunBlock
+from absorb_plugin.language_model import forward_inputs, language_model
 
 __all__ = ["NonFiniteHiddenState", "run_probes"]
 
@@ -37,7 +44,7 @@ class NonFiniteHiddenState(ValueError):
 
 
 def run_probes(
-    model: PreTrainedModel,
+    model: Module,
     blocks: BlockMap,
     batches: Iterable[Batch],
     probes: Sequence[Probe],
@@ -48,7 +55,7 @@ def run_probes(
     """
     Run the model over the batches while the probes measure.
 
-    :param model: the model; its weights are not touched
+    :param model: the model, wrapped or not; its weights are not touched
     :param blocks: all decoder blocks, in the order in which they run
     :param batches: calibration batches; cut to fewer samples where the run would take
         more than `memory`
@@ -58,6 +65,7 @@ def run_probes(
     :raises torch.OutOfMemoryError: if not even one sample fits the device
     :raises NonFiniteHiddenState: naming the first block with NaN or infinity
     """
+    model = language_model(model)
     head = OutputHead(model, blocks.modules)
     with ExitStack() as stack:
         stack.enter_context(calibrating(model))
@@ -78,7 +86,7 @@ def run_probes(
 
 
 def _run_all(
-    model: PreTrainedModel,
+    model: Module,
     batches: Sequence[Batch],
     hooks: "_BlockHooks",
     *,
@@ -102,9 +110,7 @@ def _run_all(
             bar.total = bar.n + len(waiting)
 
 
-def _out_of_memory(
-    model: PreTrainedModel, batch: Batch, hooks: "_BlockHooks"
-) -> str | None:
+def _out_of_memory(model: Module, batch: Batch, hooks: "_BlockHooks") -> str | None:
     """What the device says if a batch does not fit it; all is then as before."""
     before = hooks.measured()
     try:
@@ -208,13 +214,13 @@ class _BlockHooks:
         for probe in self._probes:
             probe.close()
 
-    def run(self, model: PreTrainedModel, batch: Batch) -> None:
+    def run(self, model: Module, batch: Batch) -> None:
         """The whole of a batch."""
         for probe in self._probes:
             probe.start(batch)
         self._listening = True
         try:
-            model(**batch)
+            model(**forward_inputs(model, batch))
         finally:
             self._listening = False
         for probe in self._probes:
@@ -234,35 +240,39 @@ class _BlockHooks:
             probe.close()
             vars(probe).update(state)
 
-    def _enter(self, index: int, block: Module, args: tuple, kwargs: dict) -> None:
+    def _enter(
+        self, index: int, block: Module, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict] | None:
         if not self._listening:
-            return
+            return None
+        call = BlockCall.of(block, *without_cache_arguments(args, kwargs))
         # from here to the end of _leave the block is onloaded once
         self._onloaded.enter_context(disable_offloading())
+        before: torch.Tensor | None = None
         for probe in self._probes:
             probe.enter(index, block)
+            before = probe.redirect(index, call.hidden)
+        return call.put(call.hidden if before is None else before)
 
     def _leave(
         self, index: int, block: Module, args: tuple, kwargs: dict, output: object
     ) -> object:
         if not self._listening:
             return None
-        before = args[0] if args else kwargs["hidden_states"]
-        after = hidden_state(output)
-        self._head.tuple_length = len(output) if isinstance(output, tuple) else 0
+        call = BlockCall.of(block, args, kwargs)
+        after = hidden_state(output, block)
+        self._head.output = hollow(output)
         self._check(index, after)
-        run = RunBlock(block, args, kwargs)
+        run = RunBlock(block, call)
         self._listening = False
         onward: torch.Tensor | None = None
         try:
             for probe in self._probes:
-                onward = probe.leave(index, before, after, run)
+                onward = probe.leave(index, call.hidden, after, run)
         finally:
             self._listening = True
         self._onloaded.close()
-        if onward is None or not isinstance(output, tuple):
-            return onward
-        return (onward, *output[1:])
+        return None if onward is None else put_hidden_state(output, onward)
 
     def _check(self, index: int, after: torch.Tensor) -> None:
         name = self._blocks.blocks[index].name

@@ -197,6 +197,7 @@ class PrunerGradient(Gradient):
     """
 
     name: ClassVar[str] = "pruner"
+    prunes: ClassVar[bool] = True
 
     def slopes(self, setting: Setting, allocation: np.ndarray) -> Slopes:
         model = PrunedModel(setting.blocks, setting.pruner, allocation, self.step)
