@@ -251,7 +251,11 @@ def masked_loss(setting: Setting, candidates: Sequence[np.ndarray]) -> Losses:
     """Losses under masks on the samples of the search, the same on all ranks."""
     candidates = distributed.from_first(candidates)
     probe = MaskedLoss(
-        setting.blocks, setting.pruner.masks, setting.statistics, candidates
+        setting.blocks,
+        setting.pruner.masks,
+        setting.statistics,
+        candidates,
+        setting.quantiles,
     )
     return finite(setting.runner.run("Held-out loss", setting.samples.search, probe))
 

@@ -54,6 +54,9 @@ class MaskedWeights:
     :param pruner: ranks the weights
     :param input_square_sums: full name of a Linear -> a_j; a Linear without has seen no
         token and stays dense
+    :param quantiles: what others with the same scores have found out about these, and
+        these find out for others: full name of a Linear -> `MaskPruner.quantiles`. None
+        to rank anew
     """
 
     def __init__(
@@ -61,9 +64,10 @@ class MaskedWeights:
         blocks: BlockMap,
         pruner: MaskPruner,
         input_square_sums: Mapping[str, torch.Tensor],
+        quantiles: dict[str, torch.Tensor] | None = None,
     ) -> None:
         self._blocks, self._pruner = blocks, pruner
-        self._square_sums = input_square_sums
+        self._square_sums, self._quantiles = input_square_sums, quantiles
         self._thresholds: dict[tuple[str, float], torch.Tensor] = {}
 
     def identity(self) -> list[object]:
@@ -101,9 +105,21 @@ class MaskedWeights:
         block = self._blocks.blocks[index]
         weight, full = block.linears[name].weight.detach(), block.full_name(name)
         observed = self._square_sums[full].to(weight.device)
-        found = self._pruner.thresholds(weight, observed, sparsities)
+        known = self._known(full, weight, observed)
+        found = self._pruner.thresholds(weight, observed, sparsities, known)
         for sparsity, at in zip(sparsities, found.split(1, dim=1), strict=True):
             self._thresholds[full, sparsity] = at
+
+    def _known(
+        self, full: str, weight: torch.Tensor, observed: torch.Tensor
+    ) -> torch.Tensor | None:
+        # on a CPU a sort takes no longer than to pick out what lies between quantiles
+        on_cpu = weight.device.type == "cpu"
+        if self._quantiles is None or on_cpu or not self._pruner.by_row:
+            return None
+        if full not in self._quantiles:
+            self._quantiles[full] = self._pruner.quantiles(weight, observed)
+        return self._quantiles[full]
 
 
 def band(sparsity: float, step: float) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -33,6 +33,8 @@ class Setting:
     :param runner: runs probes
     :param pruner: that will prune
     :param statistics: full name of a Linear -> a_j of the dense network
+    :param quantiles: of the scores by which weights are masked, found out once for all
+        rounds (`MaskedWeights`)
     """
 
     blocks: BlockMap
@@ -41,11 +43,14 @@ class Setting:
     runner: ProbeRunner
     pruner: Pruner
     statistics: Mapping[str, torch.Tensor]
+    quantiles: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def masks(self) -> MaskedWeights:
-        """Masked weights, ranked anew."""
-        return MaskedWeights(self.blocks, self.pruner.masks, self.statistics)
+        """Masked weights, with thresholds of their own."""
+        return MaskedWeights(
+            self.blocks, self.pruner.masks, self.statistics, self.quantiles
+        )
 
 
 class Signal(BaseModel):

@@ -5,8 +5,8 @@ What the allocation costs on large models, against the pruning itself.
 
 Prints the tables of docs/scaling.md. The schedule is that of `allocate` itself, which
 runs with its forwards left out; every forward is then traced on blocks of full shape
-without memory (gpu_trace.py), and times follow from stated rates. Worked out, not measured:
-read every time as good to a factor of 2.
+without memory (gpu_trace.py), and times follow from stated rates. Worked out, not
+measured: read every time as good to a factor of 2.
 """
 
 import argparse
@@ -21,16 +21,16 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from gpu_trace import RATES, Cost, tracing
 from llmcompressor.modifiers.pruning.sparsegpt import sgpt_sparsify
 from llmcompressor.modifiers.pruning.wanda import wanda_sparsify
-from gpu_trace import RATES, Cost, tracing
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from absorb_plugin import allocate as method
 from absorb_plugin.allocators.base_allocation import base_allocation
 from absorb_plugin.allocators.owl import Owl
 from absorb_plugin.blocks import BlockMap, find_blocks
-from absorb_plugin.calibration import Batch
+from absorb_plugin.calibration import JOINED, Batch
 from absorb_plugin.forward import memory
 from absorb_plugin.forward.inputs import InputStatistics
 from absorb_plugin.forward.memory import footprint
@@ -39,6 +39,7 @@ from absorb_plugin.forward.run import run_probes
 from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.judges import MaskedLoss, PrunedLoss
 from absorb_plugin.pruners import PRUNERS, Pruner
+from absorb_plugin.pruners.thresholds import LEVELS
 from absorb_plugin.pruners.weights import MaskedSlopes, MaskedWeights
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.settings import AllocationSettings
@@ -63,7 +64,6 @@ CONFIGS = {
         vocab_size=128256,
     ),
 }
-JOINED = 8  # samples that are joined to a batch at most
 FREE = 72 * GIB  # of an H100 with nothing but a block on it
 S = 0.6
 
@@ -117,7 +117,9 @@ class Recorder(ProbeRunner):
 def _answer(probe: Probe, samples: int, candidates: int) -> Any:
     """Every candidate beats the one before, so that nothing is left out."""
     if isinstance(probe, InputStatistics):
-        return {k: torch.ones(v.in_features) for k, v in probe._blocks.linears().items()}
+        return {
+            k: torch.ones(v.in_features) for k, v in probe._blocks.linears().items()
+        }
     if isinstance(probe, GradientProbe):
         slopes = np.random.default_rng(0).normal(size=(samples, len(probe._rows)))
         return LinearSlopes(slopes, np.full(samples, 100.0), [], 3.0)
@@ -173,23 +175,33 @@ def make_probe(station: Station, blocks: BlockMap, pruner: Pruner) -> Probe:
         name: torch.ones(linear.in_features, device="meta")
         for name, linear in blocks.linears().items()
     }
+    # ranked by an earlier station
+    quantiles = {
+        name: torch.zeros(linear.out_features, LEVELS + 1)
+        for name, linear in blocks.linears().items()
+    }
     count = len(sums)
     # unequal, for equal sparsities would share their thresholds
     flats = [np.full(count, S + 0.01 * i) for i in range(station.candidates)]
     if station.probe == "InputStatistics":
         return InputStatistics(blocks)
     if station.probe == "GradientProbe":
-        masks = MaskedWeights(blocks, pruner.masks, sums)
+        masks = MaskedWeights(blocks, pruner.masks, sums, quantiles)
         flat = np.full(count, S)
         return GradientProbe(blocks, MaskedSlopes(blocks, masks, flat, 0.05))
     if station.probe == "PrunedLoss":
         return PrunedLoss(blocks, pruner, flats, station.pruning)
     assert station.probe == "MaskedLoss", station.probe
-    return MaskedLoss(blocks, pruner.masks, sums, flats)
+    return MaskedLoss(blocks, pruner.masks, sums, flats, quantiles)
 
 
 def traced(
-    name: str, layers: int, station: Station, pruner: Pruner, together: int, batches: int
+    name: str,
+    layers: int,
+    station: Station,
+    pruner: Pruner,
+    together: int,
+    batches: int,
 ) -> Cost:
     """Of so many batches through a model of so many blocks."""
     model = build(name, layers)
@@ -214,6 +226,7 @@ def station_cost(
     mine = station.samples if whole else math.ceil(station.samples / gpus)
     together = mine if whole else min(JOINED, mine, need.samples(station.tokens, limit))
     batches = math.ceil(mine / together)
+    together = math.ceil(mine / batches)
     cost = _extrapolated(name, station, pruner, together, batches)
     moved = _moved(name, station, batches)
     took = need.fixed + together * need.sample(station.tokens)
@@ -253,7 +266,9 @@ def _moved(name: str, station: Station, batches: int) -> int:
     size = shape(name)
     visits = 2 if station.needs.backward else 1
     heads = 2 if station.probe == "InputStatistics" else 3
-    return 2 * batches * (visits * size["layers"] * size["block"] + heads * size["head"])
+    return (
+        2 * batches * (visits * size["layers"] * size["block"] + heads * size["head"])
+    )
 
 
 @cache
@@ -296,6 +311,27 @@ def allocator_cost(name: str) -> dict[str, Any]:
     }
 
 
+def ranking_cost(name: str, pruner: Pruner) -> dict[str, Any]:
+    """Of all weights, once, while a station has them on the device."""
+    (block,) = build(name, 1).model.layers
+    linears = [x for x in block.modules() if isinstance(x, torch.nn.Linear)]
+    with tracing(dict(block.named_parameters())) as cost, torch.no_grad():
+        for linear in linears:
+            observed = torch.ones(linear.in_features, device="meta")
+            pruner.masks.quantiles(linear.weight, observed)
+    return {
+        "station": "ranking",
+        "runs": 1,
+        "samples": 0,
+        "tokens": 0,
+        "batches": 0,
+        "moved": 0,
+        "bus seconds": 0.0,
+        "statement": 0,
+        **_scaled(cost, shape(name)["layers"]),
+    }
+
+
 def pruner_cost(name: str, pruner: str, samples: int, tokens: int) -> dict[str, Any]:
     """llm-compressor's own work: two passes of all samples, observing, pruning."""
     model = build(name, 1)
@@ -307,7 +343,10 @@ def pruner_cost(name: str, pruner: str, samples: int, tokens: int) -> dict[str, 
     observe, prune = Cost(), Cost()
     for module in (m for m in block.modules() if isinstance(m, torch.nn.Linear)):
         x = torch.ones(1, tokens, module.in_features, device="meta").bfloat16()
-        with tracing(dict(module.named_parameters()), {"x": x}) as cost, torch.no_grad():
+        with (
+            tracing(dict(module.named_parameters()), {"x": x}) as cost,
+            torch.no_grad(),
+        ):
             if pruner == "sparsegpt":
                 seen, _ = sgpt_sparsify.accumulate_hessian(
                     x, module, sgpt_sparsify.make_empty_hessian(module), 0
@@ -358,7 +397,7 @@ def model_rows(
     kind = PRUNERS[pruner]()
     stations = schedule(kind, shape(name)["widest"], samples, tokens)
     rows = [station_cost(name, station, kind, gpus) for station in stations]
-    rows.insert(1, allocator_cost(name))
+    rows[1:1] = [allocator_cost(name), ranking_cost(name, kind)]
     for row in rows:
         row |= {"model": name, "pruner": pruner, "gpus": gpus}
     return rows

@@ -190,9 +190,7 @@ def _run(func: Any, args: Sequence, kwargs: dict[str, Any]) -> Any:
 
 
 def _masked(indices: Sequence[torch.Tensor | None]) -> bool:
-    return any(
-        x is not None and x.is_meta and x.dtype == torch.bool for x in indices
-    )
+    return any(x is not None and x.is_meta and x.dtype == torch.bool for x in indices)
 
 
 def _scalar(tensor: torch.Tensor) -> float | int | bool:
@@ -224,4 +222,6 @@ def _is_view(func: Any) -> bool:
 
 def _bytes(tensor: torch.Tensor) -> int:
     """What an op moves of it: an expanded tensor is read once."""
-    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+    return min(
+        tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+    )
