@@ -32,9 +32,9 @@ from absorb_plugin.measuring import (
     dense_loss,
     masked_loss,
     measure_direction,
-    measure_slopes,
     pruned_loss,
     report_noise,
+    slopes_measurer,
 )
 from absorb_plugin.pruners import Pruner
 from absorb_plugin.sample_split import SampleSplit
@@ -128,7 +128,8 @@ class Method:
         pruner: Pruner,
         settings: AllocationSettings,
     ) -> None:
-        self.settings, self.signal = settings, choose_signal(settings, blocks)
+        self.settings = settings
+        self.signal = choose_signal(settings, blocks, pruner)
         self._effort = settings.measuring()
         judged = settings.strength == "auto"
         by_loss = needs_loss(settings, self.signal)
@@ -178,10 +179,12 @@ class Method:
         return descent_search(
             base.sparsity,
             budget,
-            partial(measure_slopes, setting, signal),
+            slopes_measurer(setting, signal),
             judge,
             groups=setting.groups,
-            rounds=self._effort.rounds,
+            rounds=signal.rounds(self._effort.rounds),
+            lengths=signal.lengths,
+            judge_path=not signal.prunes,
         )
 
     def refine(self, near: np.ndarray, budget: Budget) -> np.ndarray:
@@ -189,9 +192,10 @@ class Method:
         return refined(
             budget.meet(near),
             budget,
-            partial(measure_slopes, self.setting, self.signal),
+            slopes_measurer(self.setting, self.signal),
             self.setting.groups,
-            rounds=max(1, self._effort.rounds // 4),
+            rounds=max(1, self.signal.rounds(self._effort.rounds) // 4),
+            length=self.signal.lengths[1],
         )
 
     def largest_budget(self, budget: Budget, bound: float) -> Quality:
