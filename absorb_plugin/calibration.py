@@ -17,7 +17,9 @@ from loguru import logger
 from torch.utils.data import DataLoader
 
 from absorb_plugin import distributed
+from absorb_plugin.batches import as_tensors
 from absorb_plugin.cpu import fast_bfloat16
+from absorb_plugin.language_model import without_cache
 from absorb_plugin.precision import ieee_float32
 
 __all__ = [
@@ -48,9 +50,12 @@ def calibrating(model: torch.nn.Module) -> Iterator[None]:
     dropout, no quantisation. Float32 products are just that. The hooks of other
     modifiers sleep, so that a run of ours leaves no trace in their statistics; enter it
     once, `disable_hooks` does not nest.
+
+    :param model: not wrapped: llm-compressor's context passes over wrappers
     """
     with ExitStack() as stack:
         stack.enter_context(calibration_forward_context(model))
+        stack.enter_context(without_cache(model))
         stack.enter_context(DisableQuantization(model))
         stack.enter_context(HooksMixin.disable_hooks())
         stack.enter_context(fast_bfloat16())
@@ -106,12 +111,7 @@ def _read(loader: DataLoader | Iterable[Batch]) -> list[dict]:
     batches = []
     with torch.random.fork_rng(devices=[]), _keep_generator(loader):
         for batch in loader:
-            tensors = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}
-            if "input_ids" not in tensors:
-                raise ValueError(
-                    "a calibration batch has no 'input_ids' but "
-                    f"{sorted(batch)}: tokenise the dataset first"
-                )
+            tensors = as_tensors(batch)
             if tensors["input_ids"].numel():
                 batches.append(tensors)
     return batches

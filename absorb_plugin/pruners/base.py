@@ -8,12 +8,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
 
+from absorb_plugin.forward.chunks import row_chunks
 from absorb_plugin.forward.inputs import square_sum
-from absorb_plugin.pruners.thresholds import (
-    global_threshold,
-    row_chunks,
-    row_thresholds,
-)
+from absorb_plugin.pruners.thresholds import global_threshold, row_thresholds
 
 if TYPE_CHECKING:
     from typing_extensions import Self

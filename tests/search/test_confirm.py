@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from helpers.search import (
+from helpers.held_out_text import (
     BASE,
     BUDGET,
     TOKENS,

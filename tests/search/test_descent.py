@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from helpers.search import BASE, BUDGET, SIZES, UNIFORM, Text, distance_from
+from helpers.held_out_text import BASE, BUDGET, SIZES, UNIFORM, Text, distance_from
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -146,7 +146,9 @@ def test_what_the_judge_says_of_the_path_decides() -> None:
         BASE, BUDGET, slopes_of(lambda a: SIZES * [3, 1, -1, -2]), EachAlone(),
         rounds=8,
     ).path[-1]  # fmt: skip
-    found = down(slopes_of(lambda a: SIZES * [3, 1, -1, -2]), Text(distance_from(target)))
+    found = down(
+        slopes_of(lambda a: SIZES * [3, 1, -1, -2]), Text(distance_from(target))
+    )
     assert found.taken == 8
     np.testing.assert_array_equal(found.sparsity, target)
     assert found.loss == found.judged[8] == pytest.approx(2.0)

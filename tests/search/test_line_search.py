@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
-from helpers.search import BASE, TOKENS, UNIFORM, UP, BUDGET, Text, distance_from
+from helpers.held_out_text import BASE, BUDGET, TOKENS, UNIFORM, UP, Text, distance_from
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import naive, tiny
-from helpers.probes import place, run
+from helpers.probes import run
 from transformers import PreTrainedModel
 
 from absorb_plugin.blocks import find_blocks
-from absorb_plugin.groups import LEVELS, Groups
 from absorb_plugin.search.correction import direction_from_ratio
 from absorb_plugin.signals.noise import (
     FLOOR_MARGIN,
