@@ -35,6 +35,7 @@ from absorb_plugin.search.line_search import (
 from absorb_plugin.settings import AllocationSettings, Effort
 from absorb_plugin.signals import SIGNALS, Setting, Signal
 from absorb_plugin.signals.noise import Noise, NoiseProfile
+from absorb_plugin.torch_state import check_differentiable, plain_torch
 
 __all__ = ["Allocation", "allocate"]
 
@@ -90,6 +91,7 @@ class Allocation:
         return self.budget.mean(self.sparsity)
 
 
+@plain_torch()
 def allocate(
     model: Module,
     blocks: BlockMap,
@@ -124,6 +126,8 @@ def allocate(
     budget = Budget.of(groups.sizes, sparsity, settings.max_sparsity)
 
     if settings.strength != 0:
+        if signal.differentiates:
+            check_differentiable(model)
         with distributed.fail_together():
             check_forward(model, blocks, samples.shortest(), by_loss=by_loss)
     allocator = settings.base_allocator()

@@ -64,6 +64,7 @@ class Signal(BaseModel):
     name: ClassVar[str]
     by_loss: ClassVar[bool] = True
     once: ClassVar[bool] = False
+    differentiates: ClassVar[bool] = False
 
     def slopes(self, setting: Setting, allocation: np.ndarray) -> Slopes:
         """
