@@ -21,6 +21,7 @@ from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.groups import Groups, named
 from absorb_plugin.judges import MaskedLoss, PrunedLoss
 from absorb_plugin.pruners import Pruner
+from absorb_plugin.pruners.present import with_present_zeros
 from absorb_plugin.sample_split import SampleSplit, SampleUse
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.search.confirm import Confirmed, confirm
@@ -88,7 +89,7 @@ class Allocation:
 
     def achieved(self) -> float:
         """Mean target sparsity over all prunable weights."""
-        return self.budget.mean(self.sparsity)
+        return self.budget.achieved(self.sparsity)
 
 
 @plain_torch()
@@ -113,17 +114,19 @@ def allocate(
     judged = settings.strength == "auto"
     by_loss = needs_loss(settings, signal)
     effort = settings.measuring()
+    prunes = (judged and effort.confirm > 0) or (by_loss and signal.prunes)
     samples = SampleSplit(
         batches,
         effort,
         judged=judged,
         by_loss=by_loss,
-        pruning_tokens=pruner.judge_tokens(widest(blocks)),
+        pruning_tokens=pruner.judge_tokens(widest(blocks)) if prunes else None,
     )
     warn_of_few_tokens(pruner, blocks, batches)
     runner = ProbeRunner(model, blocks, settings.probe_memory, settings.profile_cache)
     groups = Groups.at(level, blocks)
-    budget = Budget.of(groups.sizes, sparsity, settings.max_sparsity)
+    cap = Budget.of(groups.sizes, sparsity, settings.max_sparsity)
+    budget = with_present_zeros(cap, blocks, pruner, {})
 
     if settings.strength != 0:
         if signal.differentiates:
@@ -135,6 +138,8 @@ def allocate(
     if by_loss or allocator.needs == "activations":
         probe = InputStatistics(blocks)
         statistics = runner.run("Input statistics", samples.statistics, probe)
+        if pruner.keeps_zeros:
+            budget = with_present_zeros(cap, blocks, pruner, statistics)
     base = base_allocation(
         allocator,
         blocks,

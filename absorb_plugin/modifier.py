@@ -90,7 +90,8 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
     :param probe_tokens: so many tokens of a sample are used by signals and judges
     :param max_sparsity: no Linear is pruned beyond it
     :param probe_memory: bytes that a probe may take beside the model; batches are split
-        to stay below, down to one sample (docs/scaling.md)
+        to stay below, down to one sample. "auto" takes half of what is free where the
+        model computes (docs/scaling.md)
     :param report_dir: where to write profile.json, profile.png and report.html; None
         for no report
     :param profile_cache: directory where measurements are kept as they complete, for a

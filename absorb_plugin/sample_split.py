@@ -55,7 +55,8 @@ class SampleSplit:
     :param effort: how many samples serve what, and how many of their tokens
     :param judged: whether allocations are judged, so that samples are held out
     :param by_loss: whether anything needs a token to predict
-    :param pruning_tokens: that the pruner's own arithmetic should see when it judges
+    :param pruning_tokens: that the pruner's own arithmetic should see; None where
+        nothing asks for it
     :raises ValueError: if samples are to be held out and there is but one
     """
 
@@ -66,9 +67,10 @@ class SampleSplit:
         *,
         judged: bool,
         by_loss: bool,
-        pruning_tokens: int = 0,
+        pruning_tokens: int | None = None,
     ) -> None:
         self._effort, self._rounds = effort, 0
+        self._signal: list[dict] = []  # of the first round
         samples = sort_samples(single_samples(batches, by_loss))
         check_alike(samples)
         self._first = _same_first_token(samples)
@@ -78,7 +80,7 @@ class SampleSplit:
         self.search = self._windows(search, "search")
         self.confirm = self._windows(confirm, "confirm") if confirm else self.search
         self.statistics = evenly_spaced(self._measuring, effort.statistics)
-        self.pruning = self._pruning(pruning_tokens) if judged else []
+        self.pruning = [] if pruning_tokens is None else self._pruning(pruning_tokens)
 
     def next_signal(self) -> list[dict]:
         """Other samples in every round, as far as there are any, and other windows."""
@@ -86,7 +88,9 @@ class SampleSplit:
         start, order = self._rounds * count, interleaved(self._measuring)
         chosen = [order[(start + i) % len(order)] for i in range(count)]
         self._rounds += 1
-        return self._windows(chosen, f"signal {self._rounds}")
+        windows = self._windows(chosen, f"signal {self._rounds}")
+        self._signal = self._signal or windows
+        return windows
 
     def in_turn(self) -> list[dict]:
         """All that are not held out, whole, the first few spread over the text."""
@@ -97,12 +101,11 @@ class SampleSplit:
         return self._windows(self._measuring[-1:], "check")[0]
 
     def uses(self) -> list[SampleUse]:
-        """For the report."""
+        """For the report; of the signal's samples, those of the first round."""
         held_out = {"search": self.search, "confirm": self.confirm}
-        signal = self._measuring[: self._effort.signal]
         measuring = {
             "statistics": self.statistics,
-            "signal": self._windows(signal, "signal"),
+            "signal": self._signal,
             "pruning": self.pruning,
         }
         uses = measuring | held_out
@@ -110,7 +113,8 @@ class SampleSplit:
 
     def _pruning(self, tokens: int) -> list[dict]:
         """Windows as for the other judges, or whole samples where more is needed."""
-        few = evenly_spaced(self._measuring, self._effort.confirm)
+        count = self._effort.confirm or self._effort.signal
+        few = evenly_spaced(self._measuring, count)
         windows = self._windows(few, "pruning")
         if SampleUse("", windows).tokens >= tokens:
             return windows

@@ -82,7 +82,7 @@ class AllocationSettings(BaseModel):
     confirm_samples: Annotated[int, Field(ge=0)] | None = None
     probe_tokens: Annotated[int, Field(ge=2)] | None = None
     max_sparsity: float = Field(default=0.95, gt=0, lt=1)
-    probe_memory: int = Field(default=4 * 2**30, gt=0)
+    probe_memory: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
     report_dir: str | None = None
     profile_cache: str | None = None
     ignore: list[str] = Field(default_factory=list)

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import runs
-import tiny
 import torch
 from accelerate import dispatch_model
 from compressed_tensors.offload import set_onload_device
+from helpers import runs, tiny
 from helpers.fake_accelerator import DeviceMix, FakeDevice, fake_accelerator, on_host
 from transformers import PreTrainedModel
 

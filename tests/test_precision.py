@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 
 from absorb_plugin.calibration import calibrating
 from absorb_plugin.precision import ieee_float32

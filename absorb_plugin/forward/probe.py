@@ -22,7 +22,7 @@ class Needs:
     (integration/benchmarks/cost_model.py) add this up.
 
     :param trajectories: hidden states alive at once, beside the model's own
-    :param pruned: runs blocks under pruned weights, made one Linear at a time
+    :param pruned: number of sparsities that it runs or compares each weight at
     :param backward: runs blocks backward
     :param float32: runs blocks in float32
     :param hessians: adds up Σ x xᵀ of a Linear's inputs and inverts it
@@ -31,7 +31,7 @@ class Needs:
     """
 
     trajectories: int = 0
-    pruned: bool = False
+    pruned: int = 0
     backward: bool = False
     float32: bool = False
     hessians: bool = False

@@ -7,9 +7,12 @@ has come this far: noisy copies, or copies that met other weights on their way. 
 block is onloaded once per batch, whatever the number of trajectories.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from copy import copy
 from functools import cache, partial
+from typing import Any
 
 import torch
 from compressed_tensors.offload import disable_offloading, get_execution_device
@@ -20,6 +23,7 @@ from tqdm import tqdm
 from absorb_plugin import distributed
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch, calibrating, split_samples
+from absorb_plugin.devices import empty_cache
 from absorb_plugin.forward.block_io import (
     BlockCall,
     hidden_state,
@@ -58,6 +62,7 @@ def run_probes(
     :param memory: limit in bytes of what the run may take beside the model; None for
         no limit. What cannot be cut to it goes on with a warning
     :param description: label of the progress bar
+    :raises torch.OutOfMemoryError: if not even one sample fits the device
     :raises NonFiniteHiddenState: naming the first block with NaN or infinity
     """
     model = language_model(model)
@@ -71,19 +76,77 @@ def run_probes(
         need = footprint(model, blocks.modules, needs, memory)
         whole = any(one.single_batch for one in needs)
         head.chunk_bytes = need.chunk
-        for batch in tqdm(
+        _run_all(
+            model,
             list(_within_memory(batches, need, memory, whole)),
-            desc=description,
-            disable=not distributed.is_first(),
-        ):
-            device = get_execution_device(model)
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            for probe in probes:
-                probe.start(batch)
-            with hooks.active():
-                model(**forward_inputs(model, batch))
-            for probe in probes:
-                probe.finish(batch, head)
+            hooks,
+            divisible=not whole,
+            description=description,
+        )
+
+
+def _run_all(
+    model: Module,
+    batches: Sequence[Batch],
+    hooks: "_BlockHooks",
+    *,
+    divisible: bool,
+    description: str,
+) -> None:
+    """Batch by batch; where one does not fit the device, in halves from there on."""
+    waiting = deque(batches)
+    hidden = not distributed.is_first()
+    with tqdm(total=len(batches), desc=description, disable=hidden) as bar:
+        while waiting:
+            batch = waiting.popleft()
+            said = _out_of_memory(model, batch, hooks)
+            if said is None:
+                bar.update()
+                continue
+            samples = len(batch["input_ids"])
+            _check_divisible(said, samples, divisible)
+            _warn_of_halves(description)
+            waiting = deque(split_samples([batch, *waiting], samples // 2))
+            bar.total = bar.n + len(waiting)
+
+
+def _out_of_memory(model: Module, batch: Batch, hooks: "_BlockHooks") -> str | None:
+    """What the device says if a batch does not fit it; all is then as before."""
+    before = hooks.measured()
+    try:
+        device = get_execution_device(model)
+        hooks.run(model, {name: tensor.to(device) for name, tensor in batch.items()})
+        return None
+    except torch.OutOfMemoryError as error:
+        said = str(error)
+    # not earlier: the error holds on to the tensors of the frames that it passed
+    hooks.forget(before)
+    empty_cache()
+    return said
+
+
+def _check_divisible(said: str, samples: int, divisible: bool) -> None:
+    """:raises torch.OutOfMemoryError: if fewer samples at a time are no way out"""
+    if not divisible:
+        raise torch.OutOfMemoryError(
+            f"{said}. The pruner's own arithmetic takes its {samples} samples at once: "
+            "use fewer confirm_samples or probe_tokens, or confirm_samples: 0"
+        )
+    if samples == 1:
+        raise torch.OutOfMemoryError(
+            f"{said}. That was for a single sample: use fewer probe_tokens or a "
+            "smaller max_seq_length, or a device with more memory"
+        )
+
+
+@cache
+def _warn_of_halves(description: str) -> None:
+    """Once, not for every half."""
+    logger.warning(
+        f"{description}: a batch does not fit the memory of the device. Going on with "
+        "half as many samples at a time, or fewer. A smaller probe_memory sets a limit "
+        "beforehand"
+    )
 
 
 def _within_memory(
@@ -151,13 +214,31 @@ class _BlockHooks:
         for probe in self._probes:
             probe.close()
 
-    @contextmanager
-    def active(self) -> Iterator[None]:
+    def run(self, model: Module, batch: Batch) -> None:
+        """The whole of a batch."""
+        for probe in self._probes:
+            probe.start(batch)
         self._listening = True
         try:
-            yield
+            model(**forward_inputs(model, batch))
         finally:
             self._listening = False
+        for probe in self._probes:
+            probe.finish(batch, self._head)
+
+    def measured(self) -> list[dict[str, Any]]:
+        """What every probe has measured; a batch adds to it."""
+        return [
+            {name: copy(vars(probe)[name]) for name in probe.state}
+            for probe in self._probes
+        ]
+
+    def forget(self, measured: list[dict[str, Any]]) -> None:
+        """Go back to what was measured before a batch that broke off."""
+        self._onloaded.close()
+        for probe, state in zip(self._probes, measured, strict=True):
+            probe.close()
+            vars(probe).update(state)
 
     def _enter(
         self, index: int, block: Module, args: tuple, kwargs: dict

@@ -49,7 +49,8 @@ class MaskedLoss(Probe):
 
     @property
     def needs(self) -> Needs:
-        return Needs(trajectories=len(self._candidates) - 1, pruned=True)
+        candidates = len(self._candidates)
+        return Needs(trajectories=candidates - 1, pruned=candidates)
 
     def start(self, batch: Batch) -> None:
         self._hidden: list[torch.Tensor] = []

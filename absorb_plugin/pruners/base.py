@@ -8,12 +8,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
 
+from absorb_plugin.forward.chunks import row_chunks
 from absorb_plugin.forward.inputs import square_sum
-from absorb_plugin.pruners.thresholds import (
-    global_threshold,
-    row_chunks,
-    row_thresholds,
-)
+from absorb_plugin.pruners.thresholds import global_threshold, row_thresholds
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -58,6 +55,20 @@ class Pruner:
         :param columns: of the widest Linear
         """
         return 0
+
+    @property
+    def keeps_zeros(self) -> bool:
+        """Whether it refuses to leave a Linear with fewer zeros than it has."""
+        return False
+
+    def present(self, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Zeros in the parts of a weight that are pruned each to the same sparsity.
+
+        :param zero: True where a weight is zero before, (out_features, in_features)
+        :return: share of zeros of every part, and its number of weights: (parts,)
+        """
+        raise NotImplementedError
 
     @property
     def masks(self) -> MaskPruner:
@@ -112,6 +123,11 @@ class MaskPruner(Pruner):
     @property
     def masks(self) -> MaskPruner:
         return self
+
+    def present(self, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = zero if self.by_row else zero.reshape(1, -1)
+        sizes = torch.full((len(parts),), parts.shape[1])
+        return parts.float().mean(dim=1), sizes
 
     def thresholds(
         self, weight: torch.Tensor, observed: torch.Tensor, sparsities: Sequence[float]

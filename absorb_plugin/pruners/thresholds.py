@@ -21,15 +21,14 @@ The choices for accelerators follow from the source and that report. integration
 gpu_check.py times both primitives on the card at hand.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-__all__ = ["global_threshold", "row_chunks", "row_thresholds"]
+from absorb_plugin.forward.chunks import row_chunks
 
-# Of float32 scores that are held at a time.
-CHUNK_BYTES = 64 * 2**20
+__all__ = ["global_threshold", "row_thresholds"]
 
 
 def row_thresholds(scores: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
@@ -71,14 +70,6 @@ def global_threshold(scores: torch.Tensor, rank: int) -> torch.Tensor:
     if flat.device.type == "cpu":
         return scores.new_tensor(np.partition(flat.numpy(), rank)[rank])
     return flat.sort().values[rank]
-
-
-def row_chunks(matrix: torch.Tensor) -> Iterator[slice]:
-    """Rows of a matrix that are worked on at a time: `CHUNK_BYTES` in float32."""
-    rows, columns = matrix.shape
-    step = max(1, CHUNK_BYTES // (4 * max(1, columns)))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
 
 
 def _smallest(scores: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch.nn import Linear, Module
 
 from absorb_plugin.blocks import BlockMap
+from absorb_plugin.forward.chunks import row_chunks
 from absorb_plugin.forward.inputs import real_tokens
 from absorb_plugin.forward.linears import Weights
 from absorb_plugin.groups import linear_names
@@ -120,7 +121,10 @@ def _difference(less: torch.Tensor, more: torch.Tensor) -> torch.Tensor | None:
     share = (less.count_nonzero() - more.count_nonzero()).item() / less.numel()
     if share <= 0:
         return None
-    return ((more.float() - less.float()) / share).to(less.dtype)
+    change = torch.empty_like(less)
+    for part in row_chunks(less):
+        change[part] = (more[part].float() - less[part].float()) / share
+    return change
 
 
 class MaskedSlopes:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from absorb_plugin.allocate import Allocation
 from absorb_plugin.blocks import linear_parameters
 from absorb_plugin.calibration import Batch, sample_key, token_mask
+from absorb_plugin.devices import dtype_of
 from absorb_plugin.files import json_numbers
 from absorb_plugin.groups import named
 from absorb_plugin.pruners.adapter import PrunerAdapter, user_fields
@@ -190,7 +191,7 @@ def model_entry(model: PreTrainedModel) -> dict[str, str]:
     return {
         "class": type(model).__name__,
         "name_or_path": getattr(model, "name_or_path", ""),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(dtype_of(model)).removeprefix("torch."),
     }
 
 

@@ -56,6 +56,7 @@ class Signal(BaseModel):
     Class attributes:
         name: how recipes call it
         by_loss: whether it needs tokens to predict, and the inputs' statistics
+        prunes: whether it needs samples to prune by
         once: whether it says the same of every allocation, and gives a direction only
     """
 
@@ -63,6 +64,7 @@ class Signal(BaseModel):
 
     name: ClassVar[str]
     by_loss: ClassVar[bool] = True
+    prunes: ClassVar[bool] = False
     once: ClassVar[bool] = False
     differentiates: ClassVar[bool] = False
 

@@ -71,7 +71,7 @@ class GradientProbe(Probe):
         # inputs of all blocks, and two gradients
         return Needs(
             trajectories=len(self._blocks) + 2,
-            pruned=True,
+            pruned=3,
             backward=True,
             kept_weights=self._source.kept_weights,
         )
@@ -198,6 +198,7 @@ class PrunerGradient(Gradient):
     """
 
     name: ClassVar[str] = "pruner"
+    prunes: ClassVar[bool] = True
 
     def slopes(self, setting: Setting, allocation: np.ndarray) -> Slopes:
         model = PrunedModel(setting.blocks, setting.pruner, allocation, self.step)

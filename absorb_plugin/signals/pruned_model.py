@@ -46,7 +46,7 @@ class PrunedModel(Probe):
     def needs(self) -> Needs:
         return Needs(
             trajectories=1,
-            pruned=True,
+            pruned=PrunedSlopes.kept_weights,
             hessians=self._pruner.hessians,
             kept_weights=PrunedSlopes.kept_weights,
             single_batch=True,

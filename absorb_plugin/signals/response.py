@@ -87,7 +87,7 @@ class ResponseProbe(Probe):
 
     @property
     def needs(self) -> Needs:
-        return Needs(trajectories=self._groups, pruned=True)
+        return Needs(trajectories=self._groups, pruned=2)
 
     def start(self, batch: Batch) -> None:
         self._relaxed: dict[int, torch.Tensor] = {}

@@ -27,8 +27,9 @@ from absorb_plugin.allocation import Calibration
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from absorb_plugin import AbsorptionAllocationModifier
+from absorb_plugin.evaluation.documents import read_text
 from absorb_plugin.evaluation.oneshot import prune
-from absorb_plugin.evaluation.text import calibration_samples, read_text
+from absorb_plugin.evaluation.text import calibration_samples
 
 from memory import GIB, status  # isort: skip
 from quality import PRUNERS  # isort: skip

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import absorb_plugin.fingerprint as fingerprint
 from absorb_plugin import AbsorptionAllocationModifier
 from absorb_plugin.blocks import find_blocks
-from absorb_plugin.evaluation.text import calibration_samples, read_text
+from absorb_plugin.evaluation.documents import read_text
+from absorb_plugin.evaluation.text import calibration_samples
 
 
 class Counts:

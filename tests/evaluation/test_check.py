@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
-import tiny
 import torch
 import yaml
 from compressed_tensors.compressors import BaseCompressor, decompress_module
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from helpers import runs, tiny
 from llmcompressor.core import reset_session
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from safetensors.torch import load_file, save_file

@@ -12,16 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import absorb_plugin.allocation as allocation
 import torch
-from absorb_plugin.compensation import Compensation
 from compressed_tensors.offload.convert import from_accelerate
 from llmcompressor.core import reset_session
 from torch import distributed
 from torch.utils.data import DataLoader
 
 from absorb_plugin.blocks import find_blocks
-from absorb_plugin.calibration import cache_batches, padded
+from absorb_plugin.calibration import pad_to_batch, read_batches
+from absorb_plugin.forward import runner
 from absorb_plugin.hookspecs import hookimpl
 from absorb_plugin.plugins import manager
 from helpers import runs, tiny
@@ -29,11 +28,11 @@ from helpers import runs, tiny
 WORLDS = (1, 2, 3)
 Batches = list[dict[str, torch.Tensor]]
 
-# name -> fields of the modifier
+# name -> fields of the modifier, and "kind" of the pruner, "seed" of the model
 ALLOCATIONS: dict[str, dict[str, Any]] = {
     "gradient": {"signal": "gradient"},
     "response": {"signal": "response"},
-    "noise": {"signal": "noise", "noise_samples": 7, "strength": 0.1},
+    "noise": {"signal": "noise", "signal_args": {"samples": 7}, "strength": 0.1},
     "auto": {
         "allocator": "uniform",
         "strength": "auto",
@@ -41,13 +40,14 @@ ALLOCATIONS: dict[str, dict[str, Any]] = {
         "report_dir": "for the noise probe",
         "seed": 2,  # a model on which the first round takes a step
     },
-    "rehearsed": {
+    "confirmed": {
         "allocator": "uniform",
         "strength": "auto",
         "rounds": 2,
-        "seed": 2,
-        "compensation": Compensation(),
+        "seed": 1,
+        "kind": "sparsegpt",
     },
+    "pruner": {"signal": "pruner", "kind": "sparsegpt", "level": "part"},
     "alpha": {"allocator": "alpha_pruning", "granularity": "linear"},
     "experts": {"architecture": "qwen3_moe", "statistics_samples": 3},
 }
@@ -95,7 +95,7 @@ def shard(scheme: str, world: int, rank: int) -> Batches:
         start, stop = SHARDS[scheme][world][rank : rank + 2]
         return every[start:stop]
     mine = every[rank::world][::-1]
-    return [padded(mine[i : i + 2]) for i in range(0, len(mine), 2)]
+    return [pad_to_batch(mine[i : i + 2]) for i in range(0, len(mine), 2)]
 
 
 def allocate(fields: dict[str, Any], loader: Sequence[Any]) -> dict[str, Any]:
@@ -103,12 +103,10 @@ def allocate(fields: dict[str, Any], loader: Sequence[Any]) -> dict[str, Any]:
     model = tiny.make_model(
         fields.pop("architecture", "llama"), seed=fields.pop("seed", 0)
     )
-    compensation = fields.pop("compensation", None)
-    settings = runs.absorption(**{"signal_samples": 5, "holdout_samples": 4} | fields)
-    found = settings.allocate(
-        model, find_blocks(model), cache_batches(loader), 0.6, compensation
-    )
-    noise, search = found.absorption, found.search
+    kind = fields.pop("kind", "wanda")
+    fields = {"signal_samples": 5, "search_samples": 4} | fields
+    found = runs.allocate(model, read_batches(loader), 0.6, kind, **fields)
+    noise, search, confirmed = found.noise, found.search, found.confirmed
     return {
         "targets": list(found.linear_sparsities().values()),
         "direction": found.direction.tolist(),
@@ -117,6 +115,8 @@ def allocate(fields: dict[str, Any], loader: Sequence[Any]) -> dict[str, Any]:
         else [*noise.ratio, *noise.ratio_error, noise.samples, noise.tokens],
         "losses": None if search is None else [x.losses for x in search.rounds],
         "chosen": None if search is None else [x.chosen for x in search.rounds],
+        "confirmed": None if confirmed is None else list(confirmed.losses.values()),
+        "taken": None if confirmed is None else confirmed.chosen,
     }
 
 
@@ -132,9 +132,9 @@ def kept(world: int, rank: int, folder: Path) -> list[dict[str, Any]]:
     """An allocation that fills a profile_cache, and one that must not run the model."""
     fields = {**ALLOCATIONS["auto"], "profile_cache": folder / f"kept{world}"}
     first = allocate(fields, shard("unequal", world, rank))
-    sweep, allocation.sweep = allocation.sweep, None
+    measure, runner.run_probes = runner.run_probes, None
     second = allocate(fields, shard("unequal", world, rank))
-    allocation.sweep = sweep
+    runner.run_probes = measure
     return [first, second]
 
 
@@ -143,20 +143,16 @@ def failures(world: int, rank: int) -> dict[str, str]:
     poisoned = shard("unequal", world, rank)
     if rank == world - 1:
         poisoned[-1] = {"text": ["no tokens"]}
-    found = {"no input_ids": _error(lambda: cache_batches(poisoned))}
-    found["no data"] = _error(lambda: cache_batches([]))
+    found = {"no input_ids": _error(lambda: read_batches(poisoned))}
+    found["no data"] = _error(lambda: read_batches([]))
 
     model = tiny.make_model("llama")
     model.get_input_embeddings().weight.data[1] = torch.inf
     batches = samples()[:2]
     batches[1]["input_ids"][:] = 1  # no other sample has this token
-    found["infinity"] = _error(
-        lambda: runs.absorption().allocate(model, find_blocks(model), batches, 0.6)
-    )
+    found["infinity"] = _error(lambda: runs.allocate(model, batches, 0.6))
     unlike = samples()[rank:]
-    found["not alike"] = _error(
-        lambda: runs.absorption().allocate(model, find_blocks(model), unlike, 0.6)
-    )
+    found["not alike"] = _error(lambda: runs.allocate(model, unlike, 0.6))
     return found
 
 
@@ -177,7 +173,7 @@ def prunings(world: int, rank: int, folder: Path) -> dict[str, Any]:
     }
     for name, (kind, reduced) in PRUNINGS.items():
         if world == 2 or (world == 1 and reduced):
-            fields = common | {"reduce_peer_statistics": reduced}
+            fields = common | {"reduce_pruner_statistics": reduced}
             found[name] = prune(kind, folder, rank, **fields)
     if world == 2:
         found["offloaded"] = prune("sparsegpt", folder, rank, offload=True, **common)
@@ -194,32 +190,33 @@ def prune(
     folder: Path,
     rank: int,
     offload: bool = False,
-    reduce_peer_statistics: bool = True,
+    reduce_pruner_statistics: bool = True,
     **fields: Any,
 ) -> dict[str, Any]:
     model = tiny.make_model("llama", **WIDE)
     directory = folder / f"rank{rank}"
     ours = runs.absorption(
-        report_dir=directory / "report", reduce_peer_statistics=reduce_peer_statistics
+        report_dir=directory / "report",
+        reduce_pruner_statistics=reduce_pruner_statistics,
     )
     if offload:  # as load_offloaded_model does, which wants an accelerator
         model = model.to("meta") if rank else model
         from_accelerate(model)
-    peer = runs.pruner(kind)
+    pruner = runs.pruner(kind)
     observer = Observer()
     manager().register(observer)
     try:
-        runs.run(model, [ours, peer], directory, samples=13, **fields)
+        runs.run(model, [ours, pruner], directory, samples=13, **fields)
     finally:
         manager().unregister(observer)
         reset_session()
-    assert "compress_modules" not in peer.__dict__
+    assert "compress_modules" not in pruner.__dict__
     return {
         "weights": {
             name: linear.weight.detach().clone()
             for name, linear in find_blocks(model).linears().items()
         },
-        "targets": peer.sparsity,
+        "targets": pruner.sparsity,
         "reports": sorted(path.name for path in directory.glob("report/*")),
         "hooks": observer.calls,
     }

@@ -1,4 +1,4 @@
-"""What is reduced before pruning, and what is left alone; whole runs: helpers/ranks.py."""
+"""What is reduced before pruning, and what is left alone."""
 
 from collections.abc import Iterator
 

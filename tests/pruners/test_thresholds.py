@@ -5,12 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from absorb_plugin.pruners import thresholds
-from absorb_plugin.pruners.thresholds import (
-    global_threshold,
-    row_chunks,
-    row_thresholds,
-)
+from absorb_plugin.forward import chunks
+from absorb_plugin.forward.chunks import row_chunks
+from absorb_plugin.pruners.thresholds import global_threshold, row_thresholds
 
 
 def scores(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -22,7 +19,7 @@ def scores(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 def rows_at_a_time(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[None]:
-    monkeypatch.setattr(thresholds, "CHUNK_BYTES", 4 * 11 * request.param)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 4 * 11 * request.param)
     yield
 
 
@@ -77,11 +74,11 @@ def test_rank_out_of_range(rank: int) -> None:
 
 
 def test_chunks_cover_all_rows_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thresholds, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 100)
     rows = [list(range(7))[chunk] for chunk in row_chunks(scores(7, 10))]
     assert rows == [[0, 1], [2, 3], [4, 5], [6]]
 
 
 def test_a_row_longer_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thresholds, "CHUNK_BYTES", 8)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 8)
     assert len(list(row_chunks(scores(3, 10)))) == 3
