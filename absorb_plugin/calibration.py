@@ -21,6 +21,7 @@ from absorb_plugin.batches import as_tensors
 from absorb_plugin.cpu import fast_bfloat16
 from absorb_plugin.language_model import without_cache
 from absorb_plugin.precision import ieee_float32
+from absorb_plugin.torch_state import plain_torch
 
 __all__ = [
     "JOINED",
@@ -68,6 +69,7 @@ def calibrating(model: torch.nn.Module) -> Iterator[None]:
         yield
 
 
+@plain_torch()
 def read_batches(loader: DataLoader | Iterable[Batch] | None) -> list[dict]:
     """
     Read the calibration loader once. The random state is put back afterwards, so that

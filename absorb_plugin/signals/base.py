@@ -73,6 +73,7 @@ class Signal(BaseModel):
     by_loss: ClassVar[bool] = True
     prunes: ClassVar[bool] = False
     once: ClassVar[bool] = False
+    differentiates: ClassVar[bool] = False
 
     def measurer(self, setting: Setting) -> Callable[[np.ndarray], Slopes]:
         """
