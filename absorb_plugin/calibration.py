@@ -23,6 +23,7 @@ from absorb_plugin.language_model import without_cache
 from absorb_plugin.precision import ieee_float32
 
 __all__ = [
+    "JOINED",
     "Batch",
     "calibrating",
     "cut_tokens",
@@ -38,6 +39,10 @@ __all__ = [
     "split_samples",
     "token_mask",
 ]
+
+# Samples that are joined to a batch at most; `probe_memory` cuts it again. An offloaded
+# model is onloaded anew for every batch.
+JOINED = 32
 
 Batch = Mapping[str, torch.Tensor]
 T = TypeVar("T")
@@ -177,7 +182,7 @@ def _predicts(sample: Batch) -> bool:
     return bool((mask[:, 1:] & mask[:, :-1]).any())
 
 
-def join_samples(samples: Iterable[Batch], size: int = 8) -> list[dict]:
+def join_samples(samples: Iterable[Batch], size: int = JOINED) -> list[dict]:
     """Join up to `size` neighbouring samples of equal shape to a batch, order kept."""
     batches: list[dict] = []
     for sample in samples:

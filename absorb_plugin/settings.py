@@ -75,6 +75,7 @@ class AllocationSettings(BaseModel):
     signal: str = "auto"
     signal_args: dict[str, Any] = Field(default_factory=dict)
     strength: Annotated[float, Field(ge=-1, le=1)] | Literal["auto"] = "auto"
+    max_loss_increase: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     effort: Literal["quick", "standard", "thorough"] = "standard"
     rounds: Count | None = None
     statistics_samples: Count | None = None
@@ -116,6 +117,22 @@ class AllocationSettings(BaseModel):
     @classmethod
     def validate_ignore(cls, value: str | list[str]) -> list[str]:
         return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def validate_quality(self) -> "AllocationSettings":
+        if self.max_loss_increase is None:
+            return self
+        if self.strength != "auto" or self.confirm_samples == 0:
+            raise ValueError(
+                "max_loss_increase is kept by judging allocations on held-out samples: "
+                "leave strength at 'auto' and confirm_samples above 0"
+            )
+        if self.signal == "noise":
+            raise ValueError(
+                "max_loss_increase needs a signal that can be measured anew at every "
+                "budget: leave signal at 'auto'"
+            )
+        return self
 
     def measuring(self) -> Effort:
         """What `effort` stands for, with the fields that override it."""

@@ -26,7 +26,7 @@ from absorb_plugin.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from absorb_plugin.allocate import Allocation
+    from absorb_plugin.allocation import Allocation
 
 __all__ = ["allocate"]
 

@@ -12,7 +12,7 @@ import torch
 from loguru import logger
 from transformers import PreTrainedModel
 
-from absorb_plugin.allocate import Allocation
+from absorb_plugin.allocation import Allocation
 from absorb_plugin.blocks import linear_parameters
 from absorb_plugin.calibration import Batch, sample_key, token_mask
 from absorb_plugin.devices import dtype_of
@@ -26,6 +26,7 @@ from absorb_plugin.report.words import model_name, run_title
 from absorb_plugin.report.write import write_or_warn
 from absorb_plugin.search.descent import Step
 from absorb_plugin.search.line_search import Round, SearchResult
+from absorb_plugin.search.quality import Quality
 from absorb_plugin.signals.noise import NoiseProfile
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class Report:
             "noise": noise_entry(allocation),
             "search": search_entry(allocation.search),
             "confirmed": confirmed_entry(allocation, self._pruner.pruner.name),
-            "quality": None,
+            "quality": quality_entry(allocation.quality),
             "budget": allocation.budget.sparsity,
             "achieved": allocation.achieved(),
             "realised": self._realised(list(allocation.blocks.linears())),
@@ -256,6 +257,23 @@ def search_entry(search: SearchResult | None) -> dict[str, Any] | None:
             for steps, loss in search.judged.items()
         ],
         "taken": search.taken,
+    }
+
+
+def quality_entry(quality: Quality | None) -> dict[str, Any] | None:
+    if quality is None:
+        return None
+    return {
+        "max_loss_increase": quality.bound,
+        "found": quality.found.sparsity,
+        "curve": [
+            {
+                "sparsity": point.sparsity,
+                "loss_increase": json_number(point.increase),
+                "standard_error": json_number(point.error),
+            }
+            for point in sorted(quality.points, key=lambda point: point.sparsity)
+        ],
     }
 
 
