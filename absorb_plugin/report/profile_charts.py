@@ -182,7 +182,7 @@ def _descent(profile: Profile) -> Iterator[Chart]:
         "final",
         points,
         [point["loss"] for point in search["judged"]],
-        ring=points.index(search["taken"]),
+        ring=points.index(search["taken"]) if search["taken"] in points else None,
     )
     signal = [step["loss"] for step in search["steps"]]
     lines = [
