@@ -313,7 +313,9 @@ def confirmed_entry(allocation: Allocation, judge: str) -> dict[str, Any] | None
         "chosen": confirmed.chosen,
         "gain": json_number(confirmed.gain),
         "standard_error": json_number(confirmed.standard_error),
-        "chose_nothing": keys["confirm"].isdisjoint(keys["search"]),
+        # a bound on the loss is kept on the samples that confirm
+        "chose_nothing": allocation.quality is None
+        and keys["confirm"].isdisjoint(keys["search"]),
     }
 
 
