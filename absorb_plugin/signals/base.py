@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ class Setting:
     :param runner: runs probes
     :param pruner: that will prune
     :param statistics: full name of a Linear -> a_j of the dense network
+    :param known: signal -> what it has measured, of those that measure once
     """
 
     blocks: BlockMap
@@ -41,6 +42,7 @@ class Setting:
     runner: ProbeRunner
     pruner: Pruner
     statistics: Mapping[str, torch.Tensor]
+    known: dict[Signal, Any] = field(default_factory=dict)
 
     @property
     def masks(self) -> MaskedWeights:
