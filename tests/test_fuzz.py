@@ -153,7 +153,7 @@ def ours(draw: st.DrawFn) -> dict[str, Any]:
     names += draw(st.sampled_from([[], [], ["ignore"]]))
     fields = {name: draw(OURS[name]) for name in names}
     if fields.get("signal") in SIGNALS and draw(st.booleans()):
-        own = SIGNALS[fields["signal"]].model_fields
+        own = SIGNALS[fields["signal"]].model_fields.keys()
         fields["signal_args"] = draw(SIGNAL_ARGS.filter(lambda x: x.keys() <= own))
     return fields
 
