@@ -29,14 +29,18 @@ def rows(text: str) -> list[list[str]]:
 
 def test_every_field_is_in_the_table_and_no_other() -> None:
     fields = RECIPE.partition("## signal_args")[0]
-    listed = [match[1] for row in rows(fields) if (match := re.match(r"`(\w+)`", row[0]))]
+    listed = [
+        match[1] for row in rows(fields) if (match := re.match(r"`(\w+)`", row[0]))
+    ]
     assert listed == list(AllocationSettings.model_fields)
 
 
 @pytest.mark.parametrize("name", list(AllocationSettings.model_fields))
 def test_its_default_is_the_fields(name: str) -> None:
     (row,) = [row for row in rows(RECIPE) if row[0] == f"`{name}`"]
-    default = AllocationSettings.model_fields[name].get_default(call_default_factory=True)
+    default = AllocationSettings.model_fields[name].get_default(
+        call_default_factory=True
+    )
     if name in OF_EFFORT:
         numbers = [str(getattr(one, OF_EFFORT[name])) for one in EFFORTS.values()]
         assert row[2] == "by `effort`: " + ", ".join(numbers)
