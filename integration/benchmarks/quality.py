@@ -16,9 +16,9 @@ Methods: `dense`; `uniform`; `atp`, the depth-only ramp at the best of a few β,
 on the very text that it is judged by, which favours it; `base`, the allocator alone;
 `paper`, the noise ratio at η = 1e-2 with noise on every token and strength 0.1; `ours`,
 the defaults of the modifier. Not in the table, but in the results: `masks`, ours
-without the last comparison; `gradient`, `pruner`, `response` and `noise`, ours with that
-signal; `block`, `part` and `linear`, with that level; `quick` and `thorough`, with that
-effort; `random`, ours with a random direction of the same length and the same judge;
+without the last comparison; `gradient`, `pruner`, `response` and `noise`, ours with
+that signal; `block`, `part` and `linear`, with that level; `quick` and `thorough`, with
+that effort; `random`, ours with a random direction of the same length and the judge;
 `evolution`, an evolutionary search per Linear in the manner of EvoPress by KL
 divergence, from uniform, at as many tokens as ours (`controls.py`).
 
