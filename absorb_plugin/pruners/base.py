@@ -62,6 +62,20 @@ class Pruner:
         return 0
 
     @property
+    def keeps_zeros(self) -> bool:
+        """Whether it refuses to leave a Linear with fewer zeros than it has."""
+        return False
+
+    def present(self, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Zeros in the parts of a weight that are pruned each to the same sparsity.
+
+        :param zero: True where a weight is zero before, (out_features, in_features)
+        :return: share of zeros of every part, and its number of weights: (parts,)
+        """
+        raise NotImplementedError
+
+    @property
     def masks(self) -> MaskPruner:
         """A pruner that only masks and ranks weights alike, to shortlist by."""
         raise NotImplementedError
@@ -122,6 +136,11 @@ class MaskPruner(Pruner):
             for part in row_chunks(weight)
         ]
         return torch.cat(found)
+
+    def present(self, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = zero if self.by_row else zero.reshape(1, -1)
+        sizes = torch.full((len(parts),), parts.shape[1])
+        return parts.float().mean(dim=1), sizes
 
     def thresholds(
         self,

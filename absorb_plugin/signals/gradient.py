@@ -182,6 +182,7 @@ class Gradient(Signal):
     """
 
     name: ClassVar[str] = "gradient"
+    differentiates: ClassVar[bool] = True
 
     step: float = Field(default=0.05, gt=0, lt=1)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel
+from torch.nn import Module
 
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.calibration import join_samples, samples_of
@@ -19,7 +19,9 @@ from absorb_plugin.devices import computing_on_one_device, dtype_of
 from absorb_plugin.files import json_numbers
 from absorb_plugin.forward.memory import limit_by_machine
 from absorb_plugin.forward.run import run_probes
+from absorb_plugin.language_model import language_model
 from absorb_plugin.signals.noise import NoiseProbe, NoiseProfile
+from absorb_plugin.torch_state import plain_torch
 
 __all__ = ["NoiseScan", "as_dict", "scan_noise"]
 
@@ -51,8 +53,9 @@ class NoiseScan:
         return [eta for eta, profile in pairs if profile.below_floor(eta)]
 
 
+@plain_torch()
 def scan_noise(
-    model: PreTrainedModel,
+    model: Module,
     samples: Dataset,
     magnitudes: Sequence[float],
     *,
@@ -87,7 +90,9 @@ def scan_noise(
             memory=probe_memory,
             description=f"Noise of {len(probes)} magnitudes",
         )
-    dtype = torch.float32 if noise_dtype == "float32" else dtype_of(model)
+    dtype = (
+        torch.float32 if noise_dtype == "float32" else dtype_of(language_model(model))
+    )
     return NoiseScan(
         [blocks.blocks[index].name for index in blocks.prunable],
         list(magnitudes),
