@@ -32,11 +32,12 @@ from absorb_plugin.measuring import (
     dense_loss,
     masked_loss,
     measure_direction,
-    measure_slopes,
     pruned_loss,
     report_noise,
+    slopes_measurer,
 )
 from absorb_plugin.pruners import Pruner
+from absorb_plugin.pruners.present import with_present_zeros
 from absorb_plugin.sample_split import SampleSplit
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.search.confirm import confirm
@@ -52,10 +53,12 @@ from absorb_plugin.search.quality import Quality, largest_budget
 from absorb_plugin.settings import AllocationSettings
 from absorb_plugin.signals import Setting
 from absorb_plugin.signals.noise import Noise
+from absorb_plugin.torch_state import check_differentiable, plain_torch
 
 __all__ = ["Allocation", "Method", "allocate"]
 
 
+@plain_torch()
 def allocate(
     model: Module,
     blocks: BlockMap,
@@ -73,8 +76,11 @@ def allocate(
     :param pruner: that will prune
     :param settings: the recipe's fields
     """
+    cap = budget_of(blocks, sparsity, settings)
+    budget = with_present_zeros(cap, blocks, pruner, {})
     method = Method(model, blocks, batches, pruner=pruner, settings=settings)
-    budget = budget_of(blocks, sparsity, settings)
+    if pruner.keeps_zeros and (seen := method.setting.statistics):
+        budget = with_present_zeros(cap, blocks, pruner, seen)
     search, confirmed, quality = None, None, None
     if settings.max_loss_increase is not None:
         quality = method.largest_budget(budget, settings.max_loss_increase)
@@ -128,7 +134,8 @@ class Method:
         pruner: Pruner,
         settings: AllocationSettings,
     ) -> None:
-        self.settings, self.signal = settings, choose_signal(settings, blocks)
+        self.settings = settings
+        self.signal = choose_signal(settings, blocks, pruner)
         self._effort = settings.measuring()
         judged = settings.strength == "auto"
         by_loss = needs_loss(settings, self.signal)
@@ -146,6 +153,8 @@ class Method:
             model, blocks, settings.probe_memory, settings.profile_cache
         )
         if settings.strength != 0:
+            if self.signal.differentiates:
+                check_differentiable(model)
             with distributed.fail_together():
                 check_forward(model, blocks, samples.shortest(), by_loss=by_loss)
         self._allocator = settings.base_allocator()
@@ -178,10 +187,12 @@ class Method:
         return descent_search(
             base.sparsity,
             budget,
-            partial(measure_slopes, setting, signal),
+            slopes_measurer(setting, signal),
             judge,
             groups=setting.groups,
-            rounds=self._effort.rounds,
+            rounds=signal.rounds(self._effort.rounds),
+            lengths=signal.lengths,
+            judge_path=not signal.prunes,
         )
 
     def refine(self, near: np.ndarray, budget: Budget) -> np.ndarray:
@@ -189,9 +200,10 @@ class Method:
         return refined(
             budget.meet(near),
             budget,
-            partial(measure_slopes, self.setting, self.signal),
+            slopes_measurer(self.setting, self.signal),
             self.setting.groups,
-            rounds=max(1, self._effort.rounds // 4),
+            rounds=max(1, self.signal.rounds(self._effort.rounds) // 4),
+            length=self.signal.lengths[1],
         )
 
     def largest_budget(self, budget: Budget, bound: float) -> Quality:

@@ -63,4 +63,4 @@ class Allocation:
 
     def achieved(self) -> float:
         """Mean target sparsity over all prunable weights."""
-        return self.budget.mean(self.sparsity)
+        return self.budget.achieved(self.sparsity)

@@ -21,8 +21,10 @@ from absorb_plugin.batches import as_tensors
 from absorb_plugin.cpu import fast_bfloat16
 from absorb_plugin.language_model import without_cache
 from absorb_plugin.precision import ieee_float32
+from absorb_plugin.torch_state import plain_torch
 
 __all__ = [
+    "JOINED",
     "Batch",
     "calibrating",
     "cut_tokens",
@@ -38,6 +40,10 @@ __all__ = [
     "split_samples",
     "token_mask",
 ]
+
+# Samples that are joined to a batch at most; `probe_memory` cuts it again. An offloaded
+# model is onloaded anew for every batch.
+JOINED = 32
 
 Batch = Mapping[str, torch.Tensor]
 T = TypeVar("T")
@@ -63,6 +69,7 @@ def calibrating(model: torch.nn.Module) -> Iterator[None]:
         yield
 
 
+@plain_torch()
 def read_batches(loader: DataLoader | Iterable[Batch] | None) -> list[dict]:
     """
     Read the calibration loader once. The random state is put back afterwards, so that
@@ -177,7 +184,7 @@ def _predicts(sample: Batch) -> bool:
     return bool((mask[:, 1:] & mask[:, :-1]).any())
 
 
-def join_samples(samples: Iterable[Batch], size: int = 8) -> list[dict]:
+def join_samples(samples: Iterable[Batch], size: int = JOINED) -> list[dict]:
     """Join up to `size` neighbouring samples of equal shape to a batch, order kept."""
     batches: list[dict] = []
     for sample in samples:

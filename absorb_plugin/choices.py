@@ -10,7 +10,7 @@ from absorb_plugin.calibration import Batch, token_mask
 from absorb_plugin.forward.inputs import unseen_linears
 from absorb_plugin.groups import linear_sizes
 from absorb_plugin.limits import bounds_of
-from absorb_plugin.pruners import Pruner
+from absorb_plugin.pruners import MaskPruner, Pruner
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.settings import AllocationSettings
 from absorb_plugin.signals import SIGNALS, Signal
@@ -29,7 +29,9 @@ __all__ = [
 RESPONSE_BLOCKS = 6
 
 
-def choose_signal(settings: AllocationSettings, blocks: BlockMap) -> Signal:
+def choose_signal(
+    settings: AllocationSettings, blocks: BlockMap, pruner: Pruner
+) -> Signal:
     """
     :raises ValueError: naming a signal or an argument that there is not
     """
@@ -37,6 +39,8 @@ def choose_signal(settings: AllocationSettings, blocks: BlockMap) -> Signal:
     if name == "auto":
         few = choose_level(settings) == "block" and len(blocks) <= RESPONSE_BLOCKS
         name = "response" if few else "gradient"
+        if not isinstance(pruner, MaskPruner):  # masks do not know what it repairs
+            name = "pruner"
     if name not in SIGNALS:
         raise ValueError(f"signal={name!r}: choose auto or one of {list(SIGNALS)}")
     return SIGNALS[name].made_with(settings.signal_args)

@@ -1,6 +1,7 @@
 """What the search asks for, measured; all ranks are told the same."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -17,19 +18,24 @@ __all__ = [
     "dense_loss",
     "masked_loss",
     "measure_direction",
-    "measure_slopes",
     "pruned_loss",
     "report_noise",
+    "slopes_measurer",
 ]
 
 # Samples of the noise probe where noise is not the signal: enough for the report.
 REPORT_SAMPLES = 1
 
 
-def measure_slopes(setting: Setting, signal: Signal, allocation: np.ndarray) -> Slopes:
-    """The slopes of every group, the same on all ranks."""
-    allocation = distributed.from_first(allocation)
-    return distributed.from_first(signal.slopes(setting, allocation))
+def slopes_measurer(setting: Setting, signal: Signal) -> Callable[[np.ndarray], Slopes]:
+    """Takes an allocation, gives the slopes of every group; for one descent."""
+    return partial(_same_slopes, signal.measurer(setting))
+
+
+def _same_slopes(
+    measure: Callable[[np.ndarray], Slopes], allocation: np.ndarray
+) -> Slopes:
+    return distributed.from_first(measure(distributed.from_first(allocation)))
 
 
 def measure_direction(
@@ -45,7 +51,11 @@ def masked_loss(setting: Setting, candidates: Sequence[np.ndarray]) -> Losses:
     """Losses under masks on the samples of the search, the same on all ranks."""
     candidates = distributed.from_first(candidates)
     probe = MaskedLoss(
-        setting.blocks, setting.pruner.masks, setting.statistics, candidates
+        setting.blocks,
+        setting.pruner.masks,
+        setting.statistics,
+        candidates,
+        setting.quantiles,
     )
     return finite(setting.runner.run("Held-out loss", setting.samples.search, probe))
 

@@ -126,13 +126,13 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
 
         self.base_allocator()
         self._blocks = find_blocks(state.model, kwargs.get("sequential_targets"))
-        if needs_loss(self, choose_signal(self, self._blocks)):
-            check_predicts_tokens(state.model)
         self._recipe = adapter.recipe_text()  # before anything in it is changed
         self._pruners = adapter.find_pruners(
             self, state.model, self._blocks, self.ignore, self.max_sparsity
         )
         for found in self._pruners:
+            if needs_loss(self, choose_signal(self, found.blocks, found.pruner)):
+                check_predicts_tokens(state.model)
             budget_of(found.blocks, found.sparsity, self)
         if state.data.calib is None:
             read_batches(None)  # says what is missing

@@ -176,6 +176,7 @@ def _descent(profile: Profile) -> Iterator[Chart]:
     made = [point["steps"] for point in search["judged"]]
     held_out = [point["loss"] for point in search["judged"]]
     own = [step["loss"] for step in search["steps"]]
+    ring = made.index(search["taken"]) if search["taken"] in made else None
     yield LineChart(
         "Descent",
         "steps made",
@@ -183,9 +184,10 @@ def _descent(profile: Profile) -> Iterator[Chart]:
         [
             *_starts(profile, range(len(own) + 1)),
             Line("samples of each step", "realised", range(len(own)), own),
-            Line("held out", "final", made, held_out, ring=made.index(search["taken"])),
+            Line("held out", "final", made, held_out, ring=ring),
         ],
-        "Circled: taken. Every step goes by samples of its own.",
+        ("The end was taken." if ring is None else "Circled: taken.")
+        + " Every step goes by samples of its own.",
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.search.correction import winsorised
 
-__all__ = ["Descent", "Slopes", "Spreading", "Step", "descend", "refined"]
+__all__ = ["LENGTHS", "Descent", "Slopes", "Spreading", "Step", "descend", "refined"]
 __all__ += ["shrunk"]
 
 # Root mean square change of a sparsity over all weights, in the first and last step.
@@ -154,12 +154,15 @@ def refined(
     groups: Spreading,
     *,
     rounds: int,
+    length: float = LENGTHS[1],
 ) -> np.ndarray:
-    """A descent from what is near the end of one already: its last, short steps."""
-    last = LENGTHS[1]
-    found = descend(
-        start, budget, measure, groups, rounds=rounds, lengths=(last, last / 2)
-    )
+    """
+    A descent from what is near the end of one already.
+
+    :param length: of the last step of that one, and the first of this
+    """
+    lengths = (length, length / 2)
+    found = descend(start, budget, measure, groups, rounds=rounds, lengths=lengths)
     return found.path[-1]
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel
+from torch.nn import Module
 
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.calibration import join_samples, samples_of
@@ -20,6 +20,7 @@ from absorb_plugin.files import json_numbers
 from absorb_plugin.forward.memory import limit_by_machine
 from absorb_plugin.forward.run import run_probes
 from absorb_plugin.signals.noise import NoiseProbe, NoiseProfile
+from absorb_plugin.torch_state import plain_torch
 
 __all__ = ["NoiseScan", "as_dict", "scan_noise"]
 
@@ -51,8 +52,9 @@ class NoiseScan:
         return [eta for eta, profile in pairs if profile.below_floor(eta)]
 
 
+@plain_torch()
 def scan_noise(
-    model: PreTrainedModel,
+    model: Module,
     samples: Dataset,
     magnitudes: Sequence[float],
     *,
