@@ -176,6 +176,7 @@ def _descent(profile: Profile) -> Iterator[Chart]:
     made = [point["steps"] for point in search["judged"]]
     held_out = [point["loss"] for point in search["judged"]]
     own = [step["loss"] for step in search["steps"]]
+    # before a pruner that repairs, the end of the path is taken and not judged here
     ring = made.index(search["taken"]) if search["taken"] in made else None
     yield LineChart(
         "Descent",
