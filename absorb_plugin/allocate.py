@@ -15,6 +15,7 @@ from absorb_plugin import distributed
 from absorb_plugin.allocators.base_allocation import Base, base_allocation
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch, SampleSplit, SampleUse, cut_tokens
+from absorb_plugin.forward.grams import GramProbe
 from absorb_plugin.forward.inputs import InputStatistics, unseen_linears
 from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.groups import Groups, named
@@ -113,11 +114,16 @@ def allocate(
     if by_loss or allocator.needs == "activations":
         probe = InputStatistics(blocks)
         statistics = runner.run("Input statistics", samples.statistics, probe)
+    measured = {}
+    if allocator.needs == "gram":
+        grams = GramProbe(blocks, allocator)
+        measured = runner.run("Second moments", samples.statistics, grams)
     base = base_allocation(
         allocator,
         blocks,
         statistics,
         budget,
+        measured=measured,
         granularity=settings.granularity,
         cache=runner.cache,
     )
