@@ -25,6 +25,7 @@ from absorb_plugin.choices import (
     widest,
 )
 from absorb_plugin.forward.check import check_forward
+from absorb_plugin.forward.grams import GramProbe
 from absorb_plugin.forward.inputs import InputStatistics
 from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.groups import Groups
@@ -162,6 +163,10 @@ class Method:
         if by_loss or self._allocator.needs == "activations":
             probe = InputStatistics(blocks)
             statistics = runner.run("Input statistics", samples.statistics, probe)
+        self._measured: Mapping[str, float] = {}
+        if self._allocator.needs == "gram":
+            grams = GramProbe(blocks, self._allocator)
+            self._measured = runner.run("Second moments", samples.statistics, grams)
         self.unseen = unseen(blocks, statistics) if statistics else None
         groups = Groups.at(choose_level(settings), blocks)
         self.setting = Setting(blocks, groups, samples, runner, pruner, statistics)
@@ -173,6 +178,7 @@ class Method:
             self.setting.blocks,
             self.setting.statistics,
             budget,
+            measured=self._measured,
             granularity=self.settings.granularity,
             cache=self.setting.runner.cache,
         )
