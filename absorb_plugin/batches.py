@@ -59,6 +59,8 @@ def _ids(value: object) -> torch.Tensor:
             "numbers of equal length: pad the samples, and let the collator make "
             "tensors (transformers' DataCollatorWithPadding)"
         )
+    if not ids.numel():
+        return ids.long()
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(
             f"input_ids of a calibration batch are {ids.dtype}: token ids are integers"
@@ -69,7 +71,7 @@ def _ids(value: object) -> torch.Tensor:
             "(batch, tokens)"
         )
     ids = ids.long()
-    if ids.numel() and int(ids.min()) < 0:
+    if int(ids.min()) < 0:
         raise ValueError(
             f"input_ids of a calibration batch hold {int(ids.min())}, which is no "
             "token: pad with the tokenizer's pad token and mask it in attention_mask"

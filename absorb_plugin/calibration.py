@@ -29,6 +29,7 @@ __all__ = [
     "calibrating",
     "cut_tokens",
     "evenly_spaced",
+    "has_media",
     "interleaved",
     "join_samples",
     "pad_to_batch",
@@ -115,13 +116,16 @@ def _union(parts: list[list[dict]]) -> list[dict]:
 
 
 def _read(loader: DataLoader | Iterable[Batch]) -> list[dict]:
-    batches = []
     with torch.random.fork_rng(devices=[]), _keep_generator(loader):
-        for batch in loader:
-            tensors = as_tensors(batch)
-            if tensors["input_ids"].numel():
-                batches.append(tensors)
-    return batches
+        batches = [as_tensors(batch) for batch in loader]
+    kept = [batch for batch in batches if batch["input_ids"].numel()]
+    if kept and len(kept) < len(batches):
+        raise ValueError(
+            f"{len(batches) - len(kept)} of {len(batches)} calibration batches have no "
+            "token, on which llm-compressor's own calibration fails: leave empty rows "
+            "out of the dataset"
+        )
+    return kept
 
 
 @contextmanager
@@ -143,14 +147,35 @@ def samples_of(dataset: Dataset) -> list[dict]:
 
 
 def split_samples(batches: Iterable[Batch], size: int) -> Iterator[dict]:
-    """Cut batches into ones of at most `size` samples, order kept."""
+    """
+    Cut batches into ones of at most `size` samples, order kept.
+
+    :raises ValueError: for a batch of several samples whose images are packed
+    """
     for batch in batches:
         total = len(batch["input_ids"])
+        packed = [name for name, tensor in batch.items() if len(tensor) != total]
+        if total > size and packed:
+            raise ValueError(
+                f"a calibration batch of {total} samples holds {packed[0]!r} for all "
+                "of them in one: they cannot be told apart. Use batch_size=1, or rows "
+                "of text alone"
+            )
         for start in range(0, total, size):
             yield {
-                name: tensor[start : start + size] if len(tensor) == total else tensor
+                name: tensor if name in packed else tensor[start : start + size]
                 for name, tensor in batch.items()
             }
+
+
+def has_media(batch: Batch) -> bool:
+    """Whether it holds arrays that are not one entry per token: images, sounds."""
+    arrays = [tensor for tensor in batch.values() if tensor.dim() > 1]
+    return not all(_per_token(batch, tensor) for tensor in arrays)
+
+
+def _per_token(batch: Batch, tensor: torch.Tensor) -> bool:
+    return tensor.dim() > 1 and tensor.shape[:2] == batch["input_ids"].shape
 
 
 def single_samples(batches: Iterable[Batch], by_loss: bool = False) -> list[dict]:
@@ -185,11 +210,14 @@ def _predicts(sample: Batch) -> bool:
 
 
 def join_samples(samples: Iterable[Batch], size: int = JOINED) -> list[dict]:
-    """Join up to `size` neighbouring samples of equal shape to a batch, order kept."""
+    """
+    Join up to `size` neighbouring samples of equal shape to a batch, order kept. Those
+    with images stay alone, for a batch of them could not be split again.
+    """
     batches: list[dict] = []
     for sample in samples:
         last = batches[-1] if batches else {}
-        fits = last and len(last["input_ids"]) < size
+        fits = last and len(last["input_ids"]) < size and not has_media(sample)
         if fits and {k: v.shape[1:] for k, v in last.items()} == {
             k: v.shape[1:] for k, v in sample.items()
         }:
@@ -202,23 +230,44 @@ def join_samples(samples: Iterable[Batch], size: int = JOINED) -> list[dict]:
 def pad_to_batch(samples: Sequence[Batch]) -> dict:
     """
     One batch of single samples of whatever length, padded on the right where theirs
-    differ.
+    differ. Images of all samples follow each other.
+
+    :raises ValueError: if they cannot, for their sizes differ
     """
-    lengths = [sample["input_ids"].shape[1] for sample in samples]
-    longest = max(lengths)
-    masked = min(lengths) < longest or any("attention_mask" in x for x in samples)
-    filled = []
-    for sample, length in zip(samples, lengths, strict=True):
-        rows = dict(sample)
-        if masked:
-            rows["attention_mask"] = token_mask(sample).to(sample["input_ids"])
-        for name, tensor in rows.items():
-            if tensor.dim() > 1 and tensor.shape[1] == length < longest:
-                room = tensor.new_zeros(1, longest - length, *tensor.shape[2:])
-                rows[name] = torch.cat([tensor, room], dim=1)
-        filled.append(rows)
-    names = [name for name in filled[0] if all(name in rows for rows in filled)]
-    return {name: torch.cat([rows[name] for rows in filled]) for name in names}
+    longest = max(sample["input_ids"].shape[1] for sample in samples)
+    lengths = {sample["input_ids"].shape[1] for sample in samples}
+    masked = len(lengths) > 1 or any("attention_mask" in x for x in samples)
+    if masked:
+        samples = [
+            {**x, "attention_mask": token_mask(x).to(x["input_ids"])} for x in samples
+        ]
+    names = dict.fromkeys(name for sample in samples for name in sample)
+    return {name: _joined(name, samples, longest) for name in names}
+
+
+def _joined(name: str, samples: Sequence[Batch], longest: int) -> torch.Tensor:
+    """One field of all samples; zeros where a sample lacks one per token."""
+    found = [sample.get(name) for sample in samples]
+    model = next(tensor for tensor in found if tensor is not None)
+    owner = next(sample for sample in samples if name in sample)
+    if not _per_token(owner, model):
+        try:
+            return torch.cat([tensor for tensor in found if tensor is not None])
+        except RuntimeError as error:
+            raise ValueError(
+                f"calibration samples hold {name!r} of unequal sizes, and the last "
+                "comparison takes all samples at once: resize the images, use rows of "
+                "text alone, or confirm_samples: 0"
+            ) from error
+    rows = []
+    for sample, tensor in zip(samples, found, strict=True):
+        length = sample["input_ids"].shape[1]
+        kept = (
+            model.new_zeros(1, length, *model.shape[2:]) if tensor is None else tensor
+        )
+        room = kept.new_zeros(1, longest - length, *kept.shape[2:])
+        rows.append(torch.cat([kept, room], dim=1))
+    return torch.cat(rows)
 
 
 def sort_samples(samples: Iterable[Batch]) -> list[dict]:
@@ -255,13 +304,16 @@ def cut_tokens(
     sample: Batch, length: int, salt: str | None = None, first: bool = False
 ) -> dict:
     """
-    A window of `length` tokens of a single sample, that are no padding.
+    A window of `length` tokens of a single sample, that are no padding. A sample with
+    images stays whole: their tokens must all be there.
 
     :param salt: the window lies at a place that a hash of this and of the sample's
         tokens tells; None for its beginning
     :param first: the window begins with the sample's first token wherever it lies: a
         model that was trained with BOS there is not itself without
     """
+    if has_media(sample):
+        return dict(sample)
     total = sample["input_ids"].shape[1]
     real = token_mask(sample)[0].nonzero().flatten()
     start, stop = int(real[0]), int(real[-1]) + 1

@@ -88,11 +88,11 @@ def report_noise(
     """The noise probe's profile, where it is the signal or a report wants it."""
     if settings.strength == 0:
         return None
-    samples = setting.samples.in_turn()
     if isinstance(signal, Noise):
-        return signal.profile(setting, samples)
+        return signal.measured(setting)
     if settings.report_dir is None:
         return None
     tokens = settings.measuring().tokens
-    few = [cut_tokens(sample, tokens) for sample in samples[:REPORT_SAMPLES]]
+    samples = setting.samples.in_turn()[:REPORT_SAMPLES]
+    few = [cut_tokens(sample, tokens) for sample in samples]
     return Noise().profile(setting, few)

@@ -19,6 +19,7 @@ from absorb_plugin.settings import AllocationSettings
 if TYPE_CHECKING:
     from absorb_plugin.blocks import BlockMap
     from absorb_plugin.pruners.adapter import PrunerAdapter
+    from absorb_plugin.pruners.zeros import PrunedZeros
     from absorb_plugin.report import Report
 
 __all__ = ["AbsorptionAllocationModifier"]
@@ -114,6 +115,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
 
     _blocks: "BlockMap" = PrivateAttr()
     _pruners: "list[PrunerAdapter]" = PrivateAttr(default_factory=list)
+    _zeros: "list[PrunedZeros]" = PrivateAttr(default_factory=list)
     _reports: "list[Report]" = PrivateAttr(default_factory=list)
     _recipe: str = PrivateAttr(default="")
 
@@ -123,6 +125,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         from absorb_plugin.choices import budget_of, choose_signal, needs_loss
         from absorb_plugin.language_model import check_predicts_tokens
         from absorb_plugin.pruners import adapter, ranks
+        from absorb_plugin.pruners.zeros import PrunedZeros
 
         self.base_allocator()
         self._blocks = find_blocks(state.model, kwargs.get("sequential_targets"))
@@ -142,6 +145,9 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         for found in self._pruners if self.reduce_pruner_statistics else ():
             if (attribute := found.pruner.rank_statistics) is not None:
                 ranks.reduce_statistics(found.modifier, attribute)
+        self._zeros = [PrunedZeros(found) for found in self._pruners]
+        for zeros in self._zeros:
+            zeros.watch()
         return True
 
     def on_event(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -181,15 +187,23 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         from absorb_plugin.pruners import adapter, ranks
+        from absorb_plugin.pruners.zeros import at_the_end
 
-        for report in self._reports if distributed.is_first() else ():
-            report.measure_realised()
-            report.write(self.report_dir)
         for found in self._pruners:
             ranks.leave_statistics(found.modifier)
+        at_the_end(self, self._measure_realised)
         adapter.remove_from_recipe(self)
         logger.info("Sparsities are set; recipe.yaml replays without absorb_plugin")
         return True
+
+    def _measure_realised(self) -> None:
+        if not distributed.is_first():
+            return
+        for zeros in self._zeros:
+            zeros.warn()
+        for report, zeros in zip(self._reports, self._zeros):
+            report.measure_realised(zeros.lost())
+            report.write(self.report_dir)
 
 
 ModifierFactory.register(

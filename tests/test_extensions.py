@@ -110,9 +110,7 @@ def test_a_new_signal(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     by_block = found.block_means(found.sparsity)
     np.testing.assert_allclose(by_block, [0.4, 0.5, 0.6])
     with pytest.raises(ValueError, match=r"signal 'late': nope=1.*slope=1\.0"):
-        runs.allocate(
-            tiny.make_model("llama"), signal="late", signal_args={"nope": 1}
-        )
+        runs.allocate(tiny.make_model("llama"), signal="late", signal_args={"nope": 1})
 
 
 @pytest.mark.parametrize("signal", list(SIGNALS))

@@ -31,7 +31,7 @@ RINGS = [
     {"allocators"},
     {"hookspecs"},
     {"search"},
-    {"files", "distributed", "cpu", "precision", "_llmcompressor"},
+    {"files", "distributed", "cpu", "precision", "torch_state", "_llmcompressor"},
 ]
 
 
@@ -91,7 +91,9 @@ def own_imports(path: Path) -> set[str]:
     found = names & modules
     if any(name in names for name in absorb_plugin.__all__):
         found.add("modifier")  # where the public names come from
-    return found - {"__init__"}
+    # a package that is named for one of its files is not meant itself
+    named = {n for n in found if not any(o.startswith(f"{n}.") for o in found)}
+    return named - {"__init__"}
 
 
 @every_file

@@ -1,5 +1,6 @@
 """Everything after the last block: final norm, output head, scaling of logits."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,6 +12,9 @@ from transformers import PreTrainedModel
 from absorb_plugin.forward.block_io import put_hidden_state
 from absorb_plugin.forward.replaced import replaced_forward
 from absorb_plugin.language_model import REMEDY, forward_inputs
+
+# How configurations call the ids that stand for images and sounds.
+MEDIA_TOKEN = re.compile(r"(image|video|audio|vision)(_pad)?_token_(id|index)$")
 
 __all__ = ["CHUNK_BYTES", "OutputHead"]
 
@@ -33,6 +37,7 @@ class OutputHead:
         self._forward = None if self._linear is None else self._linear.forward
         # what the last block returned, without its contents
         self.output: Any = torch.empty(0)
+        self.placeholders = placeholders(model)
         self.chunk_bytes = CHUNK_BYTES
         self.vocabulary: int = model.config.get_text_config().vocab_size
 
@@ -79,6 +84,18 @@ class OutputHead:
         else:
             with replaced_forward(self._linear, self._forward):
                 yield
+
+
+def placeholders(model: PreTrainedModel) -> list[int]:
+    """Ids that stand for images or sounds, which no model is made to predict."""
+    configs = (model.config, model.config.get_text_config())
+    found = {
+        value
+        for config in configs
+        for name, value in vars(config).items()
+        if MEDIA_TOKEN.match(name) and isinstance(value, int)
+    }
+    return sorted(found)
 
 
 def _constant(output: object) -> Callable[..., Any]:

@@ -44,6 +44,7 @@ HOUSEKEEPING = {"index", "group", "start", "end", "update"}
 # What they do to a weight that was pruned, measured in tests/test_quantization.py. By
 # name: their modules moved between the versions of llm-compressor that we support.
 DESTROYS_ZEROS = {
+    "AutoRoundModifier": "learns an offset for every weight, pruned ones included",
     "GPTQModifier": "moves the error of quantisation onto weights that were pruned",
     "QuIPModifier": "rotates the weights, which mixes zeros with other weights",
     "SpinQuantModifier": "rotates the weights, which mixes zeros with other weights",

@@ -65,9 +65,15 @@ class Report:
         self._calibration = calibration_entry(batches)
         self._suffix = "" if number == 0 else f"_{number + 1}"
         self._zeros: dict[str, int] = {}
+        self._zeros_lost: float | None = None
 
-    def measure_realised(self) -> None:
-        """Count the zeros that the pruning modifier left in every Linear."""
+    def measure_realised(self, zeros_lost: float | None = None) -> None:
+        """
+        Count the zeros that are left in every Linear.
+
+        :param zeros_lost: share of the zeros that pruning made which others filled
+        """
+        self._zeros_lost = zeros_lost
         for name, linear in self._allocation.blocks.linears().items():
             self._zeros[name] = int((linear.weight.detach() == 0).sum())
         self._log()
@@ -98,7 +104,7 @@ class Report:
             "budget": allocation.budget.sparsity,
             "achieved": allocation.achieved(),
             "realised": self._realised(list(allocation.blocks.linears())),
-            "zeros_lost": None,
+            "zeros_lost": self._zeros_lost,
             "unseen_linears": None
             if allocation.unseen is None
             else list(allocation.unseen),
@@ -313,7 +319,9 @@ def confirmed_entry(allocation: Allocation, judge: str) -> dict[str, Any] | None
         "chosen": confirmed.chosen,
         "gain": json_number(confirmed.gain),
         "standard_error": json_number(confirmed.standard_error),
-        "chose_nothing": keys["confirm"].isdisjoint(keys["search"]),
+        # a bound on the loss is kept on the samples that confirm
+        "chose_nothing": allocation.quality is None
+        and keys["confirm"].isdisjoint(keys["search"]),
     }
 
 

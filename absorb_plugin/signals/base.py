@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ class Setting:
     :param statistics: full name of a Linear -> a_j of the dense network
     :param quantiles: of the scores by which weights are masked, found out once for all
         rounds (`MaskedWeights`)
+    :param known: signal -> what it has measured, of those that measure once
     """
 
     blocks: BlockMap
@@ -44,6 +45,7 @@ class Setting:
     pruner: Pruner
     statistics: Mapping[str, torch.Tensor]
     quantiles: dict[str, torch.Tensor] = field(default_factory=dict)
+    known: dict[Signal, Any] = field(default_factory=dict)
 
     @property
     def masks(self) -> MaskedWeights:

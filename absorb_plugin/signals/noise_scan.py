@@ -19,6 +19,7 @@ from absorb_plugin.devices import computing_on_one_device, dtype_of
 from absorb_plugin.files import json_numbers
 from absorb_plugin.forward.memory import limit_by_machine
 from absorb_plugin.forward.run import run_probes
+from absorb_plugin.language_model import language_model
 from absorb_plugin.signals.noise import NoiseProbe, NoiseProfile
 from absorb_plugin.torch_state import plain_torch
 
@@ -89,7 +90,9 @@ def scan_noise(
             memory=probe_memory,
             description=f"Noise of {len(probes)} magnitudes",
         )
-    dtype = torch.float32 if noise_dtype == "float32" else dtype_of(model)
+    dtype = (
+        torch.float32 if noise_dtype == "float32" else dtype_of(language_model(model))
+    )
     return NoiseScan(
         [blocks.blocks[index].name for index in blocks.prunable],
         list(magnitudes),
