@@ -7,7 +7,7 @@ import numpy as np
 from pydantic import Field
 
 from .base import Allocator, BaseAllocation, Granularity, LinearGroup, Needs
-from .owl import mean_importance, spread_metric
+from .owl import mean_importance, of_all, spread_metric
 
 __all__ = ["Dlp"]
 
@@ -32,7 +32,7 @@ class Dlp(Allocator):
     def allocate(
         self, groups: Sequence[LinearGroup], sparsity: float
     ) -> BaseAllocation:
-        means = np.array([mean_importance(group) for group in groups])
+        means = of_all(groups, mean_importance)
         total = float(means.sum())
         share = means / total if total > 0 else np.full_like(means, 1 / len(means))
         unimportance = 1 - share

@@ -1,16 +1,19 @@
-"""OWL: prune less where more weights stand out; and two helpers DLP shares."""
+"""OWL: prune less where more weights stand out; and three helpers DLP shares."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
 import torch
 from pydantic import Field
 
+from absorb_plugin import distributed
+
 from .base import Allocator, BaseAllocation, Granularity, LinearGroup, Needs
 from .base import LinearStatistics as Linear
 
-__all__ = ["Owl", "mean_importance", "spread_metric"]
+__all__ = ["Owl", "mean_importance", "of_all", "spread_metric"]
 
 
 class Owl(Allocator):
@@ -35,7 +38,7 @@ class Owl(Allocator):
     def allocate(
         self, groups: Sequence[LinearGroup], sparsity: float
     ) -> BaseAllocation:
-        outliers = np.array([_outlier_percent(group, self.m) for group in groups])
+        outliers = of_all(groups, partial(_outlier_percent, m=self.m))
         return BaseAllocation(outliers, spread_metric(outliers, self.lmbda, sparsity))
 
 
@@ -46,6 +49,18 @@ def spread_metric(metric: np.ndarray, width: float, sparsity: float) -> np.ndarr
         return np.full_like(metric, sparsity)
     u = 2 * width * (metric - metric.min()) / spread
     return np.clip(sparsity - (u - u.mean()), 0.0, 1.0)
+
+
+def of_all(
+    groups: Sequence[LinearGroup], measure: Callable[[LinearGroup], float]
+) -> np.ndarray:
+    """
+    One number per group. Under torch.distributed each rank reads the weights of its
+    share of the groups.
+    """
+    with distributed.fail_together():
+        mine = [measure(group) for group in distributed.share(groups)]
+    return np.array(distributed.gather_shares(mine))
 
 
 def mean_importance(group: LinearGroup) -> float:
