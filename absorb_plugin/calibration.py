@@ -17,14 +17,19 @@ from loguru import logger
 from torch.utils.data import DataLoader
 
 from absorb_plugin import distributed
+from absorb_plugin.batches import as_tensors
 from absorb_plugin.cpu import fast_bfloat16
+from absorb_plugin.language_model import without_cache
 from absorb_plugin.precision import ieee_float32
+from absorb_plugin.torch_state import plain_torch
 
 __all__ = [
+    "JOINED",
     "Batch",
     "calibrating",
     "cut_tokens",
     "evenly_spaced",
+    "has_media",
     "interleaved",
     "join_samples",
     "pad_to_batch",
@@ -37,6 +42,10 @@ __all__ = [
     "token_mask",
 ]
 
+# Samples that are joined to a batch at most; `probe_memory` cuts it again. An offloaded
+# model is onloaded anew for every batch.
+JOINED = 32
+
 Batch = Mapping[str, torch.Tensor]
 T = TypeVar("T")
 
@@ -48,9 +57,12 @@ def calibrating(model: torch.nn.Module) -> Iterator[None]:
     dropout, no quantisation. Float32 products are just that. The hooks of other
     modifiers sleep, so that a run of ours leaves no trace in their statistics; enter it
     once, `disable_hooks` does not nest.
+
+    :param model: not wrapped: llm-compressor's context passes over wrappers
     """
     with ExitStack() as stack:
         stack.enter_context(calibration_forward_context(model))
+        stack.enter_context(without_cache(model))
         stack.enter_context(DisableQuantization(model))
         stack.enter_context(HooksMixin.disable_hooks())
         stack.enter_context(fast_bfloat16())
@@ -58,6 +70,7 @@ def calibrating(model: torch.nn.Module) -> Iterator[None]:
         yield
 
 
+@plain_torch()
 def read_batches(loader: DataLoader | Iterable[Batch] | None) -> list[dict]:
     """
     Read the calibration loader once. The random state is put back afterwards, so that
@@ -106,12 +119,7 @@ def _read(loader: DataLoader | Iterable[Batch]) -> list[dict]:
     batches = []
     with torch.random.fork_rng(devices=[]), _keep_generator(loader):
         for batch in loader:
-            tensors = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}
-            if "input_ids" not in tensors:
-                raise ValueError(
-                    "a calibration batch has no 'input_ids' but "
-                    f"{sorted(batch)}: tokenise the dataset first"
-                )
+            tensors = as_tensors(batch)
             if tensors["input_ids"].numel():
                 batches.append(tensors)
     return batches
@@ -136,14 +144,35 @@ def samples_of(dataset: Dataset) -> list[dict]:
 
 
 def split_samples(batches: Iterable[Batch], size: int) -> Iterator[dict]:
-    """Cut batches into ones of at most `size` samples, order kept."""
+    """
+    Cut batches into ones of at most `size` samples, order kept.
+
+    :raises ValueError: for a batch of several samples whose images are packed
+    """
     for batch in batches:
         total = len(batch["input_ids"])
+        packed = [name for name, tensor in batch.items() if len(tensor) != total]
+        if total > size and packed:
+            raise ValueError(
+                f"a calibration batch of {total} samples holds {packed[0]!r} for all "
+                "of them in one: they cannot be told apart. Use batch_size=1, or rows "
+                "of text alone"
+            )
         for start in range(0, total, size):
             yield {
-                name: tensor[start : start + size] if len(tensor) == total else tensor
+                name: tensor if name in packed else tensor[start : start + size]
                 for name, tensor in batch.items()
             }
+
+
+def has_media(batch: Batch) -> bool:
+    """Whether it holds arrays that are not one entry per token: images, sounds."""
+    arrays = [tensor for tensor in batch.values() if tensor.dim() > 1]
+    return not all(_per_token(batch, tensor) for tensor in arrays)
+
+
+def _per_token(batch: Batch, tensor: torch.Tensor) -> bool:
+    return tensor.dim() > 1 and tensor.shape[:2] == batch["input_ids"].shape
 
 
 def single_samples(batches: Iterable[Batch], by_loss: bool = False) -> list[dict]:
@@ -177,12 +206,15 @@ def _predicts(sample: Batch) -> bool:
     return bool((mask[:, 1:] & mask[:, :-1]).any())
 
 
-def join_samples(samples: Iterable[Batch], size: int = 8) -> list[dict]:
-    """Join up to `size` neighbouring samples of equal shape to a batch, order kept."""
+def join_samples(samples: Iterable[Batch], size: int = JOINED) -> list[dict]:
+    """
+    Join up to `size` neighbouring samples of equal shape to a batch, order kept. Those
+    with images stay alone, for a batch of them could not be split again.
+    """
     batches: list[dict] = []
     for sample in samples:
         last = batches[-1] if batches else {}
-        fits = last and len(last["input_ids"]) < size
+        fits = last and len(last["input_ids"]) < size and not has_media(sample)
         if fits and {k: v.shape[1:] for k, v in last.items()} == {
             k: v.shape[1:] for k, v in sample.items()
         }:
@@ -195,23 +227,44 @@ def join_samples(samples: Iterable[Batch], size: int = 8) -> list[dict]:
 def pad_to_batch(samples: Sequence[Batch]) -> dict:
     """
     One batch of single samples of whatever length, padded on the right where theirs
-    differ.
+    differ. Images of all samples follow each other.
+
+    :raises ValueError: if they cannot, for their sizes differ
     """
-    lengths = [sample["input_ids"].shape[1] for sample in samples]
-    longest = max(lengths)
-    masked = min(lengths) < longest or any("attention_mask" in x for x in samples)
-    filled = []
-    for sample, length in zip(samples, lengths, strict=True):
-        rows = dict(sample)
-        if masked:
-            rows["attention_mask"] = token_mask(sample).to(sample["input_ids"])
-        for name, tensor in rows.items():
-            if tensor.dim() > 1 and tensor.shape[1] == length < longest:
-                room = tensor.new_zeros(1, longest - length, *tensor.shape[2:])
-                rows[name] = torch.cat([tensor, room], dim=1)
-        filled.append(rows)
-    names = [name for name in filled[0] if all(name in rows for rows in filled)]
-    return {name: torch.cat([rows[name] for rows in filled]) for name in names}
+    longest = max(sample["input_ids"].shape[1] for sample in samples)
+    lengths = {sample["input_ids"].shape[1] for sample in samples}
+    masked = len(lengths) > 1 or any("attention_mask" in x for x in samples)
+    if masked:
+        samples = [
+            {**x, "attention_mask": token_mask(x).to(x["input_ids"])} for x in samples
+        ]
+    names = dict.fromkeys(name for sample in samples for name in sample)
+    return {name: _joined(name, samples, longest) for name in names}
+
+
+def _joined(name: str, samples: Sequence[Batch], longest: int) -> torch.Tensor:
+    """One field of all samples; zeros where a sample lacks one per token."""
+    found = [sample.get(name) for sample in samples]
+    model = next(tensor for tensor in found if tensor is not None)
+    owner = next(sample for sample in samples if name in sample)
+    if not _per_token(owner, model):
+        try:
+            return torch.cat([tensor for tensor in found if tensor is not None])
+        except RuntimeError as error:
+            raise ValueError(
+                f"calibration samples hold {name!r} of unequal sizes, and the last "
+                "comparison takes all samples at once: resize the images, use rows of "
+                "text alone, or confirm_samples: 0"
+            ) from error
+    rows = []
+    for sample, tensor in zip(samples, found, strict=True):
+        length = sample["input_ids"].shape[1]
+        kept = (
+            model.new_zeros(1, length, *model.shape[2:]) if tensor is None else tensor
+        )
+        room = kept.new_zeros(1, longest - length, *kept.shape[2:])
+        rows.append(torch.cat([kept, room], dim=1))
+    return torch.cat(rows)
 
 
 def sort_samples(samples: Iterable[Batch]) -> list[dict]:
@@ -248,13 +301,16 @@ def cut_tokens(
     sample: Batch, length: int, salt: str | None = None, first: bool = False
 ) -> dict:
     """
-    A window of `length` tokens of a single sample, that are no padding.
+    A window of `length` tokens of a single sample, that are no padding. A sample with
+    images stays whole: their tokens must all be there.
 
     :param salt: the window lies at a place that a hash of this and of the sample's
         tokens tells; None for its beginning
     :param first: the window begins with the sample's first token wherever it lies: a
         model that was trained with BOS there is not itself without
     """
+    if has_media(sample):
+        return dict(sample)
     total = sample["input_ids"].shape[1]
     real = token_mask(sample)[0].nonzero().flatten()
     start, stop = int(real[0]), int(real[-1]) + 1

@@ -4,13 +4,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from compressed_tensors.offload import get_execution_device, set_onload_device
+from compressed_tensors.offload import (
+    disable_onloading,
+    get_execution_device,
+    set_onload_device,
+)
 from compressed_tensors.offload.cache import OffloadCache
 from compressed_tensors.offload.convert import from_accelerate
 from llmcompressor.utils.dev import get_main_device
 from torch.nn import Module
+from transformers import PreTrainedModel
 
-__all__ = ["computing_on_one_device"]
+__all__ = ["computing_on_one_device", "dtype_of", "empty_cache", "free_memory"]
 
 
 @contextmanager
@@ -34,6 +39,33 @@ def computing_on_one_device(model: Module) -> Iterator[None]:
     finally:
         for module, device in before.items():
             _onload_to(module, device)
+
+
+def dtype_of(model: PreTrainedModel) -> torch.dtype:
+    """As `model.dtype`, which would onload a weight for it."""
+    with disable_onloading():
+        return model.dtype
+
+
+def free_memory(device: torch.device) -> int | None:
+    """
+    Bytes that the driver has, and that torch holds without using them; None if torch
+    cannot tell (before 2.9).
+
+    :param device: an accelerator
+    """
+    if not hasattr(torch.accelerator, "get_memory_info"):
+        return None
+    free, _ = torch.accelerator.get_memory_info(device)
+    reserved = torch.accelerator.memory_reserved(device)
+    return free + reserved - torch.accelerator.memory_allocated(device)
+
+
+def empty_cache() -> None:
+    """Give back what torch holds of the accelerator's memory without using it."""
+    there = torch.accelerator.is_available()
+    if there and hasattr(torch.accelerator, "empty_cache"):
+        torch.accelerator.empty_cache()
 
 
 def _compute_devices(model: Module) -> set[torch.device]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from absorb_plugin.cli.frame import command, show
-from absorb_plugin.cli.inputs import read_inputs
+from absorb_plugin.cli.inputs import Source, read_model
 from absorb_plugin.cli.options import (
     AsJson,
     Cache,
@@ -21,10 +21,12 @@ from absorb_plugin.cli.options import (
     SeqLen,
     Split,
     Text,
+    TextColumn,
+    TrustRemoteCode,
 )
 
 if TYPE_CHECKING:
-    from absorb_plugin.allocate import Allocation
+    from absorb_plugin.allocation import Allocation
 
 __all__ = ["allocate"]
 
@@ -63,6 +65,7 @@ def allocate(
     text: Text = None,
     dataset: DatasetName = None,
     split: Split = "train",
+    text_column: TextColumn = None,
     samples: Samples = 128,
     seq_len: SeqLen = 512,
     seed: Seed = 0,
@@ -80,6 +83,7 @@ def allocate(
         bool, typer.Option(help="Correct the base allocation by absorption.")
     ] = True,
     dtype: DtypeOption = Dtype.auto,
+    trust_remote_code: TrustRemoteCode = False,
     profile_cache: Cache = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -106,9 +110,10 @@ def allocate(
         check_budget(sparsity, settings.max_sparsity)
         if profile_cache is not None:
             check_writable("--profile-cache", str(profile_cache))
-        documents, tokenizer = read_inputs(model, text, dataset, split, seq_len, dtype)
+        documents = Source(text, dataset, split, text_column).documents()
+        _, tokenizer = read_model(model, dtype, trust_remote_code, seq_len)
         data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
-        loaded = load_model(model, dtype.value)
+        loaded = load_model(model, dtype.value, trust_remote_code)
         found = allocate_model(loaded, data, sparsity, settings, pruner=pruner.value)
         if as_json:
             show(stdout, as_dict(found, allocator, pruner.value), as_json)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from absorb_plugin.cli.frame import command, show
-from absorb_plugin.cli.inputs import read_inputs
+from absorb_plugin.cli.inputs import Source, read_model
 from absorb_plugin.cli.options import (
     AsJson,
     Cache,
@@ -22,6 +22,8 @@ from absorb_plugin.cli.options import (
     SeqLen,
     Split,
     Text,
+    TextColumn,
+    TrustRemoteCode,
 )
 
 __all__ = ["prune"]
@@ -40,6 +42,7 @@ def prune(
     text: Text = None,
     dataset: DatasetName = None,
     split: Split = "train",
+    text_column: TextColumn = None,
     samples: Samples = 128,
     seq_len: SeqLen = 512,
     seed: Seed = 0,
@@ -47,6 +50,7 @@ def prune(
         Pipeline, typer.Option(help="llm-compressor's calibration pipeline.")
     ] = Pipeline.independent,
     dtype: DtypeOption = Dtype.auto,
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the model in --out.")
     ] = False,
@@ -57,30 +61,37 @@ def prune(
     """Prune MODEL by a recipe, calibrated on a text, and save it."""
     with command(debug) as stdout:
         from absorb_plugin.evaluation import oneshot, output
+        from absorb_plugin.evaluation.loading import (
+            check_saving,
+            load_for_pruning,
+            weight_bytes,
+        )
         from absorb_plugin.evaluation.perplexity import linear_sparsity
         from absorb_plugin.evaluation.text import calibration_samples
 
         start = time.perf_counter()
         # All that can be wrong with the arguments comes before the model is loaded.
+        output.check_apart(out, model)
         output.check_output(out, overwrite)
-        if dtype is Dtype.auto:
-            output.check_space(out, model)
         parsed = oneshot.load_recipe(recipe)
         if profile_cache is not None:
             oneshot.keep_profiles(parsed, profile_cache)
-        documents, tokenizer = read_inputs(model, text, dataset, split, seq_len, dtype)
+        documents = Source(text, dataset, split, text_column).documents()
+        config, tokenizer = read_model(model, dtype, trust_remote_code, seq_len)
+        output.check_space(out, weight_bytes(config, dtype.value, trust_remote_code))
+        check_saving(model, config, tokenizer)
         data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
         with (
             output.staged_directory(out) as staging,
             output.kept_files(out, staging),
         ):
             pruned = oneshot.prune(
-                model,
+                load_for_pruning(model, dtype.value, trust_remote_code),
                 tokenizer,
                 parsed,
                 data,
                 pipeline=pipeline.value,
-                dtype=dtype.value,
+                trust_remote_code=trust_remote_code,
                 seed=seed,
                 output_dir=staging,
             )

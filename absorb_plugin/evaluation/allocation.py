@@ -6,7 +6,8 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from absorb_plugin._llmcompressor import linearize_moe
-from absorb_plugin.allocate import Allocation, allocate
+from absorb_plugin.allocate import allocate
+from absorb_plugin.allocation import Allocation
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.calibration import samples_of
 from absorb_plugin.devices import computing_on_one_device

@@ -12,9 +12,10 @@ import torch
 from loguru import logger
 from transformers import PreTrainedModel
 
-from absorb_plugin.allocate import Allocation
+from absorb_plugin.allocation import Allocation
 from absorb_plugin.blocks import linear_parameters
 from absorb_plugin.calibration import Batch, sample_key, token_mask
+from absorb_plugin.devices import dtype_of
 from absorb_plugin.files import json_numbers
 from absorb_plugin.groups import named
 from absorb_plugin.pruners.adapter import PrunerAdapter, user_fields
@@ -25,6 +26,7 @@ from absorb_plugin.report.words import model_name, run_title
 from absorb_plugin.report.write import write_or_warn
 from absorb_plugin.search.descent import Step
 from absorb_plugin.search.line_search import Round, SearchResult
+from absorb_plugin.search.quality import Quality
 from absorb_plugin.signals.noise import NoiseProfile
 
 if TYPE_CHECKING:
@@ -63,9 +65,15 @@ class Report:
         self._calibration = calibration_entry(batches)
         self._suffix = "" if number == 0 else f"_{number + 1}"
         self._zeros: dict[str, int] = {}
+        self._zeros_lost: float | None = None
 
-    def measure_realised(self) -> None:
-        """Count the zeros that the pruning modifier left in every Linear."""
+    def measure_realised(self, zeros_lost: float | None = None) -> None:
+        """
+        Count the zeros that are left in every Linear.
+
+        :param zeros_lost: share of the zeros that pruning made which others filled
+        """
+        self._zeros_lost = zeros_lost
         for name, linear in self._allocation.blocks.linears().items():
             self._zeros[name] = int((linear.weight.detach() == 0).sum())
         self._log()
@@ -92,11 +100,11 @@ class Report:
             "noise": noise_entry(allocation),
             "search": search_entry(allocation.search),
             "confirmed": confirmed_entry(allocation, self._pruner.pruner.name),
-            "quality": None,
+            "quality": quality_entry(allocation.quality),
             "budget": allocation.budget.sparsity,
             "achieved": allocation.achieved(),
             "realised": self._realised(list(allocation.blocks.linears())),
-            "zeros_lost": None,
+            "zeros_lost": self._zeros_lost,
             "unseen_linears": None
             if allocation.unseen is None
             else list(allocation.unseen),
@@ -190,7 +198,7 @@ def model_entry(model: PreTrainedModel) -> dict[str, str]:
     return {
         "class": type(model).__name__,
         "name_or_path": getattr(model, "name_or_path", ""),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(dtype_of(model)).removeprefix("torch."),
     }
 
 
@@ -258,6 +266,23 @@ def search_entry(search: SearchResult | None) -> dict[str, Any] | None:
     }
 
 
+def quality_entry(quality: Quality | None) -> dict[str, Any] | None:
+    if quality is None:
+        return None
+    return {
+        "max_loss_increase": quality.bound,
+        "found": quality.found.sparsity,
+        "curve": [
+            {
+                "sparsity": point.sparsity,
+                "loss_increase": json_number(point.increase),
+                "standard_error": json_number(point.error),
+            }
+            for point in sorted(quality.points, key=lambda point: point.sparsity)
+        ],
+    }
+
+
 def step_entry(step: Step) -> dict[str, Any]:
     return {
         "loss": json_number(step.loss),
@@ -294,7 +319,9 @@ def confirmed_entry(allocation: Allocation, judge: str) -> dict[str, Any] | None
         "chosen": confirmed.chosen,
         "gain": json_number(confirmed.gain),
         "standard_error": json_number(confirmed.standard_error),
-        "chose_nothing": keys["confirm"].isdisjoint(keys["search"]),
+        # a bound on the loss is kept on the samples that confirm
+        "chose_nothing": allocation.quality is None
+        and keys["confirm"].isdisjoint(keys["search"]),
     }
 
 

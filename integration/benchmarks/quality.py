@@ -39,6 +39,7 @@ from loguru import logger
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from absorb_plugin import AbsorptionAllocationModifier
+from absorb_plugin.evaluation.documents import read_text
 from absorb_plugin.evaluation.oneshot import prune
 from absorb_plugin.evaluation.perplexity import linear_sparsity, perplexity
 from absorb_plugin.evaluation.tasks import (
@@ -47,11 +48,7 @@ from absorb_plugin.evaluation.tasks import (
     evaluate_tasks,
     read_tasks,
 )
-from absorb_plugin.evaluation.text import (
-    calibration_samples,
-    evaluation_windows,
-    read_text,
-)
+from absorb_plugin.evaluation.text import calibration_samples, evaluation_windows
 
 PRUNERS = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}
 ATP_BETAS = (0.0025, 0.005, 0.01)

@@ -58,7 +58,7 @@ def test_prune_refuses_a_directory_in_use(
         "prune", "no-such-model", "--recipe", wanda_recipe, "--text", text_file, *SMALL,
         "--out",
     ]  # fmt: skip
-    assert "is not empty" in error_of(*arguments, tmp_path)
+    assert "choose another, or --overwrite" in error_of(*arguments, tmp_path)
     assert "no saved model" in error_of(*arguments, tmp_path, "--overwrite")
     assert "is a file" in error_of(*arguments, tmp_path / "notes.txt")
     assert files_in(tmp_path) == {"notes.txt"}

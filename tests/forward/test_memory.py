@@ -1,99 +1,19 @@
-"""What sweeps really take, against the limit that they are given."""
+"""What runs of probes really take, against the limit that they are given."""
 
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
-
-import numpy as np
+import psutil
 import pytest
 import torch
-from absorb_plugin.absorption import NoiseProbe
-from absorb_plugin.compensation import Compensation
-from absorb_plugin.gradient import GradientProbe
-from absorb_plugin.memory import Footprint, footprint
-from absorb_plugin.rehearsal import Rehearsal
-from absorb_plugin.response import CandidateScores, ResponseProbe
-from absorb_plugin.statistics import InputStatistics
-from absorb_plugin.sweep import Passenger, sweep
+from compressed_tensors.offload import set_onload_device
 from helpers import tiny
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from helpers.fake_accelerator import fake_accelerator
+from helpers.live_bytes import live_bytes
+from helpers.probes import PROBES, place, run
 
-from absorb_plugin.blocks import BlockMap, find_blocks
+from absorb_plugin.blocks import find_blocks
+from absorb_plugin.forward.memory import Footprint, footprint, limit_by_machine
+from absorb_plugin.forward.probe import Needs
 
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that are alive, and remembers the most."""
-
-    def __init__(self, known: set[int]) -> None:
-        super().__init__()
-        self._known = known  # addresses that do not count
-        self._alive: dict[int, int] = {}
-        self._references: dict[int, weakref.ref] = {}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves((args, kwargs, output)):
-            # the head that calibration contexts switch off computes on "meta"
-            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
-                self._count(tensor.untyped_storage())
-        return output
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        address, size = storage.data_ptr(), storage.nbytes()
-        if not size or address in self._known or address in self._alive:
-            return
-        self._alive[address] = size
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        self._references[address] = weakref.ref(storage, self._forget(address))
-
-    def _forget(self, address: int) -> Callable[[object], None]:
-        def forget(_: object) -> None:
-            self.now -= self._alive.pop(address)
-            del self._references[address]
-
-        return forget
-
-
-@contextmanager
-def live_bytes(*owners: Any) -> Iterator[LiveBytes]:
-    """:param owners: modules or mappings whose tensors do not count"""
-    known = set()
-    for owner in owners:
-        tensors = owner if isinstance(owner, Mapping) else owner.state_dict()
-        known |= {t.untyped_storage().data_ptr() for t in tensors.values()}
-    with LiveBytes(known) as live:
-        yield live
-
-
-def passenger(which: str, blocks: BlockMap, sums: dict) -> Passenger:
-    flat, count = np.full(len(blocks), 0.5), len(blocks)
-    if which == "noise":
-        return NoiseProbe(range(count), count, 1e-2, 0)
-    if which == "statistics":
-        return InputStatistics(blocks)
-    if which == "response":
-        return ResponseProbe(blocks, sums, flat, 0.1)
-    if which == "gradient":
-        return GradientProbe(blocks, sums, flat, 0.1)
-    if which == "rehearsal":
-        return Rehearsal(blocks, sums, [flat] * 3, Compensation(), 2)
-    return CandidateScores(blocks, sums, [flat] * 6)
-
-
-PASSENGERS = [
-    "noise",
-    "statistics",
-    "response",
-    "gradient",
-    "candidates",
-    "rehearsal",
-]
+GIB = 2**30
 # hidden states, weights, attention scores and logits in turn take the most
 SHAPES = {
     "states": ({"num_hidden_layers": 6}, 64),
@@ -106,28 +26,24 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", list(SHAPES))
-@pytest.mark.parametrize("which", PASSENGERS)
-def test_a_sweep_keeps_to_its_memory(which: str, shape: str) -> None:
+@pytest.mark.parametrize("which", PROBES)
+def test_a_run_keeps_to_its_memory(which: str, shape: str) -> None:
     fields, tokens = SHAPES[shape]
     architecture = "qwen3_moe" if shape == "experts" else "llama"
     model = tiny.make_model(architecture, **fields)
     if shape == "halves":
         model = model.half()
-    blocks = find_blocks(model)
-    names = [block.name for block in blocks.blocks]
-    sums = {
-        name: torch.rand(linear.in_features) + 0.1
-        for name, linear in blocks.linears().items()
-    }
     batch = tiny.make_batch(4, tokens)
-    least = footprint(model, blocks.modules, [passenger(which, blocks, sums)], memory=1)
+    where, case = place(model, batch), PROBES[which]
+    needs = case.make(where).needs
+    least = footprint(model, where.blocks.modules, [needs], memory=1)
     shares = []
-    for samples in (4,) if which == "rehearsal" else (1, 4):  # it is not cut
+    for samples in (4,) if needs.single_batch else (1, 4):  # it is not cut
         # what is not chunks of logits has 11 of 16 parts
         limit = (least.fixed + samples * least.sample(tokens)) * 16 // 11
-        one = passenger(which, blocks, sums)
-        with live_bytes(model, sums, batch) as live:
-            sweep(model, blocks.modules, names, [batch], [one], memory=limit)
+        probe = case.make(where)
+        with live_bytes(model, where.statistics, batch) as live:
+            run(model, [batch], probe, memory=limit)
         shares.append(live.peak / limit)
     assert max(shares) <= 1
 
@@ -143,12 +59,64 @@ def test_samples_at_a_time() -> None:
 
 def test_what_cannot_be_kept_is_said_once(warnings: list[str]) -> None:
     model = tiny.make_model("llama")
-    blocks = find_blocks(model)
-    names = [block.name for block in blocks.blocks]
-    sums = {name: torch.ones(x.in_features) for name, x in blocks.linears().items()}
+    where = place(model, tiny.make_batch())
     for _ in range(2):
-        one = passenger("candidates", blocks, sums)
-        batch = tiny.make_batch(2, 11)
-        sweep(model, blocks.modules, names, [batch], [one], memory=5_000)
-    told = [message for message in warnings if "sweep_memory" in message]
+        probe = PROBES["masks of wanda"].make(where)
+        run(model, [tiny.make_batch(2, 11)], probe, memory=5_000)
+    told = [message for message in warnings if "probe_memory" in message]
     assert len(told) == 1 and "x 11 tokens" in told[0]
+
+
+def test_an_expert_block_is_pruned_one_linear_at_a_time() -> None:
+    """11 G weights a block, as the largest mixtures have them."""
+    with torch.device("meta"):
+        experts = torch.nn.ModuleList(
+            torch.nn.Linear(7168, 2048, bias=False) for _ in range(768)
+        )
+        model = tiny.make_model("llama").to("meta").bfloat16()
+    weights = 768 * 7168 * 2048
+    needs = Needs(trajectories=3, pruned=4)
+    took = footprint(model, [experts], [needs], memory=64 * GIB).fixed
+    assert took < 0.12 * 2 * weights
+
+
+@pytest.mark.parametrize(
+    ("available", "limit"), [(1, 1), (7.9, 2), (8, 4), (100, 4), (0.1, 1)]
+)
+def test_auto_on_a_cpu(
+    available: float, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Memory:
+        pass
+
+    memory = Memory()
+    memory.available = int(available * GIB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    model = tiny.make_model("llama")
+    assert limit_by_machine(model, find_blocks(model).modules) == limit * GIB
+
+
+@pytest.mark.parametrize(
+    ("free", "unused", "limit"), [(79, 0, 32), (40, 0, 16), (20, 13, 16), (1, 0, 1)]
+)
+def test_auto_on_an_accelerator(
+    free: int, unused: int, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fake_accelerator():
+        for name, value in (
+            ("get_memory_info", (free * GIB, 80 * GIB)),
+            ("memory_reserved", 3 * GIB + unused * GIB),
+            ("memory_allocated", 3 * GIB),
+        ):
+            monkeypatch.setattr(torch.accelerator, name, lambda *_, v=value: v)
+        model = set_onload_device(tiny.make_model("llama"), torch.device("fake:0"))
+        assert limit_by_machine(model, find_blocks(model).modules) == limit * GIB
+
+
+def test_no_weight_is_onloaded_to_know_the_memory() -> None:
+    with fake_accelerator() as device:
+        model = set_onload_device(tiny.make_model("llama"), torch.device("fake:0"))
+        blocks = find_blocks(model)
+        device.log.clear()
+        footprint(model, blocks.modules, [Needs(pruned=1, backward=True)], memory=GIB)
+        assert not device.log["to device"]

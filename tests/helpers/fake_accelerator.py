@@ -278,6 +278,7 @@ _ACCELERATOR: dict[str, Callable] = {
     "get_memory_info": lambda *_: (FREE, TOTAL),
     "max_memory_allocated": lambda *_: 0,
     "memory_allocated": lambda *_: 0,
+    "memory_reserved": lambda *_: 0,
     "reset_peak_memory_stats": lambda *_: None,
     "empty_cache": lambda *_: None,
     "synchronize": lambda *_: None,

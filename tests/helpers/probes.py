@@ -22,7 +22,7 @@ from absorb_plugin.judges import JUDGES, MaskedLoss, PrunedLoss
 from absorb_plugin.pruners import PRUNERS, Pruner
 from absorb_plugin.pruners.weights import MaskedSlopes, MaskedWeights, PrunedSlopes
 from absorb_plugin.signals import SIGNALS
-from absorb_plugin.signals.gradient import GradientProbe
+from absorb_plugin.signals.gradient import GradientProbe, LinearSlopes
 from absorb_plugin.signals.noise import NoiseProbe, NoiseProfile
 from absorb_plugin.signals.pruned_model import PrunedModel
 from absorb_plugin.signals.response import Response, ResponseProbe
@@ -127,6 +127,8 @@ def numbers(result: Any) -> np.ndarray:
     """What a probe's result says, as one vector."""
     if isinstance(result, NoiseProfile):
         return result.ratio
+    if isinstance(result, LinearSlopes):
+        return result.mean()
     if isinstance(result, Response):
         return result.response
     if isinstance(result, PrunedSlopes):

@@ -11,6 +11,7 @@ from helpers.profiles import (
     make_linear_profile,
     make_quality,
 )
+from helpers.search import STEEP, search_ends_at_uniform
 
 from absorb_plugin.report import profile as report_profile
 from absorb_plugin.report.page import USES
@@ -53,12 +54,9 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         patch.setattr(
             report_profile, "as_json", lambda profile: found.append(profile) or b""
         )
-        ours = runs.absorption(
-            strength="auto",
-            allocator="atp",
-            allocator_args={"beta": 0.6},
-            report_dir=tmp_path_factory.mktemp("report"),
-        )
+        search_ends_at_uniform(patch)
+        folder = tmp_path_factory.mktemp("report")
+        ours = runs.absorption(strength="auto", report_dir=folder, **STEEP)
         model = tiny.make_model("llama", num_hidden_layers=2)
         run = [ours, runs.pruner("sparsegpt")]
         runs.run(model, run, tmp_path_factory.mktemp("run"))

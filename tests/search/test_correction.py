@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
-from absorb_plugin.correction import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from absorb_plugin.search.correction import (
     corrected,
     direction_from_ratio,
     direction_from_response,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def test_ratio_to_direction() -> None:

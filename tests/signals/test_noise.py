@@ -8,20 +8,20 @@ import copy
 import numpy as np
 import pytest
 import torch
-from absorb_plugin.absorption import (
-    FLOOR_MARGIN,
-    KNOWN,
-    AbsorptionProfile,
-    NoiseProbe,
-    unit_noise,
-    until_known,
-)
-from absorb_plugin.correction import direction_from_ratio
 from helpers import naive, tiny
-from test_sweep import ride
+from helpers.probes import run
 from transformers import PreTrainedModel
 
 from absorb_plugin.blocks import find_blocks
+from absorb_plugin.search.correction import direction_from_ratio
+from absorb_plugin.signals.noise import (
+    FLOOR_MARGIN,
+    KNOWN,
+    NoiseProbe,
+    NoiseProfile,
+    measure_until,
+    unit_noise,
+)
 
 SEED, ETA = 7, 1e-2
 
@@ -31,11 +31,11 @@ def measured(
     *batches: dict,
     sink_tokens: str = "perturb",
     dtype: str = "model",
-) -> AbsorptionProfile:
+) -> NoiseProfile:
     count = len(find_blocks(model))
     probe = NoiseProbe(range(count), count, ETA, SEED, sink_tokens, dtype)
-    ride(model, list(batches), probe)
-    return probe.profile()
+    run(model, list(batches), probe)
+    return probe.result()
 
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])
@@ -58,9 +58,9 @@ def test_profile_equals_whole_forwards(
 def test_only_some_blocks_are_injected(llama: PreTrainedModel) -> None:
     batch = tiny.make_batch()
     probe = NoiseProbe([0, 2], 3, ETA, SEED, "perturb")
-    ride(llama, [batch], probe)
+    run(llama, [batch], probe)
     whole = measured(llama, batch)
-    np.testing.assert_allclose(probe.profile().ratio, whole.ratio[[0, 2]], rtol=1e-6)
+    np.testing.assert_allclose(probe.result().ratio, whole.ratio[[0, 2]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])
@@ -131,7 +131,7 @@ def test_planted_sink_is_spared_and_reported(llama: PreTrainedModel) -> None:
     perturbed = measured(model, batch, sink_tokens="perturb")
     assert perturbed.spared == {} and perturbed.tokens == 24
     assert profile.drift[0, 0] == pytest.approx(ETA, rel=1e-4)
-    # the sink itself stays without noise, which would reach all tokens behind it
+    # the sink itself stays without noise, which would reach all tokens after it
     blocks = find_blocks(model).modules
     drift, ratio, _ = naive.noise_profile(model, blocks, batch, ETA, SEED, spared=3)
     np.testing.assert_allclose(profile.drift, drift, rtol=1e-4)
@@ -164,7 +164,7 @@ def test_all_tokens_spared_is_an_error(llama: PreTrainedModel) -> None:
 def test_planted_amplifier_gets_a_ratio_above_one_and_is_protected() -> None:
     """
     Block 2 reads what block 1 writes with outputs far larger than the residual stream,
-    so noise behind blocks 0 and 1 grows there, and noise behind block 2 does not.
+    so noise after blocks 0 and 1 grows there, and noise after block 2 does not.
     """
     model = tiny.make_model("llama", num_hidden_layers=4, initializer_range=0.02)
     blocks = find_blocks(model).modules
@@ -211,13 +211,13 @@ def test_floor_in_float32_is_the_drift_of_one_rounding_unit(
     unit = torch.finfo(torch.float32).eps
     assert profile.floor.shape == (3,)
     assert (profile.floor > unit / 10).all() and (profile.floor < 100 * unit).all()
-    assert not profile.drowned(ETA)
+    assert not profile.below_floor(ETA)
 
 
 def test_float32_noise_in_a_16_bit_model_is_that_of_a_float32_model(
     any_model: PreTrainedModel,
 ) -> None:
-    """But for the embedding and the rotary embedding, which stay in 16 bits."""
+    """Except for the embedding and the rotary embedding, which stay in 16 bits."""
     batch = tiny.make_batch(padding="left")
     narrow = any_model.bfloat16()
     before = tiny.snapshot(narrow)
@@ -237,12 +237,12 @@ def test_eta_below_the_floor_is_warned_of(warnings: list[str]) -> None:
     model, batch = tiny.make_model("llama").bfloat16(), tiny.make_batch()
     profile = measured(model, batch)
     limit = FLOOR_MARGIN * profile.floor[-1]
-    assert profile.drowned(0.99 * limit) and not profile.drowned(1.01 * limit)
-    profile.warn_if_drowned(1.01 * limit)
+    assert profile.below_floor(0.99 * limit) and not profile.below_floor(1.01 * limit)
+    profile.warn_if_below_floor(1.01 * limit)
     assert warnings == []
-    profile.warn_if_drowned(0.99 * limit)
+    profile.warn_if_below_floor(0.99 * limit)
     (line,) = warnings
-    assert "noise_magnitude=" in line and "noise_dtype: float32" in line
+    assert "magnitude=" in line and "dtype: float32" in line
 
 
 class Sums:
@@ -251,14 +251,14 @@ class Sums:
     def __init__(self) -> None:
         self.seen: list[float] = []
 
-    def sweep(self, samples: list[dict]) -> None:
+    def run(self, samples: list[dict]) -> None:
         self.seen += [sample["ratio"] for sample in samples]
 
-    def profile(self) -> AbsorptionProfile:
+    def result(self) -> NoiseProfile:
         values = np.array(self.seen)
         error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
         empty = np.zeros((1, 1))
-        return AbsorptionProfile(
+        return NoiseProfile(
             empty,
             np.array([values.mean()]),
             np.array([error]),
@@ -286,7 +286,7 @@ def test_samples_are_added_until_every_ratio_is_known(
 ) -> None:
     samples = [{"ratio": 1 + spread * (-1) ** i} for i in range(available)]
     probe = Sums()
-    profile = until_known(probe.sweep, probe, samples, first)
+    profile = measure_until(probe.run, probe, samples, first)
     assert profile.samples == used
     assert probe.seen == [sample["ratio"] for sample in samples[:used]]
     assert profile.uncertainty() <= KNOWN or used == available
