@@ -34,7 +34,7 @@ from absorb_plugin.measuring import (
     measure_direction,
     pruned_loss,
     report_noise,
-    slopes_measurer,
+    same_stages,
 )
 from absorb_plugin.pruners import Pruner
 from absorb_plugin.pruners.present import with_present_zeros
@@ -42,7 +42,7 @@ from absorb_plugin.sample_split import SampleSplit
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.search.confirm import confirm
 from absorb_plugin.search.correction import corrected
-from absorb_plugin.search.descent import refined
+from absorb_plugin.search.descent import Stage, refined
 from absorb_plugin.search.line_search import (
     SearchResult,
     descent_search,
@@ -184,27 +184,18 @@ class Method:
         if signal.once:
             measure = partial(measure_direction, setting, signal)
             return line_search(base.sparsity, budget, measure, judge, rounds=1)
+        stages = self._stages()
         return descent_search(
-            base.sparsity,
-            budget,
-            slopes_measurer(setting, signal),
-            judge,
-            groups=setting.groups,
-            rounds=signal.rounds(self._effort.rounds),
-            lengths=signal.lengths,
-            judge_path=not signal.prunes,
+            base.sparsity, budget, stages, judge, groups=setting.groups
         )
 
     def refine(self, near: np.ndarray, budget: Budget) -> np.ndarray:
         """From the allocation of another budget, by a few short steps."""
-        return refined(
-            budget.meet(near),
-            budget,
-            slopes_measurer(self.setting, self.signal),
-            self.setting.groups,
-            rounds=max(1, self.signal.rounds(self._effort.rounds) // 4),
-            length=self.signal.lengths[1],
-        )
+        last = self._stages()[-1]
+        return refined(budget.meet(near), budget, last, self.setting.groups)
+
+    def _stages(self) -> list[Stage]:
+        return same_stages(self.signal.stages(self.setting, self._effort.rounds))
 
     def largest_budget(self, budget: Budget, bound: float) -> Quality:
         """

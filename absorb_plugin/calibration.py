@@ -116,13 +116,16 @@ def _union(parts: list[list[dict]]) -> list[dict]:
 
 
 def _read(loader: DataLoader | Iterable[Batch]) -> list[dict]:
-    batches = []
     with torch.random.fork_rng(devices=[]), _keep_generator(loader):
-        for batch in loader:
-            tensors = as_tensors(batch)
-            if tensors["input_ids"].numel():
-                batches.append(tensors)
-    return batches
+        batches = [as_tensors(batch) for batch in loader]
+    kept = [batch for batch in batches if batch["input_ids"].numel()]
+    if kept and len(kept) < len(batches):
+        raise ValueError(
+            f"{len(batches) - len(kept)} of {len(batches)} calibration batches have no "
+            "token, on which llm-compressor's own calibration fails: leave empty rows "
+            "out of the dataset"
+        )
+    return kept
 
 
 @contextmanager

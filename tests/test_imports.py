@@ -31,7 +31,7 @@ RINGS = [
     {"allocators"},
     {"hookspecs"},
     {"search"},
-    {"files", "distributed", "cpu", "precision", "_llmcompressor"},
+    {"files", "distributed", "cpu", "precision", "torch_state", "_llmcompressor"},
 ]
 
 

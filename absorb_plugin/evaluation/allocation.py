@@ -1,5 +1,6 @@
 """Allocate without pruning, and the result as plain data."""
 
+from importlib.metadata import version
 from typing import Any
 
 from datasets import Dataset
@@ -15,7 +16,9 @@ from absorb_plugin.pruners import PRUNERS
 from absorb_plugin.search.budget import check_budget
 from absorb_plugin.settings import AllocationSettings
 
-__all__ = ["allocate_model", "as_dict"]
+__all__ = ["allocate_model", "as_dict", "ratios"]
+
+PACKAGES = ("absorb-plugin", "llmcompressor", "transformers", "torch")
 
 
 def allocate_model(
@@ -80,6 +83,26 @@ def as_dict(allocation: Allocation, allocator: str, pruner: str) -> dict[str, An
         "sparsity": allocation.budget.sparsity,
         "achieved": allocation.achieved(),
         "blocks": blocks,
+    }
+
+
+def ratios(
+    allocation: Allocation, settings: AllocationSettings, pruner: str, **source: Any
+) -> dict[str, Any]:
+    """
+    The sparsity of every Linear, for other tools, with what it came from.
+
+    :param source: model and calibration data, as they were named
+    """
+    fields = settings.model_dump(mode="json", exclude_unset=True)
+    return {
+        **source,
+        "pruner": pruner,
+        "sparsity": allocation.budget.sparsity,
+        "achieved": allocation.achieved(),
+        "settings": fields,
+        "versions": {name: version(name) for name in PACKAGES},
+        "linears": allocation.linear_sparsities(),
     }
 
 

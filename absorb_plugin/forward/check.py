@@ -5,7 +5,11 @@ that a block keeps no state from one call to the next, and, where losses are mea
 that no token sees those after it.
 """
 
+import re
+from functools import partial
+
 import torch
+from loguru import logger
 from torch.nn import Module
 
 from absorb_plugin.blocks import BlockMap
@@ -13,6 +17,7 @@ from absorb_plugin.calibration import Batch, token_mask
 from absorb_plugin.forward.head import OutputHead
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.forward.run import run_probes
+from absorb_plugin.groups import EXPERT
 from absorb_plugin.language_model import REMEDY
 
 __all__ = ["check_forward"]
@@ -37,8 +42,65 @@ def check_forward(
     :param by_loss: whether next-token losses will be measured
     :raises ValueError: naming the block and what it does
     """
-    probe = _ChainCheck(blocks, by_loss)
-    run_probes(model, blocks, [sample, sample], [probe], description="Checking")
+    calls, chain = _LinearCalls(blocks), _ChainCheck(blocks, by_loss)
+    run_probes(model, blocks, [sample, sample], [calls, chain], description="Checking")
+    calls.check()
+
+
+class _LinearCalls(Probe):
+    """How the blocks call the Linears that are to be pruned."""
+
+    def __init__(self, blocks: BlockMap) -> None:
+        self._blocks = blocks
+        self._called: set[str] = set()
+        self._handles: list = []
+
+    def enter(self, index: int, block: Module) -> None:
+        watched = self._blocks.blocks[index]
+        for name, linear in watched.linears.items():
+            note = partial(self._note, watched.full_name(name))
+            self._handles.append(
+                linear.register_forward_pre_hook(note, with_kwargs=True)
+            )
+
+    def leave(
+        self, index: int, before: torch.Tensor, after: torch.Tensor, run: RunBlock
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def check(self) -> None:
+        """Warn of those that are never called: their weight is used past them."""
+        linears = self._blocks.linears()
+        passed = [
+            name
+            for name in linears
+            if name not in self._called and not EXPERT.search(name)
+        ]
+        if passed:
+            short = f"re:.*{re.escape(passed[0].rpartition('.')[2])}"
+            logger.warning(
+                f"{len(passed)} Linears are never called as modules ({passed[0]} …): "
+                "the block uses their weights in another way, so llm-compressor sees "
+                "no input of theirs and leaves them dense, while the sparsity counts "
+                f"them. Name them in `ignore`, as {short!r}"
+            )
+
+    def _note(self, name: str, module: Module, args: tuple, kwargs: dict) -> None:
+        self._called.add(name)
+        if args and isinstance(args[0], torch.Tensor) and args[0].dim() in (2, 3):
+            return
+        told = f"{args[0].dim()} dimensions" if args else f"the keyword {[*kwargs][0]}"
+        short = f"re:.*{re.escape(name.rpartition('.')[2])}"
+        raise ValueError(
+            f"targets: the Linear {name} gets its input with {told}, by which "
+            f"llm-compressor's pruners cannot calibrate it. Name it in `ignore`, as "
+            f"{short!r}"
+        )
 
 
 class _ChainCheck(Probe):

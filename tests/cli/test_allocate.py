@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.cli import absorb, error_of
+from transformers import AutoModelForCausalLM
 
 from absorb_plugin.plugins import allocators
 
@@ -180,3 +181,45 @@ def test_a_window_longer_than_the_model(model_dir, text_file):
     options = ["--allocator", "owl", "--sparsity", 0.6, "--seq-len", 65]
     line = error_of("allocate", model_dir, *options, "--text", text_file)
     assert "longer than the model's 64 positions" in line
+
+
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
+def test_ratios_for_others(model_dir, text_file, tmp_path, pruner):
+    """llm-compressor alone makes of the recipe what was allocated."""
+    recipe, ratios = tmp_path / "recipe.yaml", tmp_path / "ratios.json"
+    result = absorb(
+        "allocate", model_dir, "--allocator", "owl", "--sparsity", 0.6, "--text",
+        text_file, *SMALL, "--json", "--pruner", pruner, "--granularity", "linear",
+        "--no-correction", "--recipe-out", recipe, "--ratios-out", ratios,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    saved = json.loads(ratios.read_text())
+    assert saved["model"] == str(model_dir) and saved["data"] == str(text_file)
+    assert saved["settings"]["allocator"] == "owl" and saved["pruner"] == pruner
+    assert saved["achieved"] == pytest.approx(0.6, abs=1e-6)
+    linears = saved["linears"]
+    told = json.loads(result.stdout)["blocks"]
+    assert list(linears.values()) == [
+        linear["sparsity"] for block in told for linear in block["linears"].values()
+    ]
+    assert len(set(linears.values())) > 2
+
+    assert "AbsorptionAllocation" not in recipe.read_text()
+    out = tmp_path / "pruned"
+    arguments = ["--recipe", recipe, "--text", text_file, *SMALL, "--out", out]
+    pruned = absorb("prune", model_dir, *arguments)
+    assert pruned.exit_code == 0, pruned.output
+    model = AutoModelForCausalLM.from_pretrained(out)
+    for name, sparsity in linears.items():
+        weight = model.get_submodule(name).weight
+        # a whole number of columns in every row
+        assert float((weight == 0).float().mean()) == pytest.approx(sparsity, abs=0.03)
+
+
+@pytest.mark.parametrize("option", ["--recipe-out", "--ratios-out"])
+def test_files_that_cannot_be_written(text_file, tmp_path, option):
+    line = error_of(
+        "allocate", "./none", "--allocator", "owl", "--sparsity", 0.6, "--text",
+        text_file, option, tmp_path / "no" / "file",
+    )  # fmt: skip
+    assert option in line and "is no directory" in line

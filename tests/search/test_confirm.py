@@ -1,4 +1,4 @@
-"""The last comparison: what the pruner's own arithmetic leaves of a search's outcome."""
+"""The last comparison: what the pruner's arithmetic leaves of a search's outcome."""
 
 from collections.abc import Sequence
 
