@@ -20,6 +20,7 @@ from absorb_plugin.forward.inputs import InputStatistics, unseen_linears
 from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.groups import Groups, named
 from absorb_plugin.judges import MaskedLoss, PrunedLoss
+from absorb_plugin.language_model import check_ids
 from absorb_plugin.pruners import Pruner
 from absorb_plugin.pruners.present import with_present_zeros
 from absorb_plugin.sample_split import SampleSplit, SampleUse
@@ -114,6 +115,7 @@ def allocate(
     judged = settings.strength == "auto"
     by_loss = needs_loss(settings, signal)
     effort = settings.measuring()
+    check_ids(model, batches)
     prunes = (judged and effort.confirm > 0) or (by_loss and signal.prunes)
     samples = SampleSplit(
         batches,
