@@ -54,8 +54,8 @@ class RemoteConfig(PretrainedConfig):
     :param block: what a block returns, of OUTPUTS
     :param keyword: name of a block's input, if it is not positional
     :param logits: what the model returns, of LOGITS
-    :param oddity: "cache", "loop", "between", "order", "skip", "bidirectional",
-        "random", "uncalled", "four dimensions"
+    :param oddity: "cache", "cache by name", "cache by position", "loop", "between",
+        "order", "skip", "bidirectional", "random", "uncalled", "four dimensions"
     """
 
     model_type = "remote_lm"
@@ -74,6 +74,13 @@ class RemoteConfig(PretrainedConfig):
         super().__init__(**more)
 
 
+class KeyCache:
+    """Of the remote code's own making."""
+
+    def __init__(self) -> None:
+        self.entries: dict[nn.Module, list] = {}
+
+
 class Attention(nn.Module):
     def __init__(self, oddity: str) -> None:
         super().__init__()
@@ -82,7 +89,7 @@ class Attention(nn.Module):
         )
         self.oddity, self.past = oddity, []
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: "KeyCache | None") -> torch.Tensor:
         if self.oddity == "uncalled":
             query = nn.functional.linear(x, self.query.weight, self.query.bias)
         elif self.oddity == "four dimensions":
@@ -90,10 +97,11 @@ class Attention(nn.Module):
         else:
             query = self.query(x)
         key, value = self.key(x), self.value(x)
-        if self.oddity == "cache":  # kept in the module, where no configuration reaches
-            self.past.append((key, value))
-            key = torch.cat([k for k, _ in self.past if len(k) == len(x)], dim=1)
-            value = torch.cat([v for _, v in self.past if len(v) == len(x)], dim=1)
+        past = self.past if cache is None else cache.entries.setdefault(self, [])
+        if self.oddity == "cache" or cache is not None:
+            past.append((key, value))
+            key = torch.cat([k for k, _ in past], dim=1)
+            value = torch.cat([v for _, v in past], dim=1)
         causal = self.oddity != "bidirectional"
         mixed = nn.functional.scaled_dot_product_attention(
             query[:, None], key[:, None], value[:, None], is_causal=causal
@@ -109,9 +117,14 @@ class RemoteBlock(nn.Module):
         self.attention = Attention(config.oddity)
         self.up, self.down = nn.Linear(WIDTH, 48), nn.Linear(48, WIDTH)
 
-    def forward(self, x: torch.Tensor | None = None, **named: torch.Tensor) -> Any:
+    def forward(
+        self,
+        x: torch.Tensor | None = None,
+        cache: KeyCache | None = None,
+        **named: torch.Tensor,
+    ) -> Any:
         x = named.get(self.config.keyword, x)
-        x = x + self.attention(self.norm(x))
+        x = x + self.attention(self.norm(x), cache)
         x = x + self.down(torch.relu(self.up(x)))
         if self.config.oddity == "random":
             x = x + torch.randn_like(x)
@@ -145,14 +158,23 @@ class RemoteLM(PreTrainedModel):
     ) -> Any:
         x = self.embed(input_ids)
         config = self.config
+        self._cache = KeyCache()  # of this forward
         for attention in (block.attention for block in self.blocks):
             attention.past.clear()
         for block in self._order():
-            y = block(**{config.keyword: x}) if config.keyword else block(x)
+            y = self._call(block, x)
             x = UNPACK[config.block](y)
             if config.oddity == "between":
                 x = x + self.embed(input_ids)
         return LOGITS[config.logits](self.head(x))
+
+    def _call(self, block: nn.Module, x: torch.Tensor) -> Any:
+        config = self.config
+        if config.oddity == "cache by position":
+            return block(x, self._cache)
+        if config.oddity == "cache by name":
+            return block(x, cache=self._cache)
+        return block(**{config.keyword: x}) if config.keyword else block(x)
 
     def _order(self) -> list[nn.Module]:
         blocks = list(self.blocks)
