@@ -24,6 +24,7 @@ from absorb_plugin.precision import ieee_float32
 from absorb_plugin.torch_state import plain_torch
 
 __all__ = [
+    "JOINED",
     "Batch",
     "calibrating",
     "cut_tokens",
@@ -40,6 +41,10 @@ __all__ = [
     "split_samples",
     "token_mask",
 ]
+
+# Samples that are joined to a batch at most; `probe_memory` cuts it again. An offloaded
+# model is onloaded anew for every batch.
+JOINED = 32
 
 Batch = Mapping[str, torch.Tensor]
 T = TypeVar("T")
@@ -204,7 +209,7 @@ def _predicts(sample: Batch) -> bool:
     return bool((mask[:, 1:] & mask[:, :-1]).any())
 
 
-def join_samples(samples: Iterable[Batch], size: int = 8) -> list[dict]:
+def join_samples(samples: Iterable[Batch], size: int = JOINED) -> list[dict]:
     """
     Join up to `size` neighbouring samples of equal shape to a batch, order kept. Those
     with images stay alone, for a batch of them could not be split again.

@@ -78,6 +78,10 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         included, and never returns what scores worse there than the base allocation
         or than uniform. A number takes one round of just that strength; 0 keeps the
         base allocation and measures nothing
+    :param max_loss_increase: instead of a sparsity, the aim: the pruner's `sparsity` is
+        the largest budget then, and the one taken is the largest whose loss on held-out
+        samples, plus one standard error, grows by no more than this over the dense
+        model, in nats per token (docs/quality-target.md)
     :param effort: how much is measured: "quick", "standard" or "thorough"; what it
         costs and brings is in docs/benchmarks.md. The next six override parts of it
     :param rounds: at most so many corrections, each measured where the one before
@@ -90,6 +94,8 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         allocation or uniform. 0 for none
     :param probe_tokens: so many tokens of a sample are used by signals and judges
     :param max_sparsity: no Linear is pruned beyond it
+    :param limits: pattern -> [low, high]: bounds of the sparsity of the Linears that it
+        matches, by full name or "re:…"; the others meet the budget
     :param probe_memory: bytes that a probe may take beside the model; batches are split
         to stay below, down to one sample. "auto" takes half of what is free where the
         model computes (docs/scaling.md)
@@ -114,21 +120,23 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
     _recipe: str = PrivateAttr(default="")
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
-        from absorb_plugin.allocate import choose_signal, needs_loss
         from absorb_plugin.blocks import find_blocks
         from absorb_plugin.calibration import read_batches
+        from absorb_plugin.choices import budget_of, choose_signal, needs_loss
         from absorb_plugin.language_model import check_predicts_tokens
         from absorb_plugin.pruners import adapter, ranks
         from absorb_plugin.pruners.zeros import PrunedZeros
 
         self.base_allocator()
         self._blocks = find_blocks(state.model, kwargs.get("sequential_targets"))
-        if needs_loss(self, choose_signal(self, self._blocks)):
-            check_predicts_tokens(state.model)
         self._recipe = adapter.recipe_text()  # before anything in it is changed
         self._pruners = adapter.find_pruners(
             self, state.model, self._blocks, self.ignore, self.max_sparsity
         )
+        for found in self._pruners:
+            if needs_loss(self, choose_signal(self, found.blocks, found.pruner)):
+                check_predicts_tokens(state.model)
+            budget_of(found.blocks, found.sparsity, self)
         if state.data.calib is None:
             read_batches(None)  # says what is missing
         for field in ("report_dir", "profile_cache"):

@@ -69,7 +69,7 @@ class SampleSplit:
         by_loss: bool,
         pruning_tokens: int | None = None,
     ) -> None:
-        self._effort, self._rounds = effort, 0
+        self._effort, self._rounds, self._prunings = effort, 0, 0
         self._signal: list[dict] = []  # of the first round
         samples = sort_samples(single_samples(batches, by_loss))
         check_alike(samples)
@@ -80,7 +80,8 @@ class SampleSplit:
         self.search = self._windows(search, "search")
         self.confirm = self._windows(confirm, "confirm") if confirm else self.search
         self.statistics = evenly_spaced(self._measuring, effort.statistics)
-        self.pruning = [] if pruning_tokens is None else self._pruning(pruning_tokens)
+        self._pruning_tokens = pruning_tokens or 0
+        self.pruning = [] if pruning_tokens is None else self.next_pruning()
 
     def next_signal(self) -> list[dict]:
         """Other samples in every round, as far as there are any, and other windows."""
@@ -91,6 +92,27 @@ class SampleSplit:
         windows = self._windows(chosen, f"signal {self._rounds}")
         self._signal = self._signal or windows
         return windows
+
+    def next_pruning(self) -> list[dict]:
+        """
+        What the pruner's own arithmetic prunes by, other samples every time as far as
+        there are any: windows as the judges see, or whole samples where these have too
+        few tokens.
+        """
+        count = min(self._effort.confirm or self._effort.signal, len(self._measuring))
+        self._prunings += 1
+        windows = self._windows(self._turn(count), f"pruning {self._prunings}")
+        if SampleUse("", windows).tokens >= self._pruning_tokens:
+            return windows
+        each = SampleUse("", self._measuring).tokens / len(self._measuring)
+        wanted = max(count, round(self._pruning_tokens / each))
+        return self._turn(min(wanted, len(self._measuring)))
+
+    def _turn(self, count: int) -> list[dict]:
+        """So many samples, at even distances, of the turn that it is."""
+        start = (self._prunings - 1) % len(self._measuring)
+        order = self._measuring[start:] + self._measuring[:start]
+        return evenly_spaced(order, count)
 
     def in_turn(self) -> list[dict]:
         """All that are not held out, whole, the first few spread over the text."""
@@ -110,16 +132,6 @@ class SampleSplit:
         }
         uses = measuring | held_out
         return [SampleUse(use, samples) for use, samples in uses.items() if samples]
-
-    def _pruning(self, tokens: int) -> list[dict]:
-        """Windows as for the other judges, or whole samples where more is needed."""
-        count = self._effort.confirm or self._effort.signal
-        few = evenly_spaced(self._measuring, count)
-        windows = self._windows(few, "pruning")
-        if SampleUse("", windows).tokens >= tokens:
-            return windows
-        each = SampleUse("", self._measuring).tokens / len(self._measuring)
-        return evenly_spaced(self._measuring, max(len(few), round(tokens / each)))
 
     def _windows(self, samples: Iterable[dict], salt: str) -> list[dict]:
         length = self._effort.tokens

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from absorb_plugin.allocation import Base, allocate_model
 from absorb_plugin.budget import meet_budget
 from allocator_references import (
     importances,
@@ -33,6 +32,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from absorb_plugin import AbsorptionAllocationModifier
+from absorb_plugin.allocation import Base, allocate_model
 from absorb_plugin.allocators import (
     Allocator,
     AlphaPruning,

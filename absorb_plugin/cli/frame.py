@@ -41,6 +41,7 @@ def command(debug: bool) -> Iterator[TextIO]:
     try:
         with contextlib.redirect_stdout(sys.stderr), termination_as_interrupt():
             route_logs(debug)
+            keep_freed_memory()
             yield stdout
     except (typer.Exit, typer.Abort):
         raise
@@ -66,6 +67,13 @@ def termination_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def keep_freed_memory() -> None:
+    """Imported late, for it needs torch."""
+    from absorb_plugin import cpu
+
+    cpu.keep_freed_memory()
 
 
 def route_logs(debug: bool) -> None:

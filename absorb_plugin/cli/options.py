@@ -13,7 +13,9 @@ __all__ = [
     "Debug",
     "Dtype",
     "DtypeOption",
+    "Effort",
     "Model",
+    "PrunerName",
     "Samples",
     "Seed",
     "SeqLen",
@@ -22,6 +24,17 @@ __all__ = [
     "TextColumn",
     "TrustRemoteCode",
 ]
+
+
+class Effort(str, Enum):
+    quick = "quick"
+    standard = "standard"
+    thorough = "thorough"
+
+
+class PrunerName(str, Enum):
+    wanda = "wanda"
+    sparsegpt = "sparsegpt"
 
 
 class Dtype(str, Enum):

@@ -29,6 +29,7 @@ from transformers.utils.quantization_config import CompressedTensorsConfig
 __all__ = [
     "check_length",
     "check_saving",
+    "empty_model",
     "load_config",
     "load_for_pruning",
     "load_model",
@@ -166,6 +167,16 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
     return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
 
 
+def empty_model(
+    config: PretrainedConfig, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model without its weights, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trust_remote_code
+        )
+
+
 def weight_bytes(
     config: PretrainedConfig, dtype: str, trust_remote_code: bool = False
 ) -> int:
@@ -173,10 +184,7 @@ def weight_bytes(
     :param dtype: of the weights, "auto" as they were saved
     :return: bytes of all weights, none of which is allocated
     """
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=trust_remote_code
-        )
+    empty = empty_model(config, trust_remote_code)
     saved = config.get_text_config().dtype or torch.float32
     chosen = saved if dtype == "auto" else getattr(torch, dtype)
     return sum(parameter.numel() for parameter in empty.parameters()) * chosen.itemsize

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, set_seed
 import absorb_plugin  # registers the modifier that a recipe may name
 from absorb_plugin.files import check_writable
 
-__all__ = ["keep_profiles", "load_recipe", "prune"]
+__all__ = ["keep_profiles", "load_recipe", "parse_recipe", "prune"]
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -27,16 +27,30 @@ def load_recipe(path: Path) -> Recipe:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recipe file")
     try:
-        recipe = Recipe.create_instance(str(path))
-    except Exception as error:  # YAML, pydantic and factory errors alike
+        return parse_recipe(str(path))
+    except ValueError as error:
         cause = _without_fields(path) or str(error)
         raise ValueError(f"cannot use recipe {path}: {cause}") from error
+
+
+def parse_recipe(text: str) -> Recipe:
+    """
+    :param text: YAML, or the path of a file
+    :raises ValueError: if it cannot be parsed, or holds no modifier
+    """
+    try:
+        recipe = Recipe.create_instance(text)
+    except Exception as error:  # YAML, pydantic and factory errors alike
+        raise ValueError(str(error)) from error
     if not recipe.modifiers:
         # llm-compressor ignores every key that does not fit the pattern
         raise ValueError(
-            f"recipe {path} holds no modifier. Its shape must be "
+            "it holds no modifier. Its shape must be "
             "`NAME_stage:` > `NAME_modifiers:` > class name > fields"
         )
+    for modifier in recipe.modifiers:
+        if isinstance(modifier, absorb_plugin.AbsorptionAllocationModifier):
+            modifier.base_allocator()
     return recipe
 
 

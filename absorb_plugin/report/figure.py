@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from absorb_plugin.report.charts import (
     BarChart,
@@ -101,6 +102,8 @@ def _lines(ax: Axes, chart: LineChart) -> None:
     ax.set(xscale=_scale(chart.log_x), yscale=_scale(chart.log_y))
     if chart.y_limits is not None:
         ax.set_ylim(*chart.y_limits)
+    if chart.log_y:
+        _numbers_between_decades(ax.yaxis)
     ax.set_ylabel(chart.y_label, parse_math=False)
     ax.margins(x=0.02)
     if all(isinstance(x, int) for line in chart.lines for x in line.x):
@@ -112,6 +115,15 @@ def _lines(ax: Axes, chart: LineChart) -> None:
 
 def _scale(log: bool) -> str:
     return "log" if log else "linear"
+
+
+def _numbers_between_decades(axis: Axis) -> None:
+    """A short logarithmic axis may hold one power of ten or none."""
+    low, high = axis.get_view_interval()
+    if high < 100 * low:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _line(ax: Axes, line: Line) -> None:

@@ -12,7 +12,7 @@ import torch
 from loguru import logger
 from transformers import PreTrainedModel
 
-from absorb_plugin.allocate import Allocation
+from absorb_plugin.allocation import Allocation
 from absorb_plugin.blocks import linear_parameters
 from absorb_plugin.calibration import Batch, sample_key, token_mask
 from absorb_plugin.devices import dtype_of
@@ -26,6 +26,7 @@ from absorb_plugin.report.words import model_name, run_title
 from absorb_plugin.report.write import write_or_warn
 from absorb_plugin.search.descent import Step
 from absorb_plugin.search.line_search import Round, SearchResult
+from absorb_plugin.search.quality import Quality
 from absorb_plugin.signals.noise import NoiseProfile
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class Report:
             "noise": noise_entry(allocation),
             "search": search_entry(allocation.search),
             "confirmed": confirmed_entry(allocation, self._pruner.pruner.name),
-            "quality": None,
+            "quality": quality_entry(allocation.quality),
             "budget": allocation.budget.sparsity,
             "achieved": allocation.achieved(),
             "realised": self._realised(list(allocation.blocks.linears())),
@@ -265,6 +266,23 @@ def search_entry(search: SearchResult | None) -> dict[str, Any] | None:
     }
 
 
+def quality_entry(quality: Quality | None) -> dict[str, Any] | None:
+    if quality is None:
+        return None
+    return {
+        "max_loss_increase": quality.bound,
+        "found": quality.found.sparsity,
+        "curve": [
+            {
+                "sparsity": point.sparsity,
+                "loss_increase": json_number(point.increase),
+                "standard_error": json_number(point.error),
+            }
+            for point in sorted(quality.points, key=lambda point: point.sparsity)
+        ],
+    }
+
+
 def step_entry(step: Step) -> dict[str, Any]:
     return {
         "loss": json_number(step.loss),
@@ -301,7 +319,9 @@ def confirmed_entry(allocation: Allocation, judge: str) -> dict[str, Any] | None
         "chosen": confirmed.chosen,
         "gain": json_number(confirmed.gain),
         "standard_error": json_number(confirmed.standard_error),
-        "chose_nothing": keys["confirm"].isdisjoint(keys["search"]),
+        # a bound on the loss is kept on the samples that confirm
+        "chose_nothing": allocation.quality is None
+        and keys["confirm"].isdisjoint(keys["search"]),
     }
 
 

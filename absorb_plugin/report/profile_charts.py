@@ -152,50 +152,42 @@ def _search(profile: Profile) -> Iterator[Chart]:
     if search is None or not search["rounds"]:
         return
     strengths = [s for entry in search["rounds"] for s in entry["strengths"]]
-    lines = [
-        rule(
-            allocation_name(profile, name),
-            strengths,
-            search[f"{name}_loss"],
-            "base" if name == "base" else "rule",
-        )
-        for name in ("base", "uniform")
-        if search[f"{name}_loss"] is not None
-    ]
     yield LineChart(
         "Search for the strength",
         "strength β",
         "held-out loss [nats per token]",
-        [*lines, *_rounds(search["rounds"])],
+        [*_starts(profile, strengths), *_rounds(search["rounds"])],
         "Circled: taken. Each round starts where the one before ended.",
     )
+
+
+def _starts(profile: Profile, x: Sequence[float]) -> Iterator[Line]:
+    """Held-out losses of the base allocation and of uniform."""
+    for name, style in (("base", "base"), ("uniform", "rule")):
+        loss = profile["search"][f"{name}_loss"]
+        if loss is not None:
+            yield rule(allocation_name(profile, name), x, loss, style)
 
 
 def _descent(profile: Profile) -> Iterator[Chart]:
     search = profile["search"]
     if search is None or not search["steps"]:
         return
-    steps = list(range(len(search["steps"])))
-    points = [point["steps"] for point in search["judged"]]
-    taken = Line(
-        "held-out samples",
-        "final",
-        points,
-        [point["loss"] for point in search["judged"]],
-        ring=points.index(search["taken"]),
-    )
-    signal = [step["loss"] for step in search["steps"]]
-    lines = [
-        rule("uniform", [0, len(steps)], search["uniform_loss"]),
-        Line("samples of the step", "base", steps, signal, opacity=0.6),
-        taken,
-    ]
+    made = [point["steps"] for point in search["judged"]]
+    held_out = [point["loss"] for point in search["judged"]]
+    own = [step["loss"] for step in search["steps"]]
+    # before a pruner that repairs, the end of the path is taken and not judged here
+    ring = made.index(search["taken"]) if search["taken"] in made else None
     yield LineChart(
         "Descent",
         "steps made",
         "loss [nats per token]",
-        lines,
-        "Circled: taken. Every step is measured on samples of its own.",
+        [
+            *_starts(profile, range(len(own) + 1)),
+            Line("samples of each step", "realised", range(len(own)), own),
+            Line("held out", "final", made, held_out, ring=ring),
+        ],
+        "Circled: taken. Every step goes by samples of its own.",
     )
 
 
@@ -279,16 +271,15 @@ def drift_chart(
         )
         for row, values in enumerate(rows)
     ]
-    lines = [*_floor(rows, floor), *lines]
+    if y_limits is not None or _in_sight(floor, rows):
+        drawn = Line("rounding floor", "base", range(len(floor)), floor, dots=False)
+        lines.insert(0, drawn)
     return LineChart(
         title, "block k", "drift R", lines, caption, log_y=True, y_limits=y_limits
     )
 
 
-def _floor(
-    rows: Sequence[Sequence[float | None]], floor: Sequence[float]
-) -> Iterator[Line]:
-    """The rounding floor, unless it lies so low that nothing else could be told."""
+def _in_sight(floor: Sequence[float], rows: Sequence[Sequence[float | None]]) -> bool:
+    """Whether the rounding floor leaves room to tell the lines above it apart."""
     drifts = [value for row in rows for value in row if value]
-    if drifts and floor[-1] >= min(drifts) / FLOOR_IN_SIGHT:
-        yield Line("rounding floor", "base", range(len(floor)), floor, dots=False)
+    return bool(drifts) and floor[-1] >= min(drifts) / FLOOR_IN_SIGHT

@@ -48,6 +48,18 @@ class Budget:
             np.full(shape, float(max_sparsity)),
         )
 
+    def within(self, low: np.ndarray, high: np.ndarray) -> "Budget":
+        """
+        With bounds of every Linear, of shape (Linears,), beside those it has.
+
+        :raises ValueError: if they leave the budget out of reach
+        """
+        narrow = replace(
+            self, low=np.maximum(self.low, low), high=np.minimum(self.high, high)
+        )
+        narrow.uniform()
+        return narrow
+
     def above(self, low: np.ndarray, present: PresentZeros) -> "Budget":
         """
         The same for a model that has zeros already.

@@ -16,7 +16,8 @@ import numpy as np
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.search.correction import winsorised
 
-__all__ = ["Descent", "Slopes", "Spreading", "Step", "descend", "shrunk"]
+__all__ = ["LENGTHS", "Descent", "Slopes", "Spreading", "Step", "descend", "refined"]
+__all__ += ["shrunk"]
 
 # Root mean square change of a sparsity over all weights, in the first and last step.
 LENGTHS = (0.08, 0.03)
@@ -86,6 +87,7 @@ def descend(
     groups: Spreading,
     *,
     rounds: int,
+    lengths: tuple[float, float] = LENGTHS,
 ) -> Descent:
     """
     :param start: an allocation that meets the budget, shape (Linears,)
@@ -93,6 +95,7 @@ def descend(
     :param groups: spreads one number per group over the Linears; the slopes of a
         block's groups are shrunk towards their mean
     :param rounds: number of steps
+    :param lengths: of the first and the last step, geometric between
     """
     found = Descent([start], np.zeros_like(start))
     mean, variance, seen = np.zeros(()), np.zeros(()), 0.0
@@ -103,7 +106,7 @@ def descend(
         seen = MEMORY * seen + 1 - MEMORY
         known = shrunk(mean / seen, np.sqrt(variance) / seen, groups.block_of)
         direction = _centred(groups.spread(-winsorised(known)), budget)
-        length = _length(number, rounds)
+        length = _length(number, rounds, lengths)
         size = float(np.sqrt(budget.mean(direction**2)))
         if size == 0.0:
             break
@@ -144,7 +147,25 @@ def _centred(direction: np.ndarray, budget: Budget) -> np.ndarray:
     return direction - budget.mean(direction)
 
 
-def _length(number: int, rounds: int) -> float:
-    """Geometric from the first to the last."""
-    first, last = LENGTHS
+def refined(
+    start: np.ndarray,
+    budget: Budget,
+    measure: Callable[[np.ndarray], Slopes],
+    groups: Spreading,
+    *,
+    rounds: int,
+    length: float = LENGTHS[1],
+) -> np.ndarray:
+    """
+    A descent from what is near the end of one already.
+
+    :param length: of the last step of that one, and the first of this
+    """
+    lengths = (length, length / 2)
+    found = descend(start, budget, measure, groups, rounds=rounds, lengths=lengths)
+    return found.path[-1]
+
+
+def _length(number: int, rounds: int, lengths: tuple[float, float]) -> float:
+    first, last = lengths
     return first * (last / first) ** (number / max(1, rounds - 1))

@@ -10,7 +10,7 @@ import numpy as np
 
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.search.correction import corrected
-from absorb_plugin.search.descent import Slopes, Spreading, Step, descend
+from absorb_plugin.search.descent import LENGTHS, Slopes, Spreading, Step, descend
 from absorb_plugin.search.standard_error import standard_error
 
 __all__ = [
@@ -131,6 +131,8 @@ def descent_search(
     *,
     groups: Spreading,
     rounds: int,
+    lengths: tuple[float, float] = LENGTHS,
+    judge_path: bool = True,
 ) -> SearchResult:
     """
     Descend from the better of base and uniform; of some points of the path the best on
@@ -139,10 +141,25 @@ def descent_search(
     :param measure: the slopes of every group under an allocation
     :param groups: spreads one number per group over the Linears
     :param rounds: steps of the descent
+    :param lengths: of its first and last step
+    :param judge_path: whether points of it are judged; else its end is taken, where
+        the judge knows less than the slopes
     """
     found, own, tokens = _started(base, budget, judge)
-    descent = descend(found.sparsity, budget, measure, groups, rounds=rounds)
+    descent = descend(
+        found.sparsity, budget, measure, groups, rounds=rounds, lengths=lengths
+    )
     made = len(descent.steps)
+    if not judge_path:
+        return replace(
+            found,
+            sparsity=descent.path[-1],
+            loss=float("nan"),
+            direction=descent.direction,
+            steps=descent.steps,
+            judged={0: found.loss},
+            taken=made,
+        )
     points = sorted({made * part // PARTS for part in range(1, PARTS + 1)} - {0})
     judged = {0: found.loss}
     best, best_sums = 0, own

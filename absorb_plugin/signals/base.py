@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from absorb_plugin.pruners.base import Pruner
 from absorb_plugin.pruners.weights import MaskedWeights
 from absorb_plugin.sample_split import SampleSplit
 from absorb_plugin.search.correction import direction_from_response
-from absorb_plugin.search.descent import Slopes
+from absorb_plugin.search.descent import LENGTHS, Slopes
 
 __all__ = ["Setting", "Signal"]
 
@@ -33,6 +33,9 @@ class Setting:
     :param runner: runs probes
     :param pruner: that will prune
     :param statistics: full name of a Linear -> a_j of the dense network
+    :param quantiles: of the scores by which weights are masked, found out once for all
+        rounds (`MaskedWeights`)
+    :param known: signal -> what it has measured, of those that measure once
     """
 
     blocks: BlockMap
@@ -41,11 +44,15 @@ class Setting:
     runner: ProbeRunner
     pruner: Pruner
     statistics: Mapping[str, torch.Tensor]
+    quantiles: dict[str, torch.Tensor] = field(default_factory=dict)
+    known: dict[Signal, Any] = field(default_factory=dict)
 
     @property
     def masks(self) -> MaskedWeights:
-        """Masked weights, ranked anew."""
-        return MaskedWeights(self.blocks, self.pruner.masks, self.statistics)
+        """Masked weights, with thresholds of their own."""
+        return MaskedWeights(
+            self.blocks, self.pruner.masks, self.statistics, self.quantiles
+        )
 
 
 class Signal(BaseModel):
@@ -55,6 +62,7 @@ class Signal(BaseModel):
 
     Class attributes:
         name: how recipes call it
+        lengths: of the first and last step of a descent (`search.descent`)
         by_loss: whether it needs tokens to predict, and the inputs' statistics
         prunes: whether it needs samples to prune by
         once: whether it says the same of every allocation, and gives a direction only
@@ -63,22 +71,27 @@ class Signal(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: ClassVar[str]
+    lengths: ClassVar[tuple[float, float]] = LENGTHS
     by_loss: ClassVar[bool] = True
     prunes: ClassVar[bool] = False
     once: ClassVar[bool] = False
     differentiates: ClassVar[bool] = False
 
-    def slopes(self, setting: Setting, allocation: np.ndarray) -> Slopes:
+    def measurer(self, setting: Setting) -> Callable[[np.ndarray], Slopes]:
         """
-        Of a signal that is not `once`: ∂loss/∂s of every group.
-
-        :param allocation: under which the network runs, one sparsity per Linear
+        Of a signal that is not `once`: what takes an allocation, one sparsity per
+        Linear, and gives the slopes of every group under it. One serves a whole
+        descent.
         """
         raise NotImplementedError
 
     def direction(self, setting: Setting, allocation: np.ndarray) -> np.ndarray:
         """Δ of every group, negative for those that are to be pruned less."""
-        return direction_from_response(self.slopes(setting, allocation).mean)
+        return direction_from_response(self.measurer(setting)(allocation).mean)
+
+    def rounds(self, most: int) -> int:
+        """Of a descent, where `effort` allows so many."""
+        return most
 
     @classmethod
     def made_with(cls, arguments: Mapping[str, object]) -> Signal:

@@ -17,6 +17,7 @@ it, the slope is Σ over tokens of y'·(dW̃/ds x), which is known for each samp
 is its standard error.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -185,7 +186,10 @@ class Gradient(Signal):
 
     step: float = Field(default=0.05, gt=0, lt=1)
 
-    def slopes(self, setting: Setting, allocation: np.ndarray) -> Slopes:
+    def measurer(self, setting: Setting) -> Callable[[np.ndarray], Slopes]:
+        return partial(self._slopes, setting)
+
+    def _slopes(self, setting: Setting, allocation: np.ndarray) -> Slopes:
         source = MaskedSlopes(setting.blocks, setting.masks, allocation, self.step)
         return _slopes(setting, source)
 
@@ -195,15 +199,46 @@ class PrunerGradient(Gradient):
     The slope through the pruner itself.
 
     :param step: δ: half the distance of the two sparsities whose weights are compared
+    :param refresh: rounds after which the pruner makes the weights anew; in between
+        they are interpolated
     """
 
     name: ClassVar[str] = "pruner"
     prunes: ClassVar[bool] = True
+    lengths: ClassVar[tuple[float, float]] = (0.05, 0.02)
 
-    def slopes(self, setting: Setting, allocation: np.ndarray) -> Slopes:
-        model = PrunedModel(setting.blocks, setting.pruner, allocation, self.step)
-        source = setting.runner.run("Pruned model", setting.samples.pruning, model)
-        return _slopes(setting, source)
+    refresh: int = Field(default=3, ge=1)
+
+    def measurer(self, setting: Setting) -> Callable[[np.ndarray], Slopes]:
+        return _PrunerSlopes(setting, self).measure
+
+    def rounds(self, most: int) -> int:
+        return max(1, most * 3 // 4)
+
+
+class _PrunerSlopes:
+    """The slopes of one descent through the pruner's weights."""
+
+    def __init__(self, setting: Setting, signal: PrunerGradient) -> None:
+        self._setting, self._signal = setting, signal
+        self._made: PrunedSlopes | None = None
+        self._age = 0
+
+    def measure(self, allocation: np.ndarray) -> Slopes:
+        if self._made is None or self._age == self._signal.refresh:
+            self._made, self._age = None, 0  # let go before the new ones are made
+            self._made = self._prune(allocation)
+        self._age += 1
+        return _slopes(self._setting, self._made.at(allocation))
+
+    def _prune(self, allocation: np.ndarray) -> PrunedSlopes:
+        setting = self._setting
+        model = PrunedModel(
+            setting.blocks, setting.pruner, allocation, self._signal.step
+        )
+        samples = setting.samples.next_pruning()
+        what = f"Pruning as {setting.pruner.name} does"
+        return setting.runner.run(what, samples, model)
 
 
 def _slopes(setting: Setting, source: MaskedSlopes | PrunedSlopes) -> Slopes:

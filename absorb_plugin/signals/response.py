@@ -12,9 +12,10 @@ less. All trajectories share the prefix of the first; with one group per block t
 L(L+1)/2 block passes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -168,7 +169,10 @@ class ResponseSignal(Signal):
 
     step: float = Field(default=0.1, gt=0, lt=1)
 
-    def slopes(self, setting: Setting, allocation: np.ndarray) -> Slopes:
+    def measurer(self, setting: Setting) -> Callable[[np.ndarray], Slopes]:
+        return partial(self._slopes, setting)
+
+    def _slopes(self, setting: Setting, allocation: np.ndarray) -> Slopes:
         probe = ResponseProbe(
             setting.blocks, setting.groups, setting.masks, allocation, self.step
         )

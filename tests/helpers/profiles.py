@@ -82,7 +82,18 @@ def make_search(blocks: int = 12, **changes: Any) -> dict[str, Any]:
                 "chosen": 0.1,
             }
         ],
+        "steps": [],
+        "judged": [{"steps": 0, "loss": 4.5}],
+        "taken": 0,
     } | changes
+
+
+def make_descent(**changes: Any) -> dict[str, Any]:
+    """A search that takes three of four steps."""
+    losses, judged = (4.7, 4.4, 4.3, 4.2), {0: 4.5, 1: 4.4, 3: 4.25, 4: 4.3}
+    steps = [{"loss": x, "length": 0.05, "largest": 0.2} for x in losses]
+    points = [{"steps": count, "loss": loss} for count, loss in judged.items()]
+    return make_search(rounds=[], steps=steps, judged=points, taken=3) | changes
 
 
 def make_confirmed(chosen: str = "searched", **losses: float | None) -> dict[str, Any]:

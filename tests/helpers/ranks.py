@@ -38,7 +38,7 @@ ALLOCATIONS: dict[str, dict[str, Any]] = {
         "strength": "auto",
         "rounds": 2,
         "report_dir": "for the noise probe",
-        "seed": 2,  # a model on which the first round takes a step
+        "seed": 6,  # a model on which a step is taken
     },
     "confirmed": {
         "allocator": "uniform",
@@ -113,8 +113,8 @@ def allocate(fields: dict[str, Any], loader: Sequence[Any]) -> dict[str, Any]:
         "noise": None
         if noise is None
         else [*noise.ratio, *noise.ratio_error, noise.samples, noise.tokens],
-        "losses": None if search is None else [x.losses for x in search.rounds],
-        "chosen": None if search is None else [x.chosen for x in search.rounds],
+        "losses": None if search is None else list(search.judged.values()),
+        "steps": None if search is None else search.taken,
         "confirmed": None if confirmed is None else list(confirmed.losses.values()),
         "taken": None if confirmed is None else confirmed.chosen,
     }

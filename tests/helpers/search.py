@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from absorb_plugin import allocate
-from absorb_plugin.search.line_search import SearchResult, line_search
+from absorb_plugin.search.line_search import SearchResult, descent_search
 
 __all__ = ["STEEP", "search_ends_at_uniform"]
 
@@ -18,7 +18,7 @@ def search_ends_at_uniform(patch: pytest.MonkeyPatch) -> None:
     """So that there is something to confirm wherever the base is another."""
 
     def search(base: Any, budget: Any, *args: Any, **options: Any) -> SearchResult:
-        found = line_search(base, budget, *args, **options)
+        found = descent_search(base, budget, *args, **options)
         return replace(found, sparsity=budget.uniform())
 
-    patch.setattr(allocate, "line_search", search)
+    patch.setattr(allocate, "descent_search", search)

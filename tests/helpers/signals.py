@@ -2,7 +2,7 @@
 `absorb prune` under signals, each run in a process of its own: forked, for importing
 torch and llm-compressor takes longer than all the runs together.
 
-    python signals.py MODEL TEXT RECIPE FOLDER
+    python tests/helpers/signals.py MODEL TEXT RECIPE FOLDER
 
 prints a JSON object: case -> exit code, negative for a signal.
 """
@@ -15,11 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import absorb_plugin.allocation as allocation
 import torch
 import transformers
 
 from absorb_plugin.cli.app import app
+from absorb_plugin.forward import runner
 
 torch.set_num_threads(1)
 # a shell that starts us in the background has SIGINT ignored
@@ -27,21 +27,21 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 model, text, recipe, folder = sys.argv[1:]
 
 
-def kill_in_sweep(number: int, sent: int) -> Callable[[], None]:
-    """Send a signal to ourselves while a block runs in the sweep of that number."""
+def kill_in_probe(number: int, sent: int) -> Callable[[], None]:
+    """Send a signal to ourselves while a block runs in the probe of that number."""
 
     def patch() -> None:
-        original, begun = allocation.sweep, [0]
+        original, begun = runner.run_probes, [0]
 
-        def sweep(dense: Any, blocks: Any, *args: Any, **kwargs: Any) -> None:
+        def run_probes(dense: Any, blocks: Any, *args: Any, **kwargs: Any) -> None:
             begun[0] += 1
             if begun[0] == number:
-                blocks[-1].mlp.register_forward_pre_hook(
+                blocks.modules[-1].mlp.register_forward_pre_hook(
                     lambda *_: os.kill(os.getpid(), sent)
                 )
             original(dense, blocks, *args, **kwargs)
 
-        allocation.sweep = sweep
+        runner.run_probes = run_probes
 
     return patch
 
@@ -98,9 +98,9 @@ print(
             "two": end(at_once[1]),
             "three": prune("three", None, *shared),
             "whole": prune("whole", None),
-            "int": prune("int", kill_in_sweep(2, signal.SIGINT)),
-            "term": prune("term", kill_in_sweep(2, signal.SIGTERM)),
-            "kill": prune("kill", kill_in_sweep(3, signal.SIGKILL), *cache),
+            "int": prune("int", kill_in_probe(2, signal.SIGINT)),
+            "term": prune("term", kill_in_probe(2, signal.SIGTERM)),
+            "kill": prune("kill", kill_in_probe(3, signal.SIGKILL), *cache),
             "save": prune("kill", kill_in_save, *cache),
             "resumed": prune("kill", None, *cache),
         }

@@ -6,6 +6,7 @@ import pytest
 from helpers.profiles import (
     LLAMA,
     make_confirmed,
+    make_descent,
     make_linear,
     make_linear_profile,
     make_profile,
@@ -118,10 +119,23 @@ def test_the_outcome_is_ringed() -> None:
     assert curve.ring is None
 
 
+def test_a_descent_and_where_it_was_stopped() -> None:
+    charts = profile_charts(make_profile(search=make_descent()))
+    assert "Search for the strength" not in titles(charts)
+    base, uniform, own, held_out = chart_of(charts, "Descent").lines
+    assert (base.name, uniform.name) == ("owl", "uniform")
+    assert list(base.x) == [0, 4] and list(base.y) == [4.5, 4.5]
+    assert list(own.x) == [0, 1, 2, 3] and own.y == [4.7, 4.4, 4.3, 4.2]
+    assert held_out.x == [0, 1, 3, 4] and held_out.y == [4.5, 4.4, 4.25, 4.3]
+    assert held_out.x[held_out.ring] == 3
+
+
 def test_losses_that_overflowed_have_no_rule() -> None:
     charts = profile_charts(make_profile(search=make_search(uniform_loss=None)))
     names = [line.name for line in chart_of(charts, "Search for the strength").lines]
     assert names == ["owl", "round 1"]
+    charts = profile_charts(make_profile(search=make_descent(uniform_loss=None)))
+    assert len(chart_of(charts, "Descent").lines) == 3
 
 
 def test_a_floor_out_of_sight_is_left_out() -> None:
@@ -160,6 +174,13 @@ def test_charts_of_a_noise_scan() -> None:
     assert (ratio.band.low, ratio.band.high) == (5e-4, pytest.approx(5e-3))
     start, end = realignment.lines
     assert start.y == pytest.approx([0.9, 0.9]) and end.y == pytest.approx([0.85] * 2)
+
+
+def test_the_floor_is_in_all_panels_that_are_compared() -> None:
+    for floor in (1e-3, 1e-9):
+        for chart in noise_charts(make_scan(floor))[:2]:
+            assert chart.lines[0].name == "rounding floor"
+            assert chart.y_limits[0] < floor
 
 
 def test_noise_above_the_floor_has_no_band() -> None:

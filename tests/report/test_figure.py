@@ -13,6 +13,7 @@ from helpers.profiles import (
     make_profile,
     make_quality,
 )
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from absorb_plugin.report import figure
@@ -57,6 +58,22 @@ def test_a_heat_map_has_both_colours() -> None:
     assert colours(0.5, 0.6) == [False, True]
     assert colours(0.4, 0.5) == [True, False]
     assert colours(0.5, 0.5) == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("high", "expected"), [(2.6, {"0.5", "1", "2"}), (1e4, {"$\\mathdefault{10^{2}}$"})]
+)
+def test_a_short_logarithmic_axis_has_numbers(
+    high: float, expected: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(
+        figure, "Figure", lambda **f: drawn.append(Figure(**f)) or drawn[0]
+    )
+    line = Line("", "final", [0, 1], [0.45, high])
+    draw([LineChart("", "x", "y", [line], log_y=True)], "")
+    (ax,) = drawn[0].axes
+    assert expected <= {tick.get_text() for tick in ax.get_yticklabels()}
 
 
 def test_longer_bars_have_more_colour() -> None:

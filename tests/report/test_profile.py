@@ -122,9 +122,15 @@ def test_report_of_a_whole_run(tmp_path: Path) -> None:
         "uniform_loss",
         "loss",
         "rounds",
+        "steps",
+        "judged",
+        "taken",
     }
-    for entry in profile["search"]["rounds"]:
-        assert entry.keys() == {"direction", "strengths", "losses", "chosen"}
+    assert len(profile["search"]["steps"]) == 2
+    for step in profile["search"]["steps"]:
+        assert step.keys() == {"loss", "length", "largest"}
+    points = {point["steps"]: point["loss"] for point in profile["search"]["judged"]}
+    assert points[profile["search"]["taken"]] == profile["search"]["loss"]
     assert len(profile["blocks"]) == 3
     zeros = weights = 0
     for index, block in enumerate(profile["blocks"]):
@@ -172,6 +178,25 @@ def test_what_was_confirmed(
     assert uses["confirm"]["tokens"] == 16 * uses["confirm"]["samples"] > 0
 
 
+def test_a_bound_on_the_loss_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_profile, "draw_profile", lambda profile: b"")
+    model = tiny.make_model("llama", num_hidden_layers=2)
+    ours = runs.absorption(
+        strength="auto", rounds=1, max_loss_increase=5.0, report_dir=tmp_path, **STEEP
+    )
+    runs.run(model, [ours, runs.pruner(sparsity=0.4)], tmp_path, samples=8)
+    profile = strict_json(tmp_path / "profile.json")
+    quality = profile["quality"]
+    assert quality["max_loss_increase"] == 5.0 and quality["found"] == 0.4
+    assert profile["budget"] == pytest.approx(0.4)
+    (point,) = quality["curve"]  # the largest budget keeps so loose a bound
+    assert point["sparsity"] == 0.4 and point["standard_error"] >= 0
+    page = (tmp_path / "report.html").read_text()
+    assert "Sparsity 40.0% was found. It costs" in page
+
+
 @pytest.mark.parametrize(("confirm", "chose_nothing"), [(5, True), (2, False)])
 def test_samples_that_chose_are_told_from_those_that_did_not(
     confirm: int, chose_nothing: bool
@@ -183,6 +208,7 @@ def test_samples_that_chose_are_told_from_those_that_did_not(
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     allocation = SimpleNamespace(
+        quality=None,
         confirmed=Confirmed(np.array([]), "base", {"base": 1.0}, 0.0, np.nan),
         samples=[
             SampleUse("search", [sample(1), sample(2)]),
@@ -192,6 +218,8 @@ def test_samples_that_chose_are_told_from_those_that_did_not(
     entry = report_profile.confirmed_entry(allocation, "wanda")
     assert entry["chose_nothing"] is chose_nothing
     assert entry["standard_error"] is None
+    allocation.quality = "a bound was kept on the same samples"
+    assert not report_profile.confirmed_entry(allocation, "wanda")["chose_nothing"]
 
 
 def test_a_target_for_every_linear(

@@ -7,6 +7,7 @@ import pytest
 from helpers.profiles import (
     KINDS,
     make_confirmed,
+    make_descent,
     make_linear_profile,
     make_profile,
     make_search,
@@ -24,14 +25,17 @@ ZERO = [{"direction": [], "strengths": [0.0], "losses": [4.5], "chosen": 0.0}]
             {"settings": {"allocator": "owl", "strength": 0, "max_sparsity": 0.9}},
             "strength is 0 in the recipe: this is owl alone",
         ),
-        ({"search": make_search(rounds=ZERO)}, "Strength 0 was chosen"),
+        (
+            {"search": make_search(rounds=ZERO)},
+            "The base allocation was kept: no correction beat it",
+        ),
         (
             {"search": make_search(start="uniform", uniform_loss=4.4)},
             r"Uniform beat owl .*\(4\.400 against 4\.500 nats\).* uniform\.$",
         ),
         (
             {"search": make_search(start="uniform", rounds=ZERO)},
-            "no strength beat it: this is a uniform allocation",
+            "nothing beat it: this is a uniform allocation",
         ),
         (
             {"confirmed": make_confirmed("base", base=4.4, searched=4.5)},
@@ -70,6 +74,12 @@ def test_a_confirmed_gain_is_nothing_to_warn_of() -> None:
     assert find_warnings(make_profile(confirmed=make_confirmed())) == []
     unknown = make_confirmed() | {"standard_error": None}
     assert find_warnings(make_profile(confirmed=unknown)) == []
+
+
+def test_a_descent_that_was_taken_is_nothing_to_warn_of() -> None:
+    assert find_warnings(make_profile(search=make_descent())) == []
+    (kept,) = find_warnings(make_profile(search=make_descent(taken=0)))
+    assert kept.startswith("The base allocation was kept")
 
 
 def test_the_search_may_have_stayed_at_uniform() -> None:
