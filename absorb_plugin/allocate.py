@@ -29,6 +29,7 @@ from absorb_plugin.forward.grams import GramProbe
 from absorb_plugin.forward.inputs import InputStatistics
 from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.groups import Groups
+from absorb_plugin.language_model import check_ids
 from absorb_plugin.measuring import (
     dense_loss,
     masked_loss,
@@ -77,6 +78,7 @@ def allocate(
     :param pruner: that will prune
     :param settings: the recipe's fields
     """
+    check_ids(model, batches)
     cap = budget_of(blocks, sparsity, settings)
     budget = with_present_zeros(cap, blocks, pruner, {})
     method = Method(model, blocks, batches, pruner=pruner, settings=settings)
