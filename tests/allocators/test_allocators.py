@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
+from helpers import tiny
 import torch
 from compressed_tensors.offload import offload_module, set_onload_device
 from compressed_tensors.offload.cache import OffloadCache
