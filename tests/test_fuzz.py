@@ -112,6 +112,12 @@ SIGNAL_ARGS = st.one_of(
         )
     )
 )
+# what limits may name, bounds that most budgets fit between, and anything at all
+LIMITED = ["model.layers.0.mlp.up_proj", "re:.*down_proj$", "re:.*layers\\.1"]
+WIDE_BOUNDS = st.tuples(st.floats(0, 0.2), st.floats(0.9, 1))
+LIMITS = st.dictionaries(
+    st.sampled_from(PATTERNS), st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=2
+)
 OURS = {
     "allocator": rarely(st.sampled_from(sorted(allocators())), st.text(max_size=5)),
     "allocator_args": rarely(st.just({}), ARGUMENTS) | ARGUMENTS,
@@ -130,7 +136,11 @@ OURS = {
     "confirm_samples": rarely(st.integers(0, 9), NUMBERS),
     "probe_tokens": rarely(st.integers(2, 9), NUMBERS),
     "max_sparsity": rarely(st.floats(0.6, 0.999), NUMBERS | st.floats(0, 1)),
-    "probe_memory": rarely(st.integers(1, 2**40), NUMBERS),
+    "probe_memory": rarely(st.integers(1, 2**40) | st.just("auto"), NUMBERS),
+    "limits": rarely(
+        st.dictionaries(st.sampled_from(LIMITED), WIDE_BOUNDS, max_size=2), LIMITS
+    ),
+    "max_loss_increase": rarely(st.none() | st.floats(0.01, 9), NUMBERS),
     "reduce_pruner_statistics": rarely(st.booleans(), NUMBERS),
     "ignore": patterns(),
     "unknown": st.just(1),
@@ -267,7 +277,11 @@ def check(case: Case) -> None:
     for modifier, profile, (_, fields) in zip(
         recipe[1:], observer.profiles, case.pruners, strict=True
     ):
-        assert profile["achieved"] == pytest.approx(fields["sparsity"], abs=1e-6)
+        budget = fields["sparsity"]
+        if recipe[0].max_loss_increase is not None:  # the budget is the largest then
+            assert profile["budget"] <= budget
+            budget = profile["budget"]
+        assert profile["achieved"] == pytest.approx(budget, abs=1e-6)
         assert isinstance(modifier.sparsity, list)
         cap = recipe[0].max_sparsity + 1e-9
         assert all(0 <= s <= cap for s in targets_of(profile).values())
