@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -346,7 +347,8 @@ def dataset(model: PreTrainedModel, samples: int, tokens: int) -> Dataset:
 
 def pruned(size: str, folder: str | None) -> list[Row]:
     """`oneshot` with each pruner: the budget, and how long it took."""
-    rows = []
+    rows, few = [], size == "tiny"
+    samples, tokens = (8, 32) if few else (32, 512)
     for pruner in (WandaPruningModifier, SparseGPTModifier):
         reset_session()
         if folder is None:
@@ -358,16 +360,18 @@ def pruned(size: str, folder: str | None) -> list[Row]:
         ours = AbsorptionAllocationModifier(effort="quick", rounds=2)
         ignore = ["re:.*lm_head"]
         theirs = pruner(sparsity=S, targets=["Linear"], ignore=ignore)
-        tokens = 512 if size != "tiny" else 32
         start = time.perf_counter()
-        oneshot(
-            model=model,
-            processor=empty_tokenizer(),
-            recipe=[ours, theirs],
-            dataset=dataset(model, 32 if size != "tiny" else 8, tokens),
-            num_calibration_samples=32 if size != "tiny" else 8,
-            max_seq_length=tokens,
-        )
+        with TemporaryDirectory() as directory:
+            model.config.save_pretrained(directory)  # oneshot reads it again
+            model.config._name_or_path = directory
+            oneshot(
+                model=model,
+                processor=empty_tokenizer(),
+                recipe=[ours, theirs],
+                dataset=dataset(model, samples, tokens),
+                num_calibration_samples=samples,
+                max_seq_length=tokens,
+            )
         took = time.perf_counter() - start
         share = zeros(model)
         rows.append(
