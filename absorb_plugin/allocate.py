@@ -25,9 +25,11 @@ from absorb_plugin.choices import (
     widest,
 )
 from absorb_plugin.forward.check import check_forward
+from absorb_plugin.forward.grams import GramProbe
 from absorb_plugin.forward.inputs import InputStatistics
 from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.groups import Groups
+from absorb_plugin.language_model import check_ids
 from absorb_plugin.measuring import (
     dense_loss,
     masked_loss,
@@ -76,6 +78,7 @@ def allocate(
     :param pruner: that will prune
     :param settings: the recipe's fields
     """
+    check_ids(model, batches)
     cap = budget_of(blocks, sparsity, settings)
     budget = with_present_zeros(cap, blocks, pruner, {})
     method = Method(model, blocks, batches, pruner=pruner, settings=settings)
@@ -162,6 +165,10 @@ class Method:
         if by_loss or self._allocator.needs == "activations":
             probe = InputStatistics(blocks)
             statistics = runner.run("Input statistics", samples.statistics, probe)
+        self._measured: Mapping[str, float] = {}
+        if self._allocator.needs == "gram":
+            grams = GramProbe(blocks, self._allocator)
+            self._measured = runner.run("Second moments", samples.statistics, grams)
         self.unseen = unseen(blocks, statistics) if statistics else None
         groups = Groups.at(choose_level(settings), blocks)
         self.setting = Setting(blocks, groups, samples, runner, pruner, statistics)
@@ -173,6 +180,7 @@ class Method:
             self.setting.blocks,
             self.setting.statistics,
             budget,
+            measured=self._measured,
             granularity=self.settings.granularity,
             cache=self.setting.runner.cache,
         )

@@ -1,16 +1,19 @@
-"""OWL: prune less where more weights stand out; and two helpers DLP shares."""
+"""OWL: prune less where more weights stand out; and helpers that DLP and LSA share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
 import torch
 from pydantic import Field
 
+from absorb_plugin import distributed
+
 from .base import Allocator, BaseAllocation, Granularity, LinearGroup, Needs
 from .base import LinearStatistics as Linear
 
-__all__ = ["Owl", "mean_importance", "spread_metric"]
+__all__ = ["Owl", "importance", "mean_importance", "of_all", "spread_metric"]
 
 
 class Owl(Allocator):
@@ -35,17 +38,33 @@ class Owl(Allocator):
     def allocate(
         self, groups: Sequence[LinearGroup], sparsity: float
     ) -> BaseAllocation:
-        outliers = np.array([_outlier_percent(group, self.m) for group in groups])
-        return BaseAllocation(outliers, spread_metric(outliers, self.lmbda, sparsity))
+        outliers = of_all(groups, partial(_outlier_percent, m=self.m))
+        change = spread_metric(outliers, self.lmbda)
+        return BaseAllocation(outliers, np.clip(sparsity + change, 0.0, 1.0))
 
 
-def spread_metric(metric: np.ndarray, width: float, sparsity: float) -> np.ndarray:
-    """s_b = S − (u_b − mean u) in [0, 1], u_b = 2·width·(metric − min)/(max − min)."""
+def spread_metric(metric: np.ndarray, width: float) -> np.ndarray:
+    """
+    mean u − u_b with u_b = 2·width·(metric − min)/(max − min): how much more than the
+    target each group is pruned. Equal metrics give zeros.
+    """
     spread = float(metric.max() - metric.min())
     if spread == 0.0:
-        return np.full_like(metric, sparsity)
+        return np.zeros_like(metric)
     u = 2 * width * (metric - metric.min()) / spread
-    return np.clip(sparsity - (u - u.mean()), 0.0, 1.0)
+    return u.mean() - u
+
+
+def of_all(
+    groups: Sequence[LinearGroup], measure: Callable[[LinearGroup], float]
+) -> np.ndarray:
+    """
+    One number per group. Under torch.distributed each rank reads the weights of its
+    share of the groups.
+    """
+    with distributed.fail_together():
+        mine = [measure(group) for group in distributed.share(groups)]
+    return np.array(distributed.gather_shares(mine))
 
 
 def mean_importance(group: LinearGroup) -> float:
@@ -72,9 +91,14 @@ def _importance_sum(linear: Linear) -> tuple[float, int]:
 
 def _count_above(linear: Linear, threshold: float) -> tuple[int, int]:
     """How many |W|·√a exceed the threshold, and the number of weights."""
+    values = importance(linear)
+    return int((values > threshold).sum()), values.numel()
+
+
+def importance(linear: Linear) -> torch.Tensor:
+    """|W|·√a, float32 of the weight's shape."""
     weight = linear.weight
-    importance = weight.abs().float().mul_(_input_norm(linear, weight))
-    return int((importance > threshold).sum()), weight.numel()
+    return weight.abs().float().mul_(_input_norm(linear, weight))
 
 
 def _input_norm(linear: Linear, weight: torch.Tensor) -> torch.Tensor:

@@ -25,8 +25,8 @@ __all__ = [
     "Step",
     "descend",
     "refined",
+    "shrunk",
 ]
-__all__ += ["shrunk"]
 
 # Root mean square change of a sparsity over all weights, in the first and last step.
 LENGTHS = (0.08, 0.03)

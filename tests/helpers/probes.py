@@ -132,7 +132,7 @@ def numbers(result: Any) -> np.ndarray:
     if isinstance(result, Response):
         return result.response
     if isinstance(result, PrunedSlopes):
-        (blocks,) = result.identity()
+        blocks = result.identity()[0]
         result = {
             f"{index}.{name}": torch.stack(weights).float()
             for index, linears in blocks.items()
