@@ -3,88 +3,65 @@ The method on one screen: calibration batches -> statistics -> base allocation -
 -> correction, judged on held-out samples -> confirmed by the pruner's own arithmetic.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
-from loguru import logger
-from transformers import PreTrainedModel
+import torch
+from torch.nn import Module
 
 from absorb_plugin import distributed
+from absorb_plugin.allocation import Allocation
 from absorb_plugin.allocators.base_allocation import Base, base_allocation
 from absorb_plugin.blocks import BlockMap
-from absorb_plugin.calibration import Batch, SampleSplit, SampleUse, cut_tokens
+from absorb_plugin.calibration import Batch
+from absorb_plugin.choices import (
+    budget_of,
+    choose_level,
+    choose_signal,
+    needs_loss,
+    unseen,
+    warn_of_few_tokens,
+    widest,
+)
+from absorb_plugin.forward.check import check_forward
 from absorb_plugin.forward.grams import GramProbe
-from absorb_plugin.forward.inputs import InputStatistics, unseen_linears
+from absorb_plugin.forward.inputs import InputStatistics
 from absorb_plugin.forward.runner import ProbeRunner
-from absorb_plugin.groups import Groups, named
-from absorb_plugin.judges import MaskedLoss, PrunedLoss
+from absorb_plugin.groups import Groups
+from absorb_plugin.measuring import (
+    dense_loss,
+    masked_loss,
+    measure_direction,
+    pruned_loss,
+    report_noise,
+    slopes_measurer,
+)
 from absorb_plugin.pruners import Pruner
+from absorb_plugin.pruners.present import with_present_zeros
+from absorb_plugin.sample_split import SampleSplit
 from absorb_plugin.search.budget import Budget
-from absorb_plugin.search.confirm import Confirmed, confirm
+from absorb_plugin.search.confirm import confirm
 from absorb_plugin.search.correction import corrected
-from absorb_plugin.search.line_search import Losses, SearchResult, line_search
+from absorb_plugin.search.descent import refined
+from absorb_plugin.search.line_search import (
+    SearchResult,
+    descent_search,
+    gain,
+    line_search,
+)
+from absorb_plugin.search.quality import Quality, largest_budget
 from absorb_plugin.settings import AllocationSettings
-from absorb_plugin.signals import SIGNALS, Setting, Signal
-from absorb_plugin.signals.noise import Noise, NoiseProfile
+from absorb_plugin.signals import Setting
+from absorb_plugin.signals.noise import Noise
+from absorb_plugin.torch_state import check_differentiable, plain_torch
 
-__all__ = ["Allocation", "allocate"]
-
-# Samples of the noise probe where noise is not the signal: enough for the report.
-REPORT_SAMPLES = 1
-# Up to so many blocks the response takes no more block passes than the gradient.
-RESPONSE_BLOCKS = 6
+__all__ = ["Allocation", "Method", "allocate"]
 
 
-@dataclass(frozen=True)
-class Allocation:
-    """
-    :param blocks: blocks and their prunable Linears
-    :param level: of the correction, "block", "part" or "linear"
-    :param signal: name of the signal
-    :param budget: sizes of the Linears, S, bounds
-    :param base: the base allocation
-    :param sparsity: the final one, one sparsity per Linear in model order, shape (N,)
-    :param direction: Δ of the first round, per Linear; zeros if nothing was measured
-    :param noise: what the noise probe measured, if it ran
-    :param noise_settings: its arguments
-    :param search: the search, if strength is "auto"
-    :param confirmed: the last comparison, if there was one
-    :param samples: which calibration samples served what
-    :param unseen: full names of the Linears (experts) that saw no token while the
-        statistics were taken; None if none were taken
-    """
-
-    blocks: BlockMap
-    level: str
-    signal: str
-    budget: Budget
-    base: Base
-    sparsity: np.ndarray
-    direction: np.ndarray
-    noise: NoiseProfile | None = None
-    noise_settings: Noise = Noise()
-    search: SearchResult | None = None
-    confirmed: Confirmed | None = None
-    samples: Sequence[SampleUse] = ()
-    unseen: Sequence[str] | None = None
-
-    def linear_sparsities(self) -> dict[str, float]:
-        """Full name of every prunable Linear -> target; Σ p·s = S·Σ p."""
-        return named(self.blocks, self.sparsity)
-
-    def block_means(self, values: np.ndarray) -> np.ndarray:
-        """Mean over the weights of every prunable block, of one number per Linear."""
-        return Groups.at("block", self.blocks).mean(values)
-
-    def achieved(self) -> float:
-        """Mean target sparsity over all prunable weights."""
-        return self.budget.mean(self.sparsity)
-
-
+@plain_torch()
 def allocate(
-    model: PreTrainedModel,
+    model: Module,
     blocks: BlockMap,
     batches: Sequence[Batch],
     *,
@@ -93,150 +70,163 @@ def allocate(
     settings: AllocationSettings,
 ) -> Allocation:
     """
-    :param model: the dense model; its weights are not touched
+    :param model: the dense model, wrapped or not; its weights are not touched
     :param blocks: its blocks, with the Linears that will be pruned
     :param batches: tokenised calibration batches, the same on all ranks
-    :param sparsity: the budget S
+    :param sparsity: the budget S, or the largest one where a loss is the aim
     :param pruner: that will prune
     :param settings: the recipe's fields
     """
-    signal, level = choose_signal(settings, blocks), choose_level(settings)
-    judged = settings.strength == "auto"
-    by_loss = judged or (settings.strength != 0 and signal.by_loss)
-    effort = settings.measuring()
-    samples = SampleSplit(batches, effort, judged=judged, by_loss=by_loss)
-    runner = ProbeRunner(model, blocks, settings.probe_memory, settings.profile_cache)
-    groups = Groups.at(level, blocks)
-    budget = Budget.of(groups.sizes, sparsity, settings.max_sparsity)
-
-    allocator = settings.base_allocator()
-    statistics = {}
-    if by_loss or allocator.needs == "activations":
-        probe = InputStatistics(blocks)
-        statistics = runner.run("Input statistics", samples.statistics, probe)
-    measured = {}
-    if allocator.needs == "gram":
-        grams = GramProbe(blocks, allocator)
-        measured = runner.run("Second moments", samples.statistics, grams)
-    base = base_allocation(
-        allocator,
-        blocks,
-        statistics,
-        budget,
-        measured=measured,
-        granularity=settings.granularity,
-        cache=runner.cache,
-    )
-    setting = Setting(blocks, groups, samples, runner, pruner, statistics)
-    measure = partial(measure_direction, setting, signal)
+    cap = budget_of(blocks, sparsity, settings)
+    budget = with_present_zeros(cap, blocks, pruner, {})
+    method = Method(model, blocks, batches, pruner=pruner, settings=settings)
+    if pruner.keeps_zeros and (seen := method.setting.statistics):
+        budget = with_present_zeros(cap, blocks, pruner, seen)
+    search, confirmed, quality = None, None, None
+    if settings.max_loss_increase is not None:
+        quality = method.largest_budget(budget, settings.max_loss_increase)
+        budget = budget.at(quality.found.sparsity)
+    base = method.base(budget)
     final, direction = base.sparsity, np.zeros_like(base.sparsity)
-    search, confirmed = None, None
-    if judged:
-        rounds = 1 if signal.once else effort.rounds
-        search = line_search(
-            final, budget, measure, partial(masked_loss, setting), rounds=rounds
-        )
-        final, direction = search.sparsity, search.rounds[0].direction
-        if effort.confirm and final is not base.sparsity:
-            judge = partial(pruned_loss, setting)
-            confirmed = confirm(final, base.sparsity, budget, judge)
-            final = confirmed.sparsity
+    if quality is not None:
+        final = quality.found.allocation
+    elif settings.strength == "auto":
+        search = method.search(base, budget)
+        final, direction = search.sparsity, search.direction
     elif settings.strength != 0:
-        direction = measure(final)
+        direction = measure_direction(method.setting, method.signal, final)
         final = budget.meet(corrected(final, direction, float(settings.strength)))
+    if method.confirms and final is not base.sparsity:
+        judge = partial(pruned_loss, method.setting)
+        confirmed = confirm(final, base.sparsity, budget, judge)
+        final = confirmed.sparsity
+    signal = method.signal
     return Allocation(
         blocks=blocks,
-        level=level,
+        level=choose_level(settings),
         signal=signal.name,
         budget=budget,
         base=base,
         sparsity=distributed.from_first(final),
         direction=direction,
-        noise=report_noise(settings, setting, signal),
+        noise=report_noise(settings, method.setting, signal),
         noise_settings=signal if isinstance(signal, Noise) else Noise(),
         search=search,
         confirmed=confirmed,
-        samples=samples.uses(),
-        unseen=unseen(blocks, statistics) if statistics else None,
+        quality=quality,
+        samples=method.setting.samples.uses(),
+        unseen=method.unseen,
     )
 
 
-def choose_signal(settings: AllocationSettings, blocks: BlockMap) -> Signal:
+class Method:
     """
-    :raises ValueError: naming a signal or an argument that there is not
+    What is measured once, and serves every budget.
+
+    :param model: as of `allocate`, and so are the others
     """
-    name = settings.signal
-    if name == "auto":
-        name = "response" if len(blocks) <= RESPONSE_BLOCKS else "gradient"
-    if name not in SIGNALS:
-        raise ValueError(f"signal={name!r}: choose auto or one of {list(SIGNALS)}")
-    return SIGNALS[name].made_with(settings.signal_args)
 
-
-def choose_level(settings: AllocationSettings) -> str:
-    """What `level: auto` stands for: what won in docs/benchmarks.md."""
-    return "block" if settings.level == "auto" else settings.level
-
-
-def measure_direction(
-    setting: Setting, signal: Signal, allocation: np.ndarray
-) -> np.ndarray:
-    """Δ of every Linear, the same on all ranks."""
-    allocation = distributed.from_first(allocation)
-    return setting.groups.spread(signal.measure(setting, allocation))
-
-
-def masked_loss(setting: Setting, candidates: Sequence[np.ndarray]) -> Losses:
-    """Losses under masks on the samples of the search, the same on all ranks."""
-    candidates = distributed.from_first(candidates)
-    probe = MaskedLoss(
-        setting.blocks, setting.pruner.masks, setting.statistics, candidates
-    )
-    return finite(setting.runner.run("Held-out loss", setting.samples.search, probe))
-
-
-def pruned_loss(setting: Setting, candidates: Sequence[np.ndarray]) -> Losses:
-    """Losses by the pruner's arithmetic on samples that chose nothing."""
-    candidates, samples = distributed.from_first(candidates), setting.samples
-    pruning = samples.pruning
-    probe = PrunedLoss(setting.blocks, setting.pruner, candidates, len(pruning))
-    what = f"Pruning as {setting.pruner.name} does"
-    return finite(setting.runner.run(what, [*pruning, *samples.confirm], probe))
-
-
-def finite(losses: Losses) -> Losses:
-    """An overflow is the worst of losses, not none; ranks decide by the first's."""
-    sums, tokens = distributed.from_first(losses)
-    return np.where(np.isnan(sums), np.inf, sums), tokens
-
-
-def report_noise(
-    settings: AllocationSettings, setting: Setting, signal: Signal
-) -> NoiseProfile | None:
-    """The noise probe's profile, where it is the signal or a report wants it."""
-    if settings.strength == 0:
-        return None
-    samples = setting.samples.in_turn()
-    if isinstance(signal, Noise):
-        return signal.profile(setting, samples)
-    if settings.report_dir is None:
-        return None
-    tokens = settings.measuring().tokens
-    few = [cut_tokens(sample, tokens) for sample in samples[:REPORT_SAMPLES]]
-    return Noise().profile(setting, few)
-
-
-def unseen(blocks: BlockMap, statistics: dict) -> list[str]:
-    """Linears that saw no token, of which a warning tells."""
-    found = unseen_linears(blocks, statistics)
-    if found:
-        logger.warning(
-            f"{len(found)} of {len(blocks.linears())} Linears saw no token of the "
-            f"statistics' calibration samples ({found[0]} …): "
-            "experts that were never chosen, or Linears that the block does not "
-            "call. If the pruner has no token for them either, the latter stay "
-            "dense, and of the former Wanda zeroes the first columns and "
-            "SparseGPT every weight. For experts use more samples, or "
-            "oneshot(moe_calibrate_all_experts=True); profile.json lists them"
+    def __init__(
+        self,
+        model: Module,
+        blocks: BlockMap,
+        batches: Sequence[Batch],
+        *,
+        pruner: Pruner,
+        settings: AllocationSettings,
+    ) -> None:
+        self.settings = settings
+        self.signal = choose_signal(settings, blocks, pruner)
+        self._effort = settings.measuring()
+        judged = settings.strength == "auto"
+        by_loss = needs_loss(settings, self.signal)
+        self.confirms = judged and self._effort.confirm > 0
+        prunes = self.confirms or (by_loss and self.signal.prunes)
+        samples = SampleSplit(
+            batches,
+            self._effort,
+            judged=judged,
+            by_loss=by_loss,
+            pruning_tokens=pruner.judge_tokens(widest(blocks)) if prunes else None,
         )
-    return found
+        warn_of_few_tokens(pruner, blocks, batches)
+        runner = ProbeRunner(
+            model, blocks, settings.probe_memory, settings.profile_cache
+        )
+        if settings.strength != 0:
+            if self.signal.differentiates:
+                check_differentiable(model)
+            with distributed.fail_together():
+                check_forward(model, blocks, samples.shortest(), by_loss=by_loss)
+        self._allocator = settings.base_allocator()
+        statistics: Mapping[str, torch.Tensor] = {}
+        if by_loss or self._allocator.needs == "activations":
+            probe = InputStatistics(blocks)
+            statistics = runner.run("Input statistics", samples.statistics, probe)
+        self._measured: Mapping[str, float] = {}
+        if self._allocator.needs == "gram":
+            grams = GramProbe(blocks, self._allocator)
+            self._measured = runner.run("Second moments", samples.statistics, grams)
+        self.unseen = unseen(blocks, statistics) if statistics else None
+        groups = Groups.at(choose_level(settings), blocks)
+        self.setting = Setting(blocks, groups, samples, runner, pruner, statistics)
+
+    def base(self, budget: Budget) -> Base:
+        """What the base allocator makes of a budget."""
+        return base_allocation(
+            self._allocator,
+            self.setting.blocks,
+            self.setting.statistics,
+            budget,
+            measured=self._measured,
+            granularity=self.settings.granularity,
+            cache=self.setting.runner.cache,
+        )
+
+    def search(self, base: Base, budget: Budget) -> SearchResult:
+        """Down the slopes of a signal that has some, else along its direction."""
+        setting, signal = self.setting, self.signal
+        judge = partial(masked_loss, setting)
+        if signal.once:
+            measure = partial(measure_direction, setting, signal)
+            return line_search(base.sparsity, budget, measure, judge, rounds=1)
+        return descent_search(
+            base.sparsity,
+            budget,
+            slopes_measurer(setting, signal),
+            judge,
+            groups=setting.groups,
+            rounds=signal.rounds(self._effort.rounds),
+            lengths=signal.lengths,
+            judge_path=not signal.prunes,
+        )
+
+    def refine(self, near: np.ndarray, budget: Budget) -> np.ndarray:
+        """From the allocation of another budget, by a few short steps."""
+        return refined(
+            budget.meet(near),
+            budget,
+            slopes_measurer(self.setting, self.signal),
+            self.setting.groups,
+            rounds=max(1, self.signal.rounds(self._effort.rounds) // 4),
+            length=self.signal.lengths[1],
+        )
+
+    def largest_budget(self, budget: Budget, bound: float) -> Quality:
+        """
+        :param budget: the largest
+        :param bound: on the increase of the loss over the dense model, nats per token
+        """
+        dense, tokens = dense_loss(self.setting)
+
+        def at(sparsity: float, near: np.ndarray | None) -> np.ndarray:
+            there = budget.at(sparsity)
+            if near is not None:
+                return self.refine(near, there)
+            return self.search(self.base(there), there).sparsity
+
+        def increase(allocation: np.ndarray) -> tuple[float, float]:
+            sums, _ = pruned_loss(self.setting, [allocation])
+            return gain(sums[0], dense[0], tokens)
+
+        return largest_budget(bound, budget.sparsity, at, increase)

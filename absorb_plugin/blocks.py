@@ -1,13 +1,15 @@
 """Which decoder blocks a model has, which Linears in them, and how many weights."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from loguru import logger
 from transformers import PreTrainedModel
+
+from absorb_plugin.language_model import language_model
 
 __all__ = ["Block", "BlockMap", "find_blocks", "linear_parameters"]
 
@@ -107,53 +109,90 @@ def linear_parameters(linear: torch.nn.Linear) -> int:
 
 
 def find_blocks(
-    model: PreTrainedModel, block_classes: str | Iterable[str] | None = None
+    model: torch.nn.Module, block_classes: str | Iterable[str] | None = None
 ) -> BlockMap:
     """
-    Find the decoder blocks: the ModuleList with the most Linear weights among those
-    of the text decoder whose members are of the classes that may not be split.
+    Find the decoder blocks: the ModuleList of the text decoder with the most Linear
+    weights, among those that lie in no block themselves. Lists whose members are of the
+    classes that transformers may not split come first.
 
-    :param model: a decoder-only language model, or one whose `get_decoder()` is
-    :param block_classes: class names of the blocks; default: those that transformers
-        lists in `_no_split_modules`
+    :param model: a decoder-only language model, or one whose `get_decoder()` is,
+        wrapped or not
+    :param block_classes: class names of the blocks, for a model that names none.
+        Others, such as other `sequential_targets` of llm-compressor, change nothing
     :raises ValueError: for encoder-decoder models, or if no block with a Linear is
         found
     """
-    kind = type(model).__name__
-    if getattr(model.config, "is_encoder_decoder", False):
+    inner = language_model(model)
+    kind = type(inner).__name__
+    if getattr(inner.config, "is_encoder_decoder", False):
         raise ValueError(
             f"{kind} is an encoder-decoder model: absorption is defined for the single "
             "chain of blocks of a decoder-only language model"
         )
-    if block_classes is None:
-        block_classes = getattr(model, "_no_split_modules", None) or ()
-    if isinstance(block_classes, str):
-        block_classes = [block_classes]
-    classes = set(block_classes)
-
-    decoder = model.get_decoder() or model
-    names = {module: name for name, module in model.named_modules()}
-    candidates = []
-    for stack in decoder.modules():
-        if not isinstance(stack, torch.nn.ModuleList) or not len(stack):
-            continue
-        if not all(classes & {c.__name__ for c in type(m).__mro__} for m in stack):
-            continue
-        candidates.append(BlockMap(tuple(_blocks(stack, names))))
-    if not candidates:
+    own = set(getattr(inner, "_no_split_modules", None) or ())
+    given = [block_classes] if isinstance(block_classes, str) else block_classes or ()
+    stacks = _outermost(_decoder(inner))
+    if not stacks:
         raise ValueError(
-            f"no decoder block found in {kind}: no ModuleList holds modules of class "
-            f"{sorted(classes) or '(none named by the model)'}. Name the block class "
-            "with oneshot(sequential_targets=[...])"
+            f"no decoder block found in {kind}: no ModuleList of its decoder holds "
+            "modules. Blocks must lie in one ModuleList"
         )
-    best = max(candidates, key=lambda found: sum(b.parameters for b in found.blocks))
-    if not best.prunable:
+    names = {module: name for name, module in model.named_modules()}
+    best = max(_preferred(stacks, own, set(given)), key=_linear_weights)
+    found = BlockMap(tuple(_blocks(best, names)))
+    if not found.prunable:
         raise ValueError(
-            f"the blocks of {kind} ({best.blocks[0].name} …) hold no torch.nn.Linear. "
+            f"the blocks of {kind} ({found.blocks[0].name} …) hold no torch.nn.Linear. "
             "llm-compressor's pruners handle Linears; GPT-2 style Conv1D weights are "
             "not supported"
         )
-    return best
+    return found
+
+
+def _decoder(inner: PreTrainedModel) -> torch.nn.Module:
+    """The text decoder; the whole model, where what is called so holds no list."""
+    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
+    if decoder is not None and _outermost(decoder):
+        return decoder
+    return inner
+
+
+def _outermost(decoder: torch.nn.Module) -> list[torch.nn.ModuleList]:
+    """Lists of modules that lie in no member of another list of like modules."""
+    found: list[torch.nn.ModuleList] = []
+    inside: set[torch.nn.Module] = set()
+    for module in decoder.modules():
+        if not isinstance(module, torch.nn.ModuleList) or not len(module):
+            continue
+        if module not in inside and any(map(_has_weights, module)):
+            found.append(module)
+            inside.update(x for member in module for x in member.modules())
+    return found
+
+
+def _has_weights(module: torch.nn.Module) -> bool:
+    # not parameters(): reading a weight may onload it
+    return any(len(inner._parameters) for inner in module.modules())
+
+
+def _preferred(
+    stacks: Sequence[torch.nn.ModuleList], own: set[str], given: set[str]
+) -> Sequence[torch.nn.ModuleList]:
+    """Those of the classes that the model names, else that the user does, else all."""
+    for classes in (own, given):
+        named = [
+            stack
+            for stack in stacks
+            if all(classes & {c.__name__ for c in type(m).__mro__} for m in stack)
+        ]
+        if named:
+            return named
+    return stacks
+
+
+def _linear_weights(stack: torch.nn.ModuleList) -> int:
+    return sum(map(linear_parameters, _linears(stack).values()))
 
 
 def _blocks(

@@ -46,12 +46,15 @@ class RefusedEntry(Exception):
 class ProfileCache:
     """
     :param directory: where entries are; made if missing. Several processes may use it
-    :param model: the dense model; it is hashed once, when it is first needed
+    :param model: the dense model; the first rank hashes it, here
     """
 
     def __init__(self, directory: str, model: PreTrainedModel) -> None:
-        self._folder, self._model = Path(directory), model
-        self._digest: str | None = None
+        self._folder = Path(directory)
+        with distributed.fail_together():
+            mine = model_digest(model) if distributed.is_first() else ""
+        self._model = distributed.from_first(mine)
+        self._kept = self._list()
         self._made_with: WeakKeyDictionary[Probe, str] = WeakKeyDictionary()
 
     def load_or_run(
@@ -82,11 +85,12 @@ class ProfileCache:
         share = (distributed.rank(), distributed.ranks())
         measurement = [self._made_with[probe], so_far, memory, share]
         key = {
-            "model": self._model_digest(),
+            "model": self._model,
             "samples": digest(samples),
             "measurement": digest(measurement),
         }
-        found = self._find(what, key)
+        before = {name: vars(probe)[name] for name in probe.state}
+        found = self._find(what, key, before)
         if found is not None:
             vars(probe).update(found)
             return
@@ -105,30 +109,29 @@ class ProfileCache:
         self, owner: str, linear: str, name: str, compute: Callable[[], float]
     ) -> float:
         key = {
-            "model": self._model_digest(),
+            "model": self._model,
             "samples": digest([]),
             "measurement": digest([owner, linear, name]),
         }
         what = f"{name} of {linear}"
-        found = self._find(what, key)
+        found = self._find(what, key, {"number": 0.0})
         if found is not None:
-            return float(found["number"])
+            return found["number"]
         number = float(compute())
         self._keep(what, key, {"number": number})
         return number
 
-    def _model_digest(self) -> str:
-        if self._digest is None:
-            self._digest = model_digest(self._model)
-        return self._digest
-
-    def _find(self, what: str, key: Mapping[str, str]) -> dict[str, Any] | None:
+    def _find(
+        self, what: str, key: Mapping[str, str], like: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """:param like: the names that are asked for, with values of their types"""
         path = self._path(what, key)
         if not path.exists():
             self._explain_missing(what, path)
             return None
         try:
             found = _read(path, key)
+            _check_names(found, like)
         except RefusedEntry as refused:
             logger.warning(
                 f"profile_cache: {path} is not used, {refused}. Measuring again"
@@ -137,16 +140,21 @@ class ProfileCache:
         logger.info(f"{what}: taken from {path}")
         return found
 
+    def _list(self) -> dict[str, list[list[str]]]:
+        """What was kept by earlier runs: station -> the rest of the files' names."""
+        found: dict[str, list[list[str]]] = {}
+        for path in self._folder.glob("*-*-*-*.safetensors"):
+            station, *key = path.stem.split("-")
+            found.setdefault(station, []).append(key)
+        return found
+
     def _explain_missing(self, what: str, path: Path) -> None:
         """Where measurements were kept and none fits, a user wonders why."""
         station, *wanted = path.stem.split("-")
-        kept = [
-            other.stem.split("-")[1:]
-            for other in self._folder.glob(f"{station}-*-*-*.safetensors")
-        ]
+        kept = self._kept.get(station, [])
         reasons = {
-            1: "another model (weights, configuration, kind of device, or versions of "
-            "the software)",
+            1: "another model (weights, configuration, device, or versions of the "
+            "software)",
             2: "other calibration samples",
         }
         for shared, reason in reasons.items():
@@ -246,13 +254,26 @@ def _read(path: Path, key: Mapping[str, str]) -> dict[str, Any]:
     checksum = metadata.pop("checksum", None)
     if checksum != digest([metadata, tensors]):
         raise RefusedEntry("its content does not fit its checksum: it is damaged")
-    recorded = json.loads(metadata["key"])
-    differing = [part for part in key if recorded.get(part) != key[part]]
+    try:
+        recorded = json.loads(metadata["key"])
+        differing = [part for part in key if recorded.get(part) != key[part]]
+        found = unpack(json.loads(metadata["tree"]), tensors)
+    except Exception as error:  # a file of others may hold anything; torch's devices
+        raise RefusedEntry(f"it cannot be understood: {error!r}") from error
     if differing:
         others = " and another ".join(differing)
         raise RefusedEntry(f"it was measured with another {others}")
-    try:
-        return unpack(json.loads(metadata["tree"]), tensors)
-    except (RuntimeError, AssertionError) as error:
-        # torch's words for a device that is not there
-        raise RefusedEntry(f"its tensors find no device: {error}") from error
+    return found
+
+
+def _check_names(found: Any, like: Mapping[str, Any]) -> None:
+    """
+    Nothing but what was asked for is taken.
+
+    :raises RefusedEntry: if names or types are others
+    """
+    if not isinstance(found, dict) or found.keys() != like.keys():
+        raise RefusedEntry(f"it does not hold just {', '.join(like)}")
+    wrong = [name for name in like if type(found[name]) is not type(like[name])]
+    if wrong:
+        raise RefusedEntry(f"{', '.join(wrong)} in it is of another type")

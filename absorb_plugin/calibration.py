@@ -4,8 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from datasets import Dataset
@@ -18,18 +17,19 @@ from loguru import logger
 from torch.utils.data import DataLoader
 
 from absorb_plugin import distributed
+from absorb_plugin.batches import as_tensors
 from absorb_plugin.cpu import fast_bfloat16
-
-if TYPE_CHECKING:
-    from absorb_plugin.settings import Effort
+from absorb_plugin.language_model import without_cache
+from absorb_plugin.precision import ieee_float32
+from absorb_plugin.torch_state import plain_torch
 
 __all__ = [
+    "JOINED",
     "Batch",
-    "SampleSplit",
-    "SampleUse",
     "calibrating",
     "cut_tokens",
     "evenly_spaced",
+    "has_media",
     "interleaved",
     "join_samples",
     "pad_to_batch",
@@ -42,6 +42,10 @@ __all__ = [
     "token_mask",
 ]
 
+# Samples that are joined to a batch at most; `probe_memory` cuts it again. An offloaded
+# model is onloaded anew for every batch.
+JOINED = 32
+
 Batch = Mapping[str, torch.Tensor]
 T = TypeVar("T")
 
@@ -50,17 +54,23 @@ T = TypeVar("T")
 def calibrating(model: torch.nn.Module) -> Iterator[None]:
     """
     The context of llm-compressor's own calibration passes: no gradients, no cache, no
-    dropout, no quantisation. The hooks of other modifiers sleep, so that a run of ours
-    leaves no trace in their statistics; enter it once, `disable_hooks` does not nest.
+    dropout, no quantisation. Float32 products are just that. The hooks of other
+    modifiers sleep, so that a run of ours leaves no trace in their statistics; enter it
+    once, `disable_hooks` does not nest.
+
+    :param model: not wrapped: llm-compressor's context passes over wrappers
     """
     with ExitStack() as stack:
         stack.enter_context(calibration_forward_context(model))
+        stack.enter_context(without_cache(model))
         stack.enter_context(DisableQuantization(model))
         stack.enter_context(HooksMixin.disable_hooks())
         stack.enter_context(fast_bfloat16())
+        stack.enter_context(ieee_float32())
         yield
 
 
+@plain_torch()
 def read_batches(loader: DataLoader | Iterable[Batch] | None) -> list[dict]:
     """
     Read the calibration loader once. The random state is put back afterwards, so that
@@ -106,18 +116,16 @@ def _union(parts: list[list[dict]]) -> list[dict]:
 
 
 def _read(loader: DataLoader | Iterable[Batch]) -> list[dict]:
-    batches = []
     with torch.random.fork_rng(devices=[]), _keep_generator(loader):
-        for batch in loader:
-            tensors = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}
-            if "input_ids" not in tensors:
-                raise ValueError(
-                    "a calibration batch has no 'input_ids' but "
-                    f"{sorted(batch)}: tokenise the dataset first"
-                )
-            if tensors["input_ids"].numel():
-                batches.append(tensors)
-    return batches
+        batches = [as_tensors(batch) for batch in loader]
+    kept = [batch for batch in batches if batch["input_ids"].numel()]
+    if kept and len(kept) < len(batches):
+        raise ValueError(
+            f"{len(batches) - len(kept)} of {len(batches)} calibration batches have no "
+            "token, on which llm-compressor's own calibration fails: leave empty rows "
+            "out of the dataset"
+        )
+    return kept
 
 
 @contextmanager
@@ -139,32 +147,53 @@ def samples_of(dataset: Dataset) -> list[dict]:
 
 
 def split_samples(batches: Iterable[Batch], size: int) -> Iterator[dict]:
-    """Cut batches into ones of at most `size` samples, order kept."""
+    """
+    Cut batches into ones of at most `size` samples, order kept.
+
+    :raises ValueError: for a batch of several samples whose images are packed
+    """
     for batch in batches:
         total = len(batch["input_ids"])
+        packed = [name for name, tensor in batch.items() if len(tensor) != total]
+        if total > size and packed:
+            raise ValueError(
+                f"a calibration batch of {total} samples holds {packed[0]!r} for all "
+                "of them in one: they cannot be told apart. Use batch_size=1, or rows "
+                "of text alone"
+            )
         for start in range(0, total, size):
             yield {
-                name: tensor[start : start + size] if len(tensor) == total else tensor
+                name: tensor if name in packed else tensor[start : start + size]
                 for name, tensor in batch.items()
             }
 
 
-def single_samples(batches: Iterable[Batch], tokens: int | None = None) -> list[dict]:
+def has_media(batch: Batch) -> bool:
+    """Whether it holds arrays that are not one entry per token: images, sounds."""
+    arrays = [tensor for tensor in batch.values() if tensor.dim() > 1]
+    return not all(_per_token(batch, tensor) for tensor in arrays)
+
+
+def _per_token(batch: Batch, tensor: torch.Tensor) -> bool:
+    return tensor.dim() > 1 and tensor.shape[:2] == batch["input_ids"].shape
+
+
+def single_samples(batches: Iterable[Batch], by_loss: bool = False) -> list[dict]:
     """
     The samples one by one, without those that are of no use, of which a warning tells.
 
-    :param tokens: of so many first tokens a sample must have one to predict: two
-        neighbours that are no padding. None: one token that is no padding will do
+    :param by_loss: a sample must have a token to predict: two neighbours that are no
+        padding. Else one token that is no padding will do
     :raises ValueError: if no sample is left
     """
     samples = list(split_samples(batches, 1))
-    if tokens is None:
-        useful = [x for x in samples if token_mask(x).any()]
-        wanted, lacking = "needs one token that is no padding", "has no token"
-    else:
-        useful = [x for x in samples if _predicts(cut_tokens(x, tokens))]
+    if by_loss:
+        useful = [x for x in samples if _predicts(x)]
         wanted = "needs two neighbouring tokens that are no padding. Use longer samples"
         lacking = "has no token to predict"
+    else:
+        useful = [x for x in samples if token_mask(x).any()]
+        wanted, lacking = "needs one token that is no padding", "has no token"
     if not useful:
         raise ValueError(f"the calibration set {lacking}: a sample {wanted}")
     if len(useful) < len(samples):
@@ -180,12 +209,15 @@ def _predicts(sample: Batch) -> bool:
     return bool((mask[:, 1:] & mask[:, :-1]).any())
 
 
-def join_samples(samples: Iterable[Batch], size: int = 8) -> list[dict]:
-    """Join up to `size` neighbouring samples of equal shape to a batch, order kept."""
+def join_samples(samples: Iterable[Batch], size: int = JOINED) -> list[dict]:
+    """
+    Join up to `size` neighbouring samples of equal shape to a batch, order kept. Those
+    with images stay alone, for a batch of them could not be split again.
+    """
     batches: list[dict] = []
     for sample in samples:
         last = batches[-1] if batches else {}
-        fits = last and len(last["input_ids"]) < size
+        fits = last and len(last["input_ids"]) < size and not has_media(sample)
         if fits and {k: v.shape[1:] for k, v in last.items()} == {
             k: v.shape[1:] for k, v in sample.items()
         }:
@@ -198,23 +230,44 @@ def join_samples(samples: Iterable[Batch], size: int = 8) -> list[dict]:
 def pad_to_batch(samples: Sequence[Batch]) -> dict:
     """
     One batch of single samples of whatever length, padded on the right where theirs
-    differ.
+    differ. Images of all samples follow each other.
+
+    :raises ValueError: if they cannot, for their sizes differ
     """
-    lengths = [sample["input_ids"].shape[1] for sample in samples]
-    longest = max(lengths)
-    masked = min(lengths) < longest or any("attention_mask" in x for x in samples)
-    filled = []
-    for sample, length in zip(samples, lengths, strict=True):
-        rows = dict(sample)
-        if masked:
-            rows["attention_mask"] = token_mask(sample).to(sample["input_ids"])
-        for name, tensor in rows.items():
-            if tensor.dim() > 1 and tensor.shape[1] == length < longest:
-                room = tensor.new_zeros(1, longest - length, *tensor.shape[2:])
-                rows[name] = torch.cat([tensor, room], dim=1)
-        filled.append(rows)
-    names = [name for name in filled[0] if all(name in rows for rows in filled)]
-    return {name: torch.cat([rows[name] for rows in filled]) for name in names}
+    longest = max(sample["input_ids"].shape[1] for sample in samples)
+    lengths = {sample["input_ids"].shape[1] for sample in samples}
+    masked = len(lengths) > 1 or any("attention_mask" in x for x in samples)
+    if masked:
+        samples = [
+            {**x, "attention_mask": token_mask(x).to(x["input_ids"])} for x in samples
+        ]
+    names = dict.fromkeys(name for sample in samples for name in sample)
+    return {name: _joined(name, samples, longest) for name in names}
+
+
+def _joined(name: str, samples: Sequence[Batch], longest: int) -> torch.Tensor:
+    """One field of all samples; zeros where a sample lacks one per token."""
+    found = [sample.get(name) for sample in samples]
+    model = next(tensor for tensor in found if tensor is not None)
+    owner = next(sample for sample in samples if name in sample)
+    if not _per_token(owner, model):
+        try:
+            return torch.cat([tensor for tensor in found if tensor is not None])
+        except RuntimeError as error:
+            raise ValueError(
+                f"calibration samples hold {name!r} of unequal sizes, and the last "
+                "comparison takes all samples at once: resize the images, use rows of "
+                "text alone, or confirm_samples: 0"
+            ) from error
+    rows = []
+    for sample, tensor in zip(samples, found, strict=True):
+        length = sample["input_ids"].shape[1]
+        kept = (
+            model.new_zeros(1, length, *model.shape[2:]) if tensor is None else tensor
+        )
+        room = kept.new_zeros(1, longest - length, *kept.shape[2:])
+        rows.append(torch.cat([kept, room], dim=1))
+    return torch.cat(rows)
 
 
 def sort_samples(samples: Iterable[Batch]) -> list[dict]:
@@ -247,12 +300,34 @@ def interleaved(items: Sequence[T], stride: int = 8) -> list[T]:
     return [item for offset in range(stride) for item in items[offset::stride]]
 
 
-def cut_tokens(sample: Batch, length: int) -> dict:
-    """The first `length` tokens of a single sample that are no padding."""
+def cut_tokens(
+    sample: Batch, length: int, salt: str | None = None, first: bool = False
+) -> dict:
+    """
+    A window of `length` tokens of a single sample, that are no padding. A sample with
+    images stays whole: their tokens must all be there.
+
+    :param salt: the window lies at a place that a hash of this and of the sample's
+        tokens tells; None for its beginning
+    :param first: the window begins with the sample's first token wherever it lies: a
+        model that was trained with BOS there is not itself without
+    """
+    if has_media(sample):
+        return dict(sample)
     total = sample["input_ids"].shape[1]
-    start = int(token_mask(sample)[0].float().argmax())
+    real = token_mask(sample)[0].nonzero().flatten()
+    start, stop = int(real[0]), int(real[-1]) + 1
+    room = stop - start - length
+    offset = 0
+    if salt is not None and room > 0:
+        _, content = sample_key(sample)
+        digest = hashlib.sha256(salt.encode() + content).digest()
+        offset = int.from_bytes(digest[:8], "big") % (room + 1)
+    places = torch.arange(start + offset, min(start + offset + length, stop))
+    if first:
+        places[0] = start
     return {
-        name: tensor[:, start : start + length]
+        name: tensor[:, places.to(tensor.device)]
         if tensor.dim() > 1 and tensor.shape[1] == total
         else tensor
         for name, tensor in sample.items()
@@ -265,92 +340,3 @@ def token_mask(batch: Batch) -> torch.Tensor:
     if mask is None or mask.shape != batch["input_ids"].shape:
         return torch.ones_like(batch["input_ids"], dtype=torch.bool)
     return mask.bool()
-
-
-@dataclass(frozen=True)
-class SampleUse:
-    """
-    What calibration samples serve.
-
-    :param use: "statistics", "signal", "search", "confirm" or "pruning"
-    :param samples: batches of one
-    """
-
-    use: str
-    samples: list[dict]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that are no padding, of all samples."""
-        return sum(int(token_mask(sample).sum()) for sample in self.samples)
-
-
-class SampleSplit:
-    """
-    Which calibration samples serve what, decided once. Those that judge are held out
-    at even distances and serve nothing else.
-
-    Under torch.distributed every rank holds all samples and makes the same choices.
-
-    :param batches: the same on all ranks
-    :param effort: how many samples serve what, and how many of their tokens
-    :param judged: whether allocations are judged, so that samples are held out
-    :param by_loss: whether anything needs a token to predict
-    :raises ValueError: if samples are to be held out and there is but one
-    """
-
-    def __init__(
-        self, batches: Sequence[Batch], effort: "Effort", *, judged: bool, by_loss: bool
-    ) -> None:
-        self._effort = effort
-        tokens = effort.tokens if by_loss else None
-        samples = sort_samples(single_samples(batches, tokens))
-        check_alike(samples)
-        held_out: list[dict] = []
-        if judged:
-            if len(samples) < 2:
-                raise ValueError(
-                    "strength='auto' holds calibration samples out to judge by, and "
-                    "there is but one: raise num_calibration_samples, or give strength "
-                    "as a number (0.1 is a good start)"
-                )
-            held_out = evenly_spaced(samples, min(effort.search, len(samples) // 2))
-        out = {id(sample) for sample in held_out}
-        self._measuring = [sample for sample in samples if id(sample) not in out]
-        self._measured = 0
-        self.search = self._cut(held_out)
-        self.confirm = self.search
-        self.statistics = evenly_spaced(self._measuring, effort.statistics)
-        self.pruning = self._cut(evenly_spaced(self._measuring, effort.confirm))
-
-    def next_signal(self) -> list[dict]:
-        """Other samples in every round, as far as there are any."""
-        count = min(self._effort.signal, len(self._measuring))
-        start, self._measured = self._measured, self._measured + count
-        order = interleaved(self._measuring)
-        return self._cut([order[(start + i) % len(order)] for i in range(count)])
-
-    def in_turn(self) -> list[dict]:
-        """All that are not held out, whole, the first few spread over the text."""
-        return interleaved(self._measuring)
-
-    def uses(self) -> list[SampleUse]:
-        """For the report."""
-        return [
-            SampleUse(use, getattr(self, use))
-            for use in ("statistics", "search", "confirm", "pruning")
-        ]
-
-    def _cut(self, samples: Iterable[dict]) -> list[dict]:
-        return [cut_tokens(sample, self._effort.tokens) for sample in samples]
-
-
-def check_alike(samples: Sequence[Batch]) -> None:
-    """:raises ValueError: unless all ranks hold the same samples"""
-    mine = [sample_key(sample) for sample in samples]
-    if any(other != mine for other in distributed.gather(mine)):
-        raise ValueError(
-            "the ranks of torch.distributed were given different calibration samples: "
-            "pass what absorb_plugin.calibration.read_batches(loader) returns, which "
-            "collects those of all ranks"
-        )

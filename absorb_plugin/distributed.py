@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from loguru import logger
 from torch import distributed
 
 __all__ = [
@@ -154,6 +155,9 @@ def fail_together() -> Iterator[None]:
     What fails in here on one rank fails on all, where otherwise they would wait for it
     until a timeout. No collective may run inside.
 
+    The rank that failed says so before it tells the others, for after an error of its
+    device that may fail as well.
+
     :raises RuntimeError: on the other ranks, naming the one that failed and why
     """
     error = None
@@ -161,9 +165,13 @@ def fail_together() -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    said = gather(None if error is None else f"{type(error).__name__}: {error}")
-    if error is not None:
-        raise error
+        if active():
+            logger.error(f"rank {rank()} of torch.distributed failed: {caught!r}")
+    try:
+        said = gather(None if error is None else f"{type(error).__name__}: {error}")
+    finally:
+        if error is not None:
+            raise error
     for number, message in enumerate(said):
         if message is not None:
             raise RuntimeError(f"rank {number} of torch.distributed failed: {message}")

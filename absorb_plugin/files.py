@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 __all__ = [
@@ -56,15 +57,15 @@ def replace_file(path: Path, content: bytes) -> None:
 
 def check_writable(field: str, directory: str) -> None:
     """
-    Make the directory, and a file in it.
+    Make the directory, and a nameless file in it that is gone again.
 
     :param field: which field of the recipe names it
     :raises ValueError: naming the field and the reason
     """
-    probe = Path(directory) / ".writable"
     try:
-        replace_file(probe, b"0")
-        probe.unlink(missing_ok=True)
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=directory) as file:
+            file.write(b"0")
     except OSError as error:
         raise ValueError(
             f"{field}={directory!r} cannot be written to ({error.strerror}): name "

@@ -19,11 +19,29 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from absorb_plugin.blocks import BlockMap
+from absorb_plugin.precision import reduced_precision
 
-__all__ = ["digest", "model_digest", "tensor_bytes", "weights_digest"]
+__all__ = ["device_name", "digest", "model_digest", "tensor_bytes", "weights_digest"]
 
 # Their arithmetic is the measurement's.
 PACKAGES = ("compressed-tensors", "llmcompressor", "numpy", "torch", "transformers")
+# Folders and files of this package that a measurement does not depend on: what they
+# choose is part of the key itself. A new one counts until it is named here.
+NOT_MEASURING = {
+    "__init__.py",
+    "_after_import.py",
+    "allocate.py",
+    "cli",
+    "evaluation",
+    "files.py",
+    "hookspecs.py",
+    "modifier.py",
+    "plugins.py",
+    "report",
+    "sample_split.py",
+    "search",
+    "settings.py",
+}
 # hashlib lets other threads run while it works; so many tensors are in memory at once.
 THREADS = 4
 
@@ -46,9 +64,9 @@ def digest(value: object) -> str:
 def model_digest(model: PreTrainedModel) -> str:
     """
     Everything about the model and the software that a measurement's result depends on:
-    all weights and buffers, configuration, kind of device, versions, this package's
-    code.
-    Neither the model's path nor the number of threads is part of it.
+    all weights and buffers, configuration, name of the device, what it may round,
+    versions, and the code here that measures. Neither the model's path nor the number
+    of threads is part of it.
     """
     config = model.config.to_dict()
     config.pop("_name_or_path", None)
@@ -57,12 +75,20 @@ def model_digest(model: PreTrainedModel) -> str:
             "class": type(model).__name__,
             # as text: a configuration may hold dtypes and nested configurations
             "config": repr(sorted(config.items())),
-            "device": torch.device(get_execution_device(model)).type,
+            "device": device_name(torch.device(get_execution_device(model))),
+            "precision": reduced_precision(),
             "weights": weights_digest(model),
             "versions": [f"{name} {version(name)}" for name in PACKAGES],
             "code": [path.read_bytes() for path in _sources()],
         }
     )
+
+
+def device_name(device: torch.device) -> str:
+    """As its maker calls it; two kinds of GPU round differently."""
+    module = torch.get_device_module(device)
+    name = getattr(module, "get_device_name", None)
+    return device.type if name is None else f"{device.type} {name(device)}"
 
 
 def weights_digest(model: torch.nn.Module) -> str:
@@ -154,4 +180,9 @@ def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _sources() -> list[Path]:
     # a version number would stand still while the code is worked on
-    return sorted(Path(__file__).parent.rglob("*.py"))
+    package = Path(__file__).parent
+    return sorted(
+        path
+        for path in package.rglob("*.py")
+        if path.relative_to(package).parts[0] not in NOT_MEASURING
+    )

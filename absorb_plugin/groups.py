@@ -32,28 +32,31 @@ class Groups:
     :param linears: full names of all prunable Linears, in model order, shape (N,)
     :param sizes: number of weights of each Linear, shape (N,)
     :param of: index of each Linear's group, shape (N,)
+    :param block_of: index of each group's block, shape (G,)
     """
 
     names: tuple[str, ...]
     linears: tuple[str, ...]
     sizes: np.ndarray
     of: np.ndarray
+    block_of: np.ndarray
 
     @classmethod
     def at(cls, level: str, blocks: BlockMap) -> "Groups":
         """:param level: one of LEVELS"""
         homes = [
-            (block.full_name(name), _group_name(level, block.name, name))
-            for block in blocks.blocks
+            (block.full_name(name), _group_name(level, block.name, name), number)
+            for number, block in enumerate(blocks.blocks)
             for name in block.linears
         ]
-        names = tuple(dict.fromkeys(group for _, group in homes))
-        index = {name: number for number, name in enumerate(names)}
+        block_of = {group: number for _, group, number in homes}
+        index = {name: number for number, name in enumerate(block_of)}
         return cls(
-            names,
-            tuple(linear for linear, _ in homes),
+            tuple(block_of),
+            tuple(linear for linear, _, _ in homes),
             linear_sizes(blocks),
-            np.array([index[group] for _, group in homes], dtype=int),
+            np.array([index[group] for _, group, _ in homes], dtype=int),
+            np.array(list(block_of.values()), dtype=int),
         )
 
     def __len__(self) -> int:

@@ -1,22 +1,26 @@
 """The recipe's modifier: its lifecycle; the fields are in settings.py."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from absorb_plugin._llmcompressor import ModifierFactory  # isort: skip  first
+import absorb_plugin._llmcompressor  # noqa: F401  isort: skip  first
 from llmcompressor.core import Event, State
-from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers import Modifier, ModifierFactory
 from loguru import logger
 from pydantic import PrivateAttr
 
 from absorb_plugin import distributed
-from absorb_plugin.allocate import allocate, choose_signal
-from absorb_plugin.blocks import BlockMap, find_blocks
-from absorb_plugin.calibration import read_batches
 from absorb_plugin.files import check_writable
 from absorb_plugin.plugins import notify_plugins
-from absorb_plugin.pruners import adapter, ranks
-from absorb_plugin.report import Report
 from absorb_plugin.settings import AllocationSettings
+
+# The first import of llm-compressor, wherever it happens, imports this module (see
+# absorb_plugin/__init__.py). Whatever imports llm-compressor may be half imported then,
+# so the methods fetch it when they run.
+if TYPE_CHECKING:
+    from absorb_plugin.blocks import BlockMap
+    from absorb_plugin.pruners.adapter import PrunerAdapter
+    from absorb_plugin.pruners.zeros import PrunedZeros
+    from absorb_plugin.report import Report
 
 __all__ = ["AbsorptionAllocationModifier"]
 
@@ -74,6 +78,10 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         included, and never returns what scores worse there than the base allocation
         or than uniform. A number takes one round of just that strength; 0 keeps the
         base allocation and measures nothing
+    :param max_loss_increase: instead of a sparsity, the aim: the pruner's `sparsity` is
+        the largest budget then, and the one taken is the largest whose loss on held-out
+        samples, plus one standard error, grows by no more than this over the dense
+        model, in nats per token (docs/quality-target.md)
     :param effort: how much is measured: "quick", "standard" or "thorough"; what it
         costs and brings is in docs/benchmarks.md. The next six override parts of it
     :param rounds: at most so many corrections, each measured where the one before
@@ -86,8 +94,11 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         allocation or uniform. 0 for none
     :param probe_tokens: so many tokens of a sample are used by signals and judges
     :param max_sparsity: no Linear is pruned beyond it
+    :param limits: pattern -> [low, high]: bounds of the sparsity of the Linears that it
+        matches, by full name or "re:…"; the others meet the budget
     :param probe_memory: bytes that a probe may take beside the model; batches are split
-        to stay below, down to one sample (docs/scaling.md)
+        to stay below, down to one sample. "auto" takes half of what is free where the
+        model computes (docs/scaling.md)
     :param report_dir: where to write profile.json, profile.png and report.html; None
         for no report
     :param profile_cache: directory where measurements are kept as they complete, for a
@@ -102,19 +113,30 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
 
     requires_calibration_data: bool = False  # True would cost a calibration of its own
 
-    _blocks: BlockMap = PrivateAttr()
-    _pruners: list[adapter.PrunerAdapter] = PrivateAttr(default_factory=list)
-    _reports: list[Report] = PrivateAttr(default_factory=list)
+    _blocks: "BlockMap" = PrivateAttr()
+    _pruners: "list[PrunerAdapter]" = PrivateAttr(default_factory=list)
+    _zeros: "list[PrunedZeros]" = PrivateAttr(default_factory=list)
+    _reports: "list[Report]" = PrivateAttr(default_factory=list)
     _recipe: str = PrivateAttr(default="")
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        from absorb_plugin.blocks import find_blocks
+        from absorb_plugin.calibration import read_batches
+        from absorb_plugin.choices import budget_of, choose_signal, needs_loss
+        from absorb_plugin.language_model import check_predicts_tokens
+        from absorb_plugin.pruners import adapter, ranks
+        from absorb_plugin.pruners.zeros import PrunedZeros
+
         self.base_allocator()
         self._blocks = find_blocks(state.model, kwargs.get("sequential_targets"))
-        choose_signal(self, self._blocks)
         self._recipe = adapter.recipe_text()  # before anything in it is changed
         self._pruners = adapter.find_pruners(
             self, state.model, self._blocks, self.ignore, self.max_sparsity
         )
+        for found in self._pruners:
+            if needs_loss(self, choose_signal(self, found.blocks, found.pruner)):
+                check_predicts_tokens(state.model)
+            budget_of(found.blocks, found.sparsity, self)
         if state.data.calib is None:
             read_batches(None)  # says what is missing
         for field in ("report_dir", "profile_cache"):
@@ -123,24 +145,40 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         for found in self._pruners if self.reduce_pruner_statistics else ():
             if (attribute := found.pruner.rank_statistics) is not None:
                 ranks.reduce_statistics(found.modifier, attribute)
+        self._zeros = [PrunedZeros(found) for found in self._pruners]
+        for zeros in self._zeros:
+            zeros.watch()
         return True
 
     def on_event(self, state: State, event: Event, **kwargs: Any) -> None:
+        from absorb_plugin.allocate import allocate
+        from absorb_plugin.calibration import read_batches
+        from absorb_plugin.devices import computing_on_one_device
+        from absorb_plugin.language_model import language_model
+        from absorb_plugin.report import Report
+
         if event.type_.value not in CALIBRATION_START or self._reports:
             return
         batches = read_batches(state.data.calib)
         for number, found in enumerate(self._pruners):
-            allocation = allocate(
-                state.model,
-                found.blocks,
-                batches,
-                sparsity=found.sparsity,
-                pruner=found.pruner,
-                settings=self,
-            )
+            with computing_on_one_device(state.model):
+                allocation = allocate(
+                    state.model,
+                    found.blocks,
+                    batches,
+                    sparsity=found.sparsity,
+                    pruner=found.pruner,
+                    settings=self,
+                )
             found.set_sparsities(allocation.linear_sparsities())
             report = Report(
-                self, self._recipe, state.model, found, allocation, batches, number
+                self,
+                self._recipe,
+                language_model(state.model),
+                found,
+                allocation,
+                batches,
+                number,
             )
             self._reports.append(report)
             if distributed.is_first():
@@ -148,14 +186,24 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
                 notify_plugins(report.profile())
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        for report in self._reports if distributed.is_first() else ():
-            report.measure_realised()
-            report.write(self.report_dir)
+        from absorb_plugin.pruners import adapter, ranks
+        from absorb_plugin.pruners.zeros import at_the_end
+
         for found in self._pruners:
             ranks.leave_statistics(found.modifier)
+        at_the_end(self, self._measure_realised)
         adapter.remove_from_recipe(self)
         logger.info("Sparsities are set; recipe.yaml replays without absorb_plugin")
         return True
+
+    def _measure_realised(self) -> None:
+        if not distributed.is_first():
+            return
+        for zeros in self._zeros:
+            zeros.warn()
+        for report, zeros in zip(self._reports, self._zeros):
+            report.measure_realised(zeros.lost())
+            report.write(self.report_dir)
 
 
 ModifierFactory.register(

@@ -10,13 +10,11 @@ from importlib.metadata import (
     distribution,
     entry_points,
 )
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import pluggy
 from pydantic import ValidationError
-from rich.console import Console
-from rich.table import Table
 
 import absorb_plugin.allocators as builtins
 import absorb_plugin.hookspecs as hookspecs
@@ -120,23 +118,6 @@ def listing() -> list[dict[str, Any]]:
             }
         )
     return entries
-
-
-def render(file: TextIO) -> None:
-    """Print the listing as a table for people."""
-    table = Table()
-    for column in ("name", "from", "arguments", "cost beside pruning", "paper"):
-        table.add_column(column, overflow="fold")
-    for entry in listing():
-        arguments = (f"{key}={value}" for key, value in entry["arguments"].items())
-        table.add_row(
-            entry["name"],
-            entry["distribution"],
-            ", ".join(arguments),
-            entry["cost"],
-            entry["paper"],
-        )
-    Console(file=file).print(table)
 
 
 def build_allocator(name: str, arguments: Mapping[str, Any]) -> Allocator:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from absorb_plugin.allocators.base import Allocator
+from absorb_plugin.limits import check_limits
 from absorb_plugin.plugins import build_allocator
 
 __all__ = ["EFFORTS", "AllocationSettings", "Effort"]
@@ -35,12 +36,12 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(rounds=3, statistics=16, signal=8, search=8, confirm=8, tokens=128),
+    "quick": Effort(rounds=6, statistics=8, signal=8, search=8, confirm=8, tokens=128),
     "standard": Effort(
-        rounds=6, statistics=16, signal=16, search=16, confirm=16, tokens=256
+        rounds=12, statistics=16, signal=16, search=16, confirm=16, tokens=128
     ),
     "thorough": Effort(
-        rounds=12, statistics=32, signal=32, search=32, confirm=32, tokens=512
+        rounds=24, statistics=32, signal=32, search=32, confirm=32, tokens=256
     ),
 }
 
@@ -74,6 +75,7 @@ class AllocationSettings(BaseModel):
     signal: str = "auto"
     signal_args: dict[str, Any] = Field(default_factory=dict)
     strength: Annotated[float, Field(ge=-1, le=1)] | Literal["auto"] = "auto"
+    max_loss_increase: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     effort: Literal["quick", "standard", "thorough"] = "standard"
     rounds: Count | None = None
     statistics_samples: Count | None = None
@@ -82,7 +84,8 @@ class AllocationSettings(BaseModel):
     confirm_samples: Annotated[int, Field(ge=0)] | None = None
     probe_tokens: Annotated[int, Field(ge=2)] | None = None
     max_sparsity: float = Field(default=0.95, gt=0, lt=1)
-    probe_memory: int = Field(default=4 * 2**30, gt=0)
+    limits: dict[str, tuple[float, float]] = Field(default_factory=dict)
+    probe_memory: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
     report_dir: str | None = None
     profile_cache: str | None = None
     ignore: list[str] = Field(default_factory=list)
@@ -102,10 +105,34 @@ class AllocationSettings(BaseModel):
     def validate_directory(cls, value: str | Path | None) -> str | None:
         return None if value is None else str(value)
 
+    @field_validator("limits", mode="after")
+    @classmethod
+    def validate_limits(
+        cls, value: dict[str, tuple[float, float]]
+    ) -> dict[str, tuple[float, float]]:
+        check_limits(value)
+        return value
+
     @field_validator("ignore", mode="before")
     @classmethod
     def validate_ignore(cls, value: str | list[str]) -> list[str]:
         return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def validate_quality(self) -> "AllocationSettings":
+        if self.max_loss_increase is None:
+            return self
+        if self.strength != "auto" or self.confirm_samples == 0:
+            raise ValueError(
+                "max_loss_increase is kept by judging allocations on held-out samples: "
+                "leave strength at 'auto' and confirm_samples above 0"
+            )
+        if self.signal == "noise":
+            raise ValueError(
+                "max_loss_increase needs a signal that can be measured anew at every "
+                "budget: leave signal at 'auto'"
+            )
+        return self
 
     def measuring(self) -> Effort:
         """What `effort` stands for, with the fields that override it."""

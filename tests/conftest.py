@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 from helpers.words import make_model, make_tokenizer, words
 from llmcompressor.core import reset_session
 from loguru import logger

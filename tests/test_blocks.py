@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-import tiny
 import torch
+from helpers import tiny
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,

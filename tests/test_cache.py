@@ -8,43 +8,40 @@ from typing import Any
 
 import numpy as np
 import pytest
-import runs
-import tiny
 import torch
 from compressed_tensors import offload
+from helpers import probes, runs, tiny
 from llmcompressor.core import reset_session
 from transformers import PreTrainedModel
 
-from absorb_plugin.absorption import NoiseProbe
-from absorb_plugin.allocation import Allocation
-from absorb_plugin.blocks import find_blocks
+from absorb_plugin import fingerprint
+from absorb_plugin.allocate import Allocation
 from absorb_plugin.cache import ProfileCache, pack, unpack
-from absorb_plugin.compensation import Compensation
 from absorb_plugin.fingerprint import digest, model_digest, weights_digest
-from absorb_plugin.gradient import GradientProbe
-from absorb_plugin.rehearsal import Rehearsal
-from absorb_plugin.response import CandidateScores, ResponseProbe
-from absorb_plugin.statistics import InputStatistics
-from absorb_plugin.sweep import Passenger, sweep
+from absorb_plugin.forward.probe import Probe
+from absorb_plugin.forward.run import run_probes
 
-STATIONS = {"input_statistics", "noise_probe", "held_out_loss", "loss_slope"}
+PACKAGE = Path(fingerprint.__file__).parent
+KINDS = {
+    "input_statistics",
+    "noise_probe",
+    "held_out_loss",
+    "loss_slope",
+    "pruning_as_wanda_does",
+}
 
 
 @pytest.fixture
-def sweeps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Descriptions of the sweeps that really run."""
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is really measured, and not found in the cache."""
     seen: list[str] = []
 
     def counted(*args: Any, **kwargs: Any) -> None:
         seen.append(kwargs["description"])
-        sweep(*args, **kwargs)
+        run_probes(*args, **kwargs)
 
-    monkeypatch.setattr("absorb_plugin.allocation.sweep", counted)
+    monkeypatch.setattr("absorb_plugin.forward.runner.run_probes", counted)
     return seen
-
-
-def small(**fields: Any) -> PreTrainedModel:
-    return tiny.make_model("llama", num_hidden_layers=2, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -62,66 +59,75 @@ def allocate(
     seed: int = 0,
     **fields: Any,
 ) -> Allocation:
-    model = small() if model is None else model
-    settings = runs.absorption(
+    return runs.allocate(
+        tiny.small() if model is None else model,
+        [tiny.make_batch(6, seed=seed, padding="right")],
+        sparsity,
         **{"strength": "auto", "report_dir": "unused", "rounds": 2, **fields},
         profile_cache=cache,
     )
-    batches = [tiny.make_batch(6, seed=seed, padding="right")]
-    return settings.allocate(model, find_blocks(model), batches, sparsity)
 
 
 def assert_equal(one: Allocation, other: Allocation) -> None:
     """Bit by bit, all that was measured."""
     for allocation in (one, other):
-        assert allocation.absorption is not None and allocation.search is not None
+        assert allocation.noise is not None and allocation.search is not None
     assert digest(one.linear_sparsities()) == digest(other.linear_sparsities())
     assert digest(vars(one.base)) == digest(vars(other.base))
-    assert digest(vars(one.absorption)) == digest(vars(other.absorption))
-    searches = [
-        {**vars(x.search), "rounds": [vars(r) for r in x.search.rounds]}
-        for x in (one, other)
-    ]
-    assert digest(searches[0]) == digest(searches[1])
+    assert digest(vars(one.noise)) == digest(vars(other.noise))
+    assert digest(one.confirmed) == digest(other.confirmed)
+    assert digest(one.search) == digest(other.search)
 
 
-@pytest.mark.parametrize("signal", ["gradient", "response", "noise"])
+@pytest.mark.parametrize("kind", list(probes.PRUNERS))
+@pytest.mark.parametrize("signal", list(probes.SIGNALS))
 def test_a_second_run_measures_nothing_and_finds_the_same(
-    tmp_path: Path, sweeps: list[str], signal: str
+    tmp_path: Path,
+    measured: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    signal: str,
+    kind: str,
 ) -> None:
-    without = allocate(None, signal=signal)
-    first = allocate(tmp_path, signal=signal)
-    measured = len(sweeps)
-    second = allocate(tmp_path, signal=signal)
-    assert len(sweeps) == measured
+    # whatever is found is taken, so that there is something to confirm
+    monkeypatch.setattr("absorb_plugin.search.line_search.gain", lambda *_: (1.0, 0.0))
+    without = allocate(None, signal=signal, kind=kind)
+    first = allocate(tmp_path, signal=signal, kind=kind)
+    assert f"Pruning as {kind} does" in measured
+    measured.clear()
+    second = allocate(tmp_path, signal=signal, kind=kind)
+    # the pruned model is not kept: three times the size of the model itself
+    assert set(measured) <= {"Pruned model"}
     assert_equal(without, first)
     assert_equal(first, second)
 
 
-def test_a_probe_that_goes_on_until_it_knows(tmp_path: Path, sweeps: list[str]) -> None:
-    """One passenger, several sweeps: each is found again."""
-    fields = {"signal": "noise", "noise_samples": 1, "strength": 0.1}
+def test_a_probe_that_goes_on_until_it_knows(
+    tmp_path: Path, measured: list[str]
+) -> None:
+    """One probe, several runs: each is found again."""
+    fields = {"signal": "noise", "signal_args": {"samples": 1}, "strength": 0.1}
     first = allocate(tmp_path, **fields)
-    assert sweeps.count("Noise probe") > 1
-    sweeps.clear()
+    assert measured.count("Noise probe") > 1
+    measured.clear()
     second = allocate(tmp_path, **fields)
-    assert not sweeps
-    assert first.absorption is not None and second.absorption is not None
-    assert digest(vars(first.absorption)) == digest(vars(second.absorption))
+    assert not measured
+    assert first.noise is not None and second.noise is not None
+    assert digest(vars(first.noise)) == digest(vars(second.noise))
 
 
 def test_another_sparsity_skips_statistics_and_probe(
-    tmp_path: Path, sweeps: list[str]
+    tmp_path: Path, measured: list[str]
 ) -> None:
     allocate(tmp_path, 0.5)
-    sweeps.clear()
+    measured.clear()
     kept = allocate(tmp_path, 0.6)
-    assert set(sweeps) == {"Held-out loss", "Loss slope"}
+    dearest = {"Held-out loss", "Loss slope"}
+    assert dearest <= set(measured) <= dearest | {"Pruning as wanda does"}
     assert_equal(kept, allocate(None, 0.6))
 
 
 def test_an_interrupted_run_goes_on_where_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[str]
 ) -> None:
     whole = allocate(None)
     done: list[str] = []
@@ -130,10 +136,10 @@ def test_an_interrupted_run_goes_on_where_it_was(
         if len(done) % 3 == 2:
             done.append("interrupted")
             raise KeyboardInterrupt
-        sweep(*args, **kwargs)
+        run_probes(*args, **kwargs)
         done.append(kwargs["description"])
 
-    monkeypatch.setattr("absorb_plugin.allocation.sweep", interrupted)
+    monkeypatch.setattr("absorb_plugin.forward.runner.run_probes", interrupted)
     attempts = 0
     while True:
         attempts += 1
@@ -144,16 +150,14 @@ def test_an_interrupted_run_goes_on_where_it_was(
             assert attempts < 10
     assert attempts > 1
     assert_equal(resumed, whole)
-    # statistics, probe, base and uniform, then slope and candidates per round
-    rounds = len(resumed.search.rounds)
-    assert len(done) - done.count("interrupted") == 3 + 2 * rounds
+    assert [what for what in done if what != "interrupted"] == measured
 
 
 def test_through_oneshot_the_weights_are_the_same(tmp_path: Path) -> None:
-    """SparseGPT draws on the random state: a hit must leave it as a sweep does."""
+    """SparseGPT draws on the random state: a hit must leave it as a run does."""
     states = []
     for cache in (None, tmp_path / "cache", tmp_path / "cache"):
-        model = small()
+        model = tiny.small()
         ours = runs.absorption(strength="auto", rounds=1, profile_cache=cache)
         runs.run(model, [ours, runs.pruner("sparsegpt")], tmp_path, batch_size=2)
         states.append(tiny.snapshot(model))
@@ -164,12 +168,15 @@ def test_through_oneshot_the_weights_are_the_same(tmp_path: Path) -> None:
 
 CHANGES: dict[str, dict[str, Any]] = {
     "samples": {"seed": 1},
-    "other strengths, so other samples held out": {"holdout_samples": 1},
-    "memory": {"sweep_memory": 4096},
-    "noise seed": {"noise_seed": 1},
-    "noise magnitude": {"noise_magnitude": 0.1},
-    "sinks": {"sink_tokens": "perturb"},
-    "step": {"response_step": 0.2},
+    "other samples held out": {"statistics_samples": 2},
+    "memory": {"probe_memory": 4096},
+    "noise seed": {"signal": "noise", "signal_args": {"seed": 1}},
+    "noise magnitude": {"signal": "noise", "signal_args": {"magnitude": 0.1}},
+    "sinks": {"signal": "noise", "signal_args": {"sink_tokens": "perturb"}},
+    "dtype": {"signal": "noise", "signal_args": {"dtype": "float32"}},
+    "step": {"signal_args": {"step": 0.2}},
+    "level": {"signal": "response", "level": "linear"},
+    "pruner": {"kind": "sparsegpt"},
     "probe tokens": {"probe_tokens": 5},
 }
 
@@ -186,14 +193,14 @@ def test_what_a_measurement_depends_on_is_in_its_key(
 
 def nudged() -> PreTrainedModel:
     """One weight by one unit in the last place, in the last Linear."""
-    model = small()
+    model = tiny.small()
     weight = model.model.layers[1].mlp.down_proj.weight.data
     weight[-1, -1] = torch.nextafter(weight[-1, -1], torch.tensor(torch.inf))
     return model
 
 
 def configured() -> PreTrainedModel:
-    model = small()
+    model = tiny.small()
     model.config.rms_norm_eps = 1e-3
     for module in model.modules():
         if hasattr(module, "variance_epsilon"):
@@ -204,36 +211,64 @@ def configured() -> PreTrainedModel:
 @pytest.mark.parametrize("other", [nudged, configured])
 def test_another_model_is_measured_anew(
     tmp_path: Path,
-    sweeps: list[str],
+    measured: list[str],
     logs: list[str],
     other: Callable[[], PreTrainedModel],
 ) -> None:
     allocate(tmp_path)
-    sweeps.clear()
+    measured.clear()
     found = allocate(tmp_path, model=other())
-    assert set(sweeps) >= {"Input statistics", "Held-out loss"}
+    assert set(measured) >= {"Input statistics", "Held-out loss"}
     assert_equal(found, allocate(None, model=other()))
     assert any("of another model (weights, configuration" in line for line in logs)
 
 
 def test_the_models_path_does_not_matter(tmp_path: Path) -> None:
-    one, other = small(), small()
+    one, other = tiny.small(), tiny.small()
     other.config._name_or_path = "/somewhere/else"
     assert model_digest(one) == model_digest(other)
 
 
-def test_a_change_of_the_code_makes_another_key(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    "path, another",
+    [
+        ("cli/app.py", False),
+        ("evaluation/perplexity.py", False),
+        ("report/page.py", False),
+        ("search/line_search.py", False),
+        ("allocate.py", False),
+        ("modifier.py", False),
+        ("settings.py", False),
+        ("__init__.py", False),
+        ("allocators/alpha_pruning.py", True),
+        ("blocks.py", True),
+        ("calibration.py", True),
+        ("cpu.py", True),
+        ("distributed.py", True),
+        ("forward/run.py", True),
+        ("groups.py", True),
+        ("judges/pruned_loss.py", True),
+        ("pruners/thresholds.py", True),
+        ("signals/noise.py", True),
+    ],
+)
+def test_only_code_that_measures_makes_another_key(
+    monkeypatch: pytest.MonkeyPatch, path: str, another: bool
 ) -> None:
-    import absorb_plugin.fingerprint as fingerprint
+    before = model_digest(tiny.small())
+    read, changed = Path.read_bytes, PACKAGE / path
+    assert changed.is_file()
 
-    names = {path.name for path in fingerprint._sources()}
-    assert names >= {"sweep.py", "response.py", "alpha_pruning.py"}
-    before = model_digest(small())
-    changed = tmp_path / "sweep.py"
-    changed.write_text("other")
-    monkeypatch.setattr(fingerprint, "_sources", lambda: [changed])
-    assert model_digest(small()) != before
+    def commented(self: Path) -> bytes:
+        return read(self) + b"# a comment\n" * (self == changed)
+
+    monkeypatch.setattr(Path, "read_bytes", commented)
+    assert (model_digest(tiny.small()) != before) == another
+
+
+def test_what_is_left_out_of_the_key_is_there() -> None:
+    missing = {x for x in fingerprint.NOT_MEASURING if not (PACKAGE / x).exists()}
+    assert not missing
 
 
 def truncate(path: Path) -> None:
@@ -263,8 +298,8 @@ def of_another_model(path: Path) -> None:
     """A whole, valid entry under a wrong name."""
     folder = path.parent / "other"
     allocate(folder, model=nudged())
-    station = path.name.split("-")[0]
-    next(folder.glob(f"{station}-*")).replace(path)
+    kind = path.name.split("-")[0]
+    next(folder.glob(f"{kind}-*")).replace(path)
 
 
 def of_another_format(path: Path) -> None:
@@ -284,7 +319,7 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
 
 
 @pytest.mark.parametrize(
-    "station, damage, reason",
+    "kind, damage, reason",
     [
         *[("loss_slope", *damage) for damage in DAMAGES],
         # floats in JSON there, tensors here
@@ -295,18 +330,18 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
 def test_a_damaged_or_wrong_entry_is_named_and_never_used(
     tmp_path: Path,
     logs: list[str],
-    sweeps: list[str],
-    station: str,
+    measured: list[str],
+    kind: str,
     damage: Callable[[Path], None],
     reason: str,
 ) -> None:
     whole = allocate(tmp_path)
-    path = sorted(tmp_path.glob(f"{station}-*.safetensors"))[0]
+    path = sorted(tmp_path.glob(f"{kind}-*.safetensors"))[0]
     damage(path)
     logs.clear()
-    sweeps.clear()
+    measured.clear()
     assert_equal(allocate(tmp_path), whole)
-    assert len(sweeps) == 1
+    assert len(measured) == 1
     (warning,) = [line for line in logs if line.startswith("WARNING")]
     assert str(path) in warning and reason in warning and "Measuring again" in warning
     logs.clear()
@@ -314,9 +349,9 @@ def test_a_damaged_or_wrong_entry_is_named_and_never_used(
     assert not any(line.startswith("WARNING") for line in logs)
 
 
-def test_every_station_and_no_temporary_file(tmp_path: Path) -> None:
+def test_every_kind_of_entry_and_no_temporary_file(tmp_path: Path) -> None:
     allocate(tmp_path)
-    assert {path.name.split("-")[0] for path in tmp_path.iterdir()} == STATIONS
+    assert {path.name.split("-")[0] for path in tmp_path.iterdir()} == KINDS
     assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors"}
 
 
@@ -345,63 +380,39 @@ def test_alpha_is_kept_per_linear(
     assert digest(again.linear_sparsities()) == digest(first.linear_sparsities())
 
 
-def passengers(model: PreTrainedModel, batch: dict) -> dict[str, Passenger]:
-    blocks = find_blocks(model)
-    watcher = InputStatistics(blocks)
-    ride(model, batch, watcher)
-    sums, half = watcher.input_square_sums(), np.full(2, 0.5)
-    return {
-        "noise": NoiseProbe(range(2), 2, 1e-2, 0, "spare"),
-        "statistics": InputStatistics(blocks),
-        "response": ResponseProbe(blocks, sums, half, 0.1),
-        "gradient": GradientProbe(blocks, sums, half, 0.1),
-        "candidates": CandidateScores(blocks, sums, [half, half - 0.1], {"a": 0.1}),
-        "rehearsal": Rehearsal(blocks, sums, [half], Compensation(), 1),
-    }
-
-
-def ride(model: PreTrainedModel, batch: dict, passenger: Passenger) -> None:
-    blocks = find_blocks(model).modules
-    sweep(model, blocks, ["a", "b"], [batch], [passenger])
-
-
 def not_to_be_run() -> None:
-    raise AssertionError("this sweep should have been found in the cache")
+    raise AssertionError("this should have been found in the cache")
 
 
-def result(passenger: Passenger) -> object:
-    if isinstance(passenger, NoiseProbe):
-        return vars(passenger.profile())
-    if isinstance(passenger, ResponseProbe):
-        return vars(passenger.response())
-    if isinstance(passenger, CandidateScores | Rehearsal):
-        return passenger.losses()
-    if isinstance(passenger, GradientProbe):
-        return [passenger.slope(), passenger.loss()]
-    assert isinstance(passenger, InputStatistics)
-    return passenger.input_square_sums()
+KEPT = [name for name in probes.PROBES if not name.startswith("model pruned by")]
 
 
-@pytest.mark.parametrize(
-    "which",
-    ["noise", "statistics", "response", "gradient", "candidates", "rehearsal"],
-)
-def test_every_passenger_comes_back_bit_by_bit(tmp_path: Path, which: str) -> None:
-    model, batch = small(), tiny.make_batch(padding="left")
+def test_only_pruned_models_are_not_kept() -> None:
+    """They are three times the size of the model."""
+    batch, model = tiny.make_batch(padding="left"), tiny.small()
+    where = probes.place(model, batch)
+    kept = [name for name, case in probes.PROBES.items() if case.make(where).state]
+    assert kept == KEPT
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_every_probe_comes_back_bit_by_bit(tmp_path: Path, name: str) -> None:
+    model, batch = tiny.small(), tiny.make_batch(4, padding="left")
+    where = probes.place(model, batch)
     cache = ProfileCache(str(tmp_path), model)
-    first, second = (passengers(model, batch)[which] for _ in range(2))
-    cache.ride("x", [batch], first, 1, lambda: ride(model, batch, first))
-    cache.ride("x", [batch], second, 1, not_to_be_run)
-    assert digest(result(first)) == digest(result(second))
+    first, second = (probes.PROBES[name].make(where) for _ in range(2))
+    cache.load_or_run("x", [batch], first, 1, lambda: probes.run(model, [batch], first))
+    cache.load_or_run("x", [batch], second, 1, not_to_be_run)
+    assert digest(first.result()) == digest(second.result())
 
 
-def test_a_passenger_that_names_nothing_to_keep_is_refused(tmp_path: Path) -> None:
-    class Forgetful(Passenger):
+def test_a_probe_that_names_nothing_to_keep_is_refused(tmp_path: Path) -> None:
+    class Forgetful(Probe):
         pass
 
-    cache = ProfileCache(str(tmp_path), small())
-    with pytest.raises(TypeError, match="Forgetful.kept names nothing"):
-        cache.ride("x", [], Forgetful(), 1, not_to_be_run)
+    cache = ProfileCache(str(tmp_path), tiny.small())
+    with pytest.raises(TypeError, match="Forgetful.state names nothing"):
+        cache.load_or_run("x", [], Forgetful(), 1, not_to_be_run)
 
 
 def test_values_come_back_as_they_were() -> None:
@@ -433,7 +444,7 @@ def test_digests_tell_values_apart() -> None:
 
 
 def test_offloaded_weights_hash_alike_and_where_they_lie(tmp_path: Path) -> None:
-    model = small()
+    model = tiny.small()
     expected = weights_digest(model)
     offload.set_onload_device(model, "cpu")
     cache = type(model.lm_head._parameters)
@@ -444,7 +455,7 @@ def test_offloaded_weights_hash_alike_and_where_they_lie(tmp_path: Path) -> None
 
 def test_weights_on_the_meta_device_are_refused() -> None:
     with pytest.raises(ValueError, match="profile_cache cannot hash .*meta device"):
-        weights_digest(small().to("meta"))
+        weights_digest(tiny.small().to("meta"))
 
 
 def test_a_full_disk_costs_the_entry_and_not_the_run(
@@ -466,10 +477,10 @@ def test_a_full_disk_costs_the_entry_and_not_the_run(
 
 @pytest.mark.parametrize("field", ["profile_cache", "report_dir"])
 def test_a_directory_that_cannot_be_is_refused_first(
-    tmp_path: Path, sweeps: list[str], field: str
+    tmp_path: Path, measured: list[str], field: str
 ) -> None:
     (tmp_path / "file").write_text("")
     recipe = [runs.absorption(**{field: tmp_path / "file" / "x"}), runs.pruner()]
     with pytest.raises(ValueError, match=rf"{field}='.*cannot be written to \(Not a d"):
-        runs.run(small(), recipe, tmp_path)
-    assert not sweeps
+        runs.run(tiny.small(), recipe, tmp_path)
+    assert not measured

@@ -1,19 +1,22 @@
 """Calibration batches: read once, without a trace in the random state; cut, joined."""
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, RandomSampler
 
 from absorb_plugin.calibration import (
-    cache_batches,
     cut_tokens,
-    in_fixed_order,
+    evenly_spaced,
+    interleaved,
     join_samples,
+    pad_to_batch,
+    read_batches,
+    single_samples,
+    sort_samples,
     split_samples,
-    spread,
     token_mask,
 )
 
@@ -37,7 +40,7 @@ def test_the_pruner_is_given_the_samples_that_we_saw(shuffle_by: str) -> None:
         torch.manual_seed(0)
         data = loader(shuffle_by)
         if reading:
-            seen = torch.cat([b["input_ids"] for b in cache_batches(data)])
+            seen = torch.cat([b["input_ids"] for b in read_batches(data)])
         orders.append(torch.cat([batch["input_ids"] for batch in data]))
     assert torch.equal(orders[0], orders[1])
     assert torch.equal(seen, orders[0])
@@ -55,12 +58,12 @@ def test_the_pruner_is_given_the_samples_that_we_saw(shuffle_by: str) -> None:
 )
 def test_missing_data(data: list | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        cache_batches(data)
+        read_batches(data)
 
 
 def test_what_is_no_tensor_is_left_out() -> None:
     batch = {**tiny.make_batch(), "text": ["a", "b", "c"]}
-    (cached,) = cache_batches([batch])
+    (cached,) = read_batches([batch])
     assert cached.keys() == {"input_ids", "attention_mask"}
 
 
@@ -74,16 +77,52 @@ def test_split_and_join_are_inverse() -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 50), st.integers(1, 60))
-def test_spread_is_even(length: int, count: int) -> None:
-    chosen = spread(range(length), count)
+def test_evenly_spaced(length: int, count: int) -> None:
+    chosen = evenly_spaced(range(length), count)
     assert len(chosen) == len(set(chosen)) == min(length, count)
     assert chosen == sorted(chosen)
     steps = [b - a for a, b in zip(chosen, chosen[1:])]
     assert not steps or max(steps) - min(steps) <= 1
 
 
+@given(st.integers(0, 60))
+def test_interleaved_begins_all_over(length: int) -> None:
+    order = interleaved(range(length))
+    assert sorted(order) == list(range(length))
+    few = order[:8]
+    assert few == sorted(few)
+    assert length < 16 or max(few) - min(few) > length / 2
+
+
+def test_padded_to_one_batch() -> None:
+    samples = [tiny.make_batch(1, tokens, seed=tokens) for tokens in (5, 9, 7)]
+    del samples[0]["attention_mask"]
+    batch = pad_to_batch(samples)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (3, 9)
+    assert batch["attention_mask"].sum(dim=1).tolist() == [5, 9, 7]
+    for row, sample in enumerate(samples):
+        mine = batch["input_ids"][row][batch["attention_mask"][row].bool()]
+        assert torch.equal(mine, sample["input_ids"][0])
+    alike = [tiny.make_batch(1, 5, seed=seed) for seed in range(2)]
+    for sample in alike:
+        del sample["attention_mask"]
+    assert pad_to_batch(alike).keys() == {"input_ids"}
+
+
+@pytest.mark.parametrize("by_loss, kept", [(True, 2), (False, 3)])
+def test_samples_of_no_use_are_left_out(
+    by_loss: bool, kept: int, warnings: list[str]
+) -> None:
+    batch = tiny.make_batch(4)
+    batch["attention_mask"][1] = 0
+    batch["attention_mask"][2, 1:] = 0
+    assert len(single_samples([batch], by_loss)) == kept
+    (message,) = warnings
+    assert message.startswith(f"{4 - kept} of 4 calibration samples are left out")
+
+
 @pytest.mark.parametrize("padding", ["left", "right", None])
-def test_cut_leaves_padding_in_front_behind(padding: str | None) -> None:
+def test_cut_leaves_padding_out(padding: str | None) -> None:
     batch = tiny.make_batch(padding=padding)
     for sample in split_samples([batch], 1):
         kept = sample["attention_mask"].bool()
@@ -96,6 +135,30 @@ def test_cut_leaves_padding_in_front_behind(padding: str | None) -> None:
         assert torch.equal(ids, sample["input_ids"][kept])
 
 
+@pytest.mark.parametrize("padding", ["left", "right", None])
+@pytest.mark.parametrize("first", [False, True])
+def test_windows_lie_anywhere_and_always_at_the_same_place(
+    padding: str | None, first: bool
+) -> None:
+    batch = tiny.make_batch(3, 12, padding)
+    starts: set[int] = set()
+    for sample in split_samples([batch], 1):
+        ids = sample["input_ids"][sample["attention_mask"].bool()].tolist()
+        for salt in map(str, range(40)):
+            cut = cut_tokens(sample, 4, salt, first)["input_ids"][0].tolist()
+            again = cut_tokens(sample, 4, salt, first)["input_ids"][0].tolist()
+            assert cut == again
+            if first:
+                assert cut[0] == ids[0]
+                cut, ids = cut[1:], ids[1:]
+            places = [i for i in range(len(ids)) if ids[i : i + len(cut)] == cut]
+            assert places, "no window of the sample"
+            starts.add(places[0])
+            ids = sample["input_ids"][sample["attention_mask"].bool()].tolist()
+    # of the longest sample the whole of it
+    assert starts == set(range(12 - 4 + 1))
+
+
 def test_token_mask() -> None:
     batch = tiny.make_batch(padding="left")
     assert torch.equal(token_mask(batch), batch["attention_mask"].bool())
@@ -105,7 +168,7 @@ def test_token_mask() -> None:
 def test_the_fixed_order_depends_on_the_samples_alone() -> None:
     samples = [tiny.make_batch(1, tokens, seed=tokens) for tokens in (5, 9, 7)]
     samples += [tiny.make_batch(1, 7, seed=seed) for seed in range(20)]
-    ordered = [x["input_ids"].tolist() for x in in_fixed_order(samples)]
+    ordered = [x["input_ids"].tolist() for x in sort_samples(samples)]
     lengths = [len(ids[0]) for ids in ordered]
     assert lengths == sorted(lengths, reverse=True)
     assert ordered != [x["input_ids"].tolist() for x in samples]
@@ -113,5 +176,5 @@ def test_the_fixed_order_depends_on_the_samples_alone() -> None:
         {name: torch.nn.functional.pad(x, (3, 0)) for name, x in sample.items()}
         for sample in samples[::-1]
     ]
-    again = [x["input_ids"][:, 3:].tolist() for x in in_fixed_order(padded)]
+    again = [x["input_ids"][:, 3:].tolist() for x in sort_samples(padded)]
     assert again == ordered

@@ -18,24 +18,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-import runs
-import tiny
 import torch
+from helpers import probes, runs, tiny
 from helpers.cli import error_of, files_in
 from llmcompressor.core import reset_session
 from llmcompressor.modifiers.utils.hooks import HooksMixin
-from test_pipelines import small
-from test_sweep import ride
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 import absorb_plugin
 from absorb_plugin.allocators.base import Allocator, BaseAllocation
-from absorb_plugin.blocks import find_blocks
-from absorb_plugin.compensation import Compensation
 from absorb_plugin.evaluation.output import check_output, check_space, staged_directory
 from absorb_plugin.hookspecs import hookimpl
 from absorb_plugin.plugins import PluginError, manager
-from absorb_plugin.rehearsal import Rehearsal
 
 NIGHTLY = "ABSORB_NIGHTLY" in os.environ  # `make fuzz`: every line, not 4 of them
 PACKAGE = Path(absorb_plugin.__file__).parent
@@ -43,14 +37,6 @@ PACKAGE = Path(absorb_plugin.__file__).parent
 
 def random_states() -> list[Any]:
     return [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1]]
-
-
-def allocate(
-    model: PreTrainedModel, batches: list[dict] | None = None, **fields: Any
-) -> Any:
-    settings = runs.absorption(**fields)
-    batches = [tiny.make_batch(4)] if batches is None else batches
-    return settings.allocate(model, find_blocks(model), batches, 0.5)
 
 
 # --- interrupted -----------------------------------------------------------------
@@ -70,9 +56,11 @@ def cleanup_lines(path: Path) -> set[int]:
     return lines
 
 
-WATCHED = ("sweep", "masks", "calibration", "response", "gradient", "statistics",
-           "absorption", "loss", "rehearsal", "compensation")  # fmt: skip
-FILES = {str(PACKAGE / f"{name}.py"): name for name in WATCHED}
+# All that is at work while the model runs.
+FOLDERS = ("forward", "signals", "judges", "pruners")
+FILES = {str(PACKAGE / "calibration.py")} | {
+    str(path) for folder in FOLDERS for path in (PACKAGE / folder).glob("*.py")
+}
 
 
 class Tracer:
@@ -98,28 +86,21 @@ class Tracer:
         return self.line
 
 
-def rehearse(model: PreTrainedModel, batches: list[dict]) -> None:
-    blocks = find_blocks(model)
-    sums = {name: torch.ones(x.in_features) for name, x in blocks.linears().items()}
-    half = np.full(len(blocks), 0.5)
-    ride(model, batches, Rehearsal(blocks, sums, [half, half], Compensation(4), 1))
-
-
-@pytest.mark.parametrize("signal", ["gradient", "response", "noise", "rehearsal"])
-def test_interrupted_at_any_line_leaves_nothing_behind(signal: str) -> None:
-    model = tiny.make_model("llama", num_hidden_layers=2, hidden_size=8)
+@pytest.mark.parametrize("name", list(probes.PROBES))
+def test_interrupted_at_any_line_leaves_nothing_behind(name: str) -> None:
+    model = tiny.small(hidden_size=8)
     before, states = tiny.snapshot(model), random_states()
-    batches = [tiny.make_batch(2, tokens=4, padding="right")]
+    batch = tiny.make_batch(3, tokens=6, padding="right")
+    where = probes.place(model, batch)
 
     def traced(at: tuple[str, int] | None = None) -> Tracer:
         tracer = Tracer(at)
         previous = sys.gettrace()
         sys.settrace(tracer)
         try:
-            if signal == "rehearsal":
-                rehearse(model, batches)
-            else:
-                allocate(model, batches, signal=signal, strength=0.1, noise_samples=2)
+            probe = probes.PROBES[name].make(where)
+            probes.run(model, [batch], probe)
+            probe.result()
         finally:
             sys.settrace(previous)
         return tracer
@@ -143,7 +124,7 @@ def test_interrupted_at_any_line_leaves_nothing_behind(signal: str) -> None:
 @pytest.mark.parametrize("what", ["KeyboardInterrupt", "OutOfMemoryError"])
 def test_a_session_can_be_used_again(tmp_path: Path, what: str) -> None:
     """The run after one that failed gives what it would have given anyway."""
-    expected, model = small(), small()
+    expected, model = tiny.small(), tiny.small()
     runs.run(expected, [runs.absorption(), runs.pruner()], tmp_path)
     reset_session()
     before = tiny.snapshot(model)
@@ -186,7 +167,7 @@ def test_signals(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
         '      ignore: ["re:.*lm_head"]\n'
     )
     dense = digests(model_dir)
-    script = str(Path(__file__).with_name("signals.py"))
+    script = str(Path(__file__).with_name("helpers") / "signals.py")
     command = [sys.executable, script, str(model_dir), str(text_file), str(recipe)]
     done = subprocess.run([*command, str(tmp_path)], stdout=subprocess.PIPE, check=True)
     codes = json.loads(done.stdout.splitlines()[-1])
@@ -203,7 +184,7 @@ def test_signals(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
     partial = {name for name in left if name.endswith(".partial")}
     pruned = {"whole", "kill", "one", "two", "three"}
     assert left - partial == {*pruned, "cache", "shared", "recipe.yaml"}
-    # killed in a sweep, and while it was saved: neither looks like a finished model
+    # killed while a probe ran, and while it was saved: neither looks finished
     assert len(partial) == 2
     assert all(name.startswith(".kill.") for name in partial)
     assert logs["kill"].count("left by a run that was killed") == 3
@@ -279,20 +260,13 @@ def test_full_disk_without_root(tmp_path: Path) -> None:
 
 
 def test_space_is_judged_by_the_weights(
-    model_dir: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    size = (model_dir / "model.safetensors").stat().st_size
-    for free, fits in ((size, True), (size - 1, False)):
-        usage = type("usage", (), {"free": free})
-        monkeypatch.setattr("shutil.disk_usage", lambda _, usage=usage: usage)
-        check_space(tmp_path / "a" / "b", "org/name")
-        if fits:
-            check_space(tmp_path / "a" / "b", str(model_dir))
-        else:
-            with pytest.raises(OSError, match="make room"):
-                check_space(tmp_path / "a" / "b", str(model_dir))
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    check_space(tmp_path / "a" / "b", 1000)
+    with pytest.raises(OSError, match="make room"):
+        check_space(tmp_path / "a" / "b", 1001)
 
 
 def test_an_old_model_survives_a_rename_that_fails(
@@ -331,21 +305,23 @@ def test_a_report_that_cannot_be_written_costs_a_warning(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("absorb_plugin.report.profile.replace_file", full)
-    model, expected = small(), small()
+    monkeypatch.setattr("absorb_plugin.report.write.replace_file", full)
+    model, expected = tiny.small(), tiny.small()
     for pruned, folder in ((model, tmp_path / "report"), (expected, None)):
         recipe = [runs.absorption(report_dir=folder), runs.pruner()]
         runs.run(pruned, recipe, tmp_path)
         reset_session()
     tiny.assert_same(tiny.snapshot(model), tiny.snapshot(expected))
-    told = [line for line in logs if "report_dir: the report could not be" in line]
-    assert len(told) == 2 and all("No space left" in line for line in told)
+    told = [line for line in logs if "could not be written (No space left" in line]
+    # page, profile and figure, of the allocation and of what was realised
+    assert len(told) == 6 and all("Make room" in line for line in told)
 
 
 # --- weights and plugins ---------------------------------------------------------
 
 FIELDS: dict[str, dict[str, Any]] = {
     "gradient": {"signal": "gradient"},
+    "pruner": {"signal": "pruner", "kind": "sparsegpt"},
     "response": {"signal": "response"},
     "noise": {"signal": "noise"},
     "auto": {"strength": "auto"},
@@ -356,24 +332,24 @@ PLACES = ["model.embed_tokens", "model.layers.1.mlp.up_proj", "model.norm", "lm_
 
 
 INSIDE = "check the (weights|checkpoint) and the dtype"
-BEHIND = "check the weights behind the blocks"
+AFTER = "check the weights after the blocks"
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("case", FIELDS)
 def test_weights_that_are_not_finite(case: str, where: str, value: float) -> None:
-    model = small()
+    model = tiny.small()
     model.get_submodule(where).weight.data.view(-1)[3:] = value
     before = tiny.snapshot(model)
     read = {"alpha": PLACES[1:2], "noise": PLACES[:2], "dlp": PLACES[:2]}
     if where in read.get(case, PLACES):
-        message = INSIDE if where in PLACES[:2] else BEHIND
+        message = INSIDE if where in PLACES[:2] else AFTER
         with pytest.raises(ValueError, match=message):
-            allocate(model, **FIELDS[case])
+            runs.allocate(model, **FIELDS[case])
     else:  # what it never runs does not change what it finds
-        sound = allocate(small(), **FIELDS[case])
-        found = allocate(model, **FIELDS[case])
+        sound = runs.allocate(tiny.small(), **FIELDS[case])
+        found = runs.allocate(model, **FIELDS[case])
         np.testing.assert_array_equal(found.sparsity, sound.sparsity)
     after = tiny.snapshot(model)
     for name, tensor in before.items():
@@ -407,7 +383,7 @@ class RaisingPlugin:
     ],
 )
 def test_plugins_that_raise(tmp_path: Path, allocator: str, message: str) -> None:
-    model = small()
+    model = tiny.small()
     before = tiny.snapshot(model)
     manager().register(RaisingPlugin(), name="broken")
     try:
@@ -424,10 +400,12 @@ def test_plugins_that_raise(tmp_path: Path, allocator: str, message: str) -> Non
 
 SIGNALS: dict[str, dict[str, Any]] = {
     "gradient": {"signal": "gradient"},
+    "pruner": {"signal": "pruner", "kind": "sparsegpt"},
     "response": {"signal": "response"},
     "noise": {"signal": "noise"},
     "tuned": {"strength": "auto", "signal": "gradient"},
     "tuned noise": {"strength": "auto", "signal": "noise"},
+    "confirmed": {"strength": "auto", "signal": "gradient", "kind": "sparsegpt"},
 }
 
 
@@ -453,11 +431,11 @@ def test_samples_that_are_mostly_or_all_padding(
 ) -> None:
     """Those of padding alone are left out, as if they were not there."""
     rows = [0, 12, 2, 3, 0, 5]
-    found = allocate(small(), [padded(rows, side=side)], **SIGNALS[case])
+    found = runs.allocate(tiny.small(), [padded(rows, side=side)], **SIGNALS[case])
     met(found)
     batch = padded(rows, side=side)
     kept = {name: tensor[[1, 2, 3, 5]] for name, tensor in batch.items()}
-    expected = allocate(small(), [kept], **SIGNALS[case])
+    expected = runs.allocate(tiny.small(), [kept], **SIGNALS[case])
     np.testing.assert_array_equal(found.sparsity, expected.sparsity)
     (told,) = [line for line in logs if "left out" in line]
     assert told.startswith("WARNING 2 of 6 calibration samples")
@@ -466,18 +444,18 @@ def test_samples_that_are_mostly_or_all_padding(
 @pytest.mark.parametrize("case", SIGNALS)
 def test_padding_alone(case: str) -> None:
     with pytest.raises(ValueError, match="calibration set has no token.*needs"):
-        allocate(small(), [padded([0, 0])], **SIGNALS[case])
+        runs.allocate(tiny.small(), [padded([0, 0])], **SIGNALS[case])
 
 
 @pytest.mark.parametrize("case", SIGNALS)
 def test_one_token(case: str) -> None:
-    model, batch = small(), tiny.make_batch(3, tokens=1)
+    model, batch = tiny.small(), tiny.make_batch(3, tokens=1)
     if case == "noise":  # the only one that needs no loss
-        met(allocate(model, [batch], **SIGNALS[case]))
+        met(runs.allocate(model, [batch], **SIGNALS[case]))
         return
     told = pytest.raises(ValueError, match="no token to predict.*longer samples")
     with tiny.counted({"model": model.model}) as passes, told:
-        allocate(model, [batch], **SIGNALS[case])
+        runs.allocate(model, [batch], **SIGNALS[case])
     assert passes == {"model": 0}
 
 
@@ -485,19 +463,19 @@ def test_one_token(case: str) -> None:
 def test_constant_text(case: str) -> None:
     batch = tiny.make_batch(4)
     batch["input_ids"][:] = 7
-    met(allocate(small(), [batch], **SIGNALS[case]))
+    met(runs.allocate(tiny.small(), [batch], **SIGNALS[case]))
 
 
 @pytest.mark.parametrize("case", SIGNALS)
 def test_the_random_state_is_as_it_was(case: str) -> None:
     states = random_states()
-    allocate(small(), **SIGNALS[case])
+    runs.allocate(tiny.small(), **SIGNALS[case])
     # made with a seed of its own
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
-    model, states = small(), random_states()
-    allocate(model, **SIGNALS[case])
+    model, states = tiny.small(), random_states()
+    runs.allocate(model, **SIGNALS[case])
     np.testing.assert_equal(random_states(), states)
 
 
@@ -512,7 +490,7 @@ def failing_loader(error: type[BaseException]) -> Callable[[], Iterator[dict]]:
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_loader_that_raises(error: type[BaseException]) -> None:
-    from absorb_plugin.calibration import cache_batches
+    from absorb_plugin.calibration import read_batches
 
     class Loader:
         generator = torch.Generator().manual_seed(3)
@@ -523,6 +501,6 @@ def test_a_loader_that_raises(error: type[BaseException]) -> None:
 
     before, own = torch.get_rng_state(), Loader.generator.get_state()
     with pytest.raises(error, match="in the loader"):
-        cache_batches(Loader())
+        read_batches(Loader())
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(Loader.generator.get_state(), own)

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
-import tiny
 import torch
+from helpers import runs, tiny
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from llmcompressor.args import DatasetArguments
@@ -31,8 +30,11 @@ from transformers import PreTrainedModel
 
 import absorb_plugin
 from absorb_plugin import AbsorptionAllocationModifier
+from absorb_plugin.groups import LEVELS
 from absorb_plugin.hookspecs import hookimpl
 from absorb_plugin.plugins import PluginError, allocators, manager
+from absorb_plugin.settings import EFFORTS
+from absorb_plugin.signals import SIGNALS
 
 NIGHTLY = "ABSORB_NIGHTLY" in os.environ
 PACKAGE = str(Path(absorb_plugin.__file__).parent)
@@ -57,20 +59,21 @@ PATTERNS = [
 NAMES = {"calibration", "recipe"} | set(AbsorptionAllocationModifier.model_fields)
 NAMES |= set(WandaPruningModifier.model_fields)
 NAMES |= {name for x in allocators().values() for name in x.allocator.model_fields}
+NAMES |= {name for signal in SIGNALS.values() for name in signal.model_fields}
 
 
 @dataclass
 class Case:
     """
     :param ours: fields of AbsorptionAllocationModifier
-    :param peers: of each pruning modifier behind it: kind and fields
+    :param pruners: of each pruning modifier after it: kind and fields
     :param rows: tokens of each calibration sample, the rest padding
     :param side: where the padding is
     :param pipeline: llm-compressor's
     """
 
     ours: dict[str, Any] = field(default_factory=dict)
-    peers: list[tuple[str, dict[str, Any]]] = field(
+    pruners: list[tuple[str, dict[str, Any]]] = field(
         default_factory=lambda: [("wanda", {"sparsity": 0.5})]
     )
     rows: list[int] = field(default_factory=lambda: [5, 5, 5])
@@ -93,34 +96,42 @@ ARGUMENTS = st.dictionaries(
     st.floats(0, 1) | st.sampled_from([-1, 3.0, 1e9, "mid", None]),
     max_size=1,
 )
+# One argument, of this signal or of another.
+SIGNAL_ARGS = st.one_of(
+    *(
+        st.fixed_dictionaries({name: rarely(usual, odd)})
+        for name, usual, odd in (
+            ("step", st.floats(1e-3, 0.99), NUMBERS | st.floats(1e-300, 1)),
+            ("magnitude", st.floats(1e-6, 10), NUMBERS | st.floats(0, 1e300)),
+            ("samples", st.integers(1, 9), NUMBERS),
+            ("samples_limit", st.integers(1, 9), NUMBERS),
+            ("dtype", st.sampled_from(["model", "float32"]), st.text(max_size=3)),
+            ("seed", st.integers(0, 2**63 - 1), NUMBERS | st.just(2**63)),
+            ("sink_tokens", st.sampled_from(["perturb", "spare"]), st.text(max_size=3)),
+            ("odd", NUMBERS, NUMBERS),
+        )
+    )
+)
 OURS = {
     "allocator": rarely(st.sampled_from(sorted(allocators())), st.text(max_size=5)),
     "allocator_args": rarely(st.just({}), ARGUMENTS) | ARGUMENTS,
     "granularity": rarely(st.sampled_from(["block", "linear"]), st.text(max_size=3)),
-    "signal": rarely(
-        st.sampled_from(["auto", "gradient", "response", "noise"]), st.text(max_size=3)
-    ),
+    "signal": rarely(st.sampled_from(["auto", *SIGNALS]), st.text(max_size=3)),
+    "signal_args": rarely(st.just({}), SIGNAL_ARGS),
+    "level": rarely(st.sampled_from(["auto", *LEVELS]), st.text(max_size=3)),
+    "effort": rarely(st.sampled_from(list(EFFORTS)), st.text(max_size=3)),
     "rounds": rarely(st.integers(1, 3), NUMBERS),
     "strength": rarely(
         st.just("auto") | st.just(0) | st.floats(-1, 1), NUMBERS | st.just(2)
     ),
-    "noise_magnitude": rarely(st.floats(1e-6, 10), NUMBERS | st.floats(0, 1e300)),
-    "noise_samples": rarely(st.integers(1, 9), NUMBERS),
-    "noise_samples_limit": rarely(st.integers(1, 9), NUMBERS),
-    "noise_dtype": rarely(st.sampled_from(["model", "float32"]), st.text(max_size=3)),
-    "noise_seed": rarely(st.integers(0, 2**63 - 1), NUMBERS | st.just(2**63)),
-    "sink_tokens": rarely(
-        st.sampled_from(["perturb", "spare", "auto"]), st.text(max_size=3)
-    ),
     "statistics_samples": rarely(st.integers(1, 9), NUMBERS),
     "signal_samples": rarely(st.integers(1, 9), NUMBERS),
-    "holdout_samples": rarely(st.integers(1, 9), NUMBERS),
-    "rehearsal_samples": rarely(st.integers(0, 9), NUMBERS),
+    "search_samples": rarely(st.integers(1, 9), NUMBERS),
+    "confirm_samples": rarely(st.integers(0, 9), NUMBERS),
     "probe_tokens": rarely(st.integers(2, 9), NUMBERS),
-    "response_step": rarely(st.floats(1e-3, 0.99), NUMBERS | st.floats(1e-300, 1)),
     "max_sparsity": rarely(st.floats(0.6, 0.999), NUMBERS | st.floats(0, 1)),
-    "sweep_memory": rarely(st.integers(1, 2**40), NUMBERS),
-    "reduce_peer_statistics": rarely(st.booleans(), NUMBERS),
+    "probe_memory": rarely(st.integers(1, 2**40), NUMBERS),
+    "reduce_pruner_statistics": rarely(st.booleans(), NUMBERS),
     "ignore": patterns(),
     "unknown": st.just(1),
 }
@@ -140,11 +151,15 @@ def ours(draw: st.DrawFn) -> dict[str, Any]:
     names = draw(st.lists(st.sampled_from(USUAL), max_size=6, unique=True))
     names += draw(rarely(st.just([]), st.just(["unknown"])))
     names += draw(st.sampled_from([[], [], ["ignore"]]))
-    return {name: draw(OURS[name]) for name in names}
+    fields = {name: draw(OURS[name]) for name in names}
+    if fields.get("signal") in SIGNALS and draw(st.booleans()):
+        own = SIGNALS[fields["signal"]].model_fields.keys()
+        fields["signal_args"] = draw(SIGNAL_ARGS.filter(lambda x: x.keys() <= own))
+    return fields
 
 
 @st.composite
-def peer(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
+def pruner(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     odd = NUMBERS | st.lists(st.floats(0, 1), max_size=3) | st.just(True)
     fields = {"sparsity": draw(rarely(st.floats(0, 0.9), odd))}
     usual = st.sampled_from([["Linear"], ["LlamaDecoderLayer"]])
@@ -165,7 +180,7 @@ PIPELINES = ["basic"] * 12 + ["independent", "sequential"]
 CASES = st.builds(
     Case,
     ours(),
-    rarely(st.lists(peer(), min_size=1, max_size=1), st.lists(peer(), max_size=2)),
+    rarely(st.lists(pruner(), min_size=1, max_size=1), st.lists(pruner(), max_size=2)),
     rarely(
         st.lists(st.integers(3, 6), min_size=2, max_size=4),
         st.lists(st.integers(0, 3), max_size=3),
@@ -236,7 +251,7 @@ def check(case: Case) -> None:
     try:
         recipe = [
             AbsorptionAllocationModifier(**case.ours),
-            *(runs.PRUNERS[kind](**fields) for kind, fields in case.peers),
+            *(runs.PRUNERS[kind](**fields) for kind, fields in case.pruners),
         ]
     except ValidationError:
         return
@@ -248,9 +263,9 @@ def check(case: Case) -> None:
                 raise
             tiny.assert_untouched(model, before)
             return
-    assert len(observer.profiles) == len(case.peers)
+    assert len(observer.profiles) == len(case.pruners)
     for modifier, profile, (_, fields) in zip(
-        recipe[1:], observer.profiles, case.peers, strict=True
+        recipe[1:], observer.profiles, case.pruners, strict=True
     ):
         assert profile["achieved"] == pytest.approx(fields["sparsity"], abs=1e-6)
         assert isinstance(modifier.sparsity, list)
@@ -258,7 +273,7 @@ def check(case: Case) -> None:
         assert all(0 <= s <= cap for s in targets_of(profile).values())
     for name, module in model.named_modules():
         assert not module._forward_hooks and not module._forward_pre_hooks, name
-    if len(case.peers) == 1:
+    if len(case.pruners) == 1:
         check_realised(case, model, before, observer.profiles[0])
 
 
@@ -277,7 +292,7 @@ def check_realised(
     profile: dict[str, Any],
 ) -> None:
     """Wanda floors every row, SparseGPT a whole weight; all else is bit-identical."""
-    ((kind, fields),) = case.peers
+    ((kind, fields),) = case.pruners
     targets, after = targets_of(profile), tiny.snapshot(model)
     for name, tensor in before.items():
         zeros = after[name] == 0
@@ -300,15 +315,15 @@ def check_realised(
 FOUND: dict[str, Case] = {
     # an `re.error` of compressed-tensors, which names no field
     "targets that are no regular expression": Case(
-        peers=[("wanda", {"sparsity": 0.5, "targets": ["re:("]})]
+        pruners=[("wanda", {"sparsity": 0.5, "targets": ["re:("]})]
     ),
     "ignore that is no regular expression": Case(ours={"ignore": ["re:("]}),
     # "ratios must be positive", of which no recipe speaks
     "noise lost in rounding": Case(
-        ours={"signal": "noise", "strength": 0.1, "noise_magnitude": 1e-30}
+        ours={"signal": "noise", "strength": 0.1, "signal_args": {"magnitude": 1e-30}}
     ),
     "noise that overflows": Case(
-        ours={"signal": "noise", "strength": 0.1, "noise_magnitude": 1e38}
+        ours={"signal": "noise", "strength": 0.1, "signal_args": {"magnitude": 1e38}}
     ),
     # measured for a while, and only then "no token to predict"
     "samples of one token": Case(rows=[1, 1], ours={"allocator": "uniform"}),

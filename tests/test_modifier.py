@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
-import tiny
 import torch
+from helpers import runs, tiny
 from llmcompressor.modifiers import Modifier
 from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from absorb_plugin import AbsorptionAllocationModifier
-from absorb_plugin.sweep import NonFiniteHiddenState
+from absorb_plugin.forward.run import NonFiniteHiddenState
 
 pytestmark = pytest.mark.contract
 
@@ -40,12 +39,12 @@ def with_ours(**fields: Any) -> Recipe:
 
 
 REFUSED: dict[str, tuple[Recipe, str]] = {
-    "no peer": (lambda: [runs.absorption()], "no pruning modifier follows"),
-    "peer before us only": (
+    "no pruner": (lambda: [runs.absorption()], "no pruning modifier follows"),
+    "pruner before us only": (
         lambda: [runs.pruner(), runs.absorption()],
         "no pruning modifier follows",
     ),
-    "peer of a second one of us": (
+    "pruner of a second one of us": (
         lambda: [runs.absorption(), runs.absorption(), runs.pruner()],
         "no pruning modifier follows",
     ),
@@ -115,22 +114,20 @@ def test_auto_needs_two_samples(model: PreTrainedModel, tmp_path: Path) -> None:
     "fields",
     [
         {"strenght": 0.1},
-        {"signal": "loud"},
         {"strength": "much"},
         {"rounds": 0},
-        {"noise_magnitude": 0.0},
-        {"noise_samples": 0},
         {"statistics_samples": 0},
-        {"rehearsal_samples": -1},
+        {"confirm_samples": -1},
         {"signal_samples": 0},
-        {"holdout_samples": 0},
-        {"response_step": 1.0},
+        {"search_samples": 0},
+        {"probe_tokens": 1},
+        {"level": "head"},
+        {"effort": "great"},
+        {"signal_args": "step=1"},
         {"max_sparsity": 0.0},
         {"max_sparsity": 1.0},
-        {"sweep_memory": 0},
-        {"sink_tokens": "some"},
+        {"probe_memory": 0},
         {"granularity": "row"},
-        {"noise_seed": "a"},
     ],
     ids=str,
 )

@@ -4,12 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import naive
 import numpy as np
 import pytest
-import runs
-import tiny
 import torch
+from helpers import naive, runs, tiny
 from llmcompressor.core import reset_session
 from transformers import PreTrainedModel
 
@@ -23,10 +21,6 @@ BUDGET = 0.5
 def no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than all the rest; test_report has figures."""
     monkeypatch.setattr("absorb_plugin.report.profile.draw", lambda profile: b"")
-
-
-def small(**fields: Any) -> PreTrainedModel:
-    return tiny.make_model("llama", num_hidden_layers=2, **fields)
 
 
 def targets_of(directory: Path) -> dict[str, float]:
@@ -121,7 +115,7 @@ def test_every_kind_of_target(
     targets: Any,
     count: int,
 ) -> None:
-    model = small()
+    model = tiny.small()
     before = tiny.snapshot(model)
     pruner = runs.pruner(kind, targets=targets, ignore=ignore)
     ours = runs.absorption(report_dir=tmp_path)
@@ -153,7 +147,7 @@ def test_experts_that_no_token_reached(tmp_path: Path) -> None:
 
 def test_without_ignore_the_head_stays_dense(tmp_path: Path) -> None:
     for kind in runs.PRUNERS:
-        model = small()
+        model = tiny.small()
         before = tiny.snapshot(model)
         ours = runs.absorption(report_dir=tmp_path)
         runs.run(model, [ours, runs.pruner(kind, ignore=[])], tmp_path)
@@ -165,7 +159,7 @@ def test_without_ignore_the_head_stays_dense(tmp_path: Path) -> None:
     "targets", [["Linear", "lm_head"], ["LlamaDecoderLayer", "re:lm_head$"]], ids=str
 )
 def test_the_head_is_pruned_if_named(tmp_path: Path, targets: list[str]) -> None:
-    model = small()
+    model = tiny.small()
     ours = runs.absorption(report_dir=tmp_path)
     runs.run(model, [ours, runs.pruner(targets=targets, ignore=[])], tmp_path)
     zeros = (model.lm_head.weight == 0).sum(dim=1)
@@ -191,7 +185,7 @@ def test_the_head_is_pruned_if_named(tmp_path: Path, targets: list[str]) -> None
 def test_ignored_linears_stay_bit_for_bit(
     tmp_path: Path, kind: str, theirs: list[str], ours: Any, targets: list[str]
 ) -> None:
-    model = small()
+    model = tiny.small()
     before = tiny.snapshot(model)
     modifier = runs.absorption(report_dir=tmp_path, ignore=ours)
     pruner = runs.pruner(kind, targets=targets, ignore=theirs)
@@ -207,7 +201,7 @@ def test_ignored_linears_stay_bit_for_bit(
 def test_granularity_linear_splits_block_targets(
     tmp_path: Path, kind: str, strength: float
 ) -> None:
-    model = small()
+    model = tiny.small()
     before = tiny.snapshot(model)
     ours = runs.absorption(granularity="linear", strength=strength, report_dir=tmp_path)
     pruner = runs.pruner(kind, targets=["LlamaDecoderLayer"])
@@ -220,7 +214,7 @@ def test_granularity_linear_splits_block_targets(
 
 def sample_passes(tmp_path: Path, recipe: list, pipeline: str) -> list[int]:
     """How many samples run through each block during `oneshot`."""
-    model = small()
+    model = tiny.small()
     blocks = find_blocks(model).blocks
     seen = [0] * len(blocks)
 
@@ -265,7 +259,7 @@ def test_no_calibration_pass_of_the_toolkit_for_us(
 def test_same_seed_same_weights(tmp_path: Path, signal: str) -> None:
     results = []
     for _ in range(2):
-        model = small()
+        model = tiny.small()
         ours = runs.absorption(signal=signal, strength="auto", rounds=2)
         pruner = runs.pruner("sparsegpt")
         # a shuffling loader, as is the default
@@ -282,7 +276,7 @@ def test_the_pruner_sees_the_samples_that_it_would_see_without_us(
     """Uniform at strength 0 is the same as no absorption at all."""
     results = []
     for ours in ([], [runs.absorption(allocator="uniform", strength=0)]):
-        model = small()
+        model = tiny.small()
         dataset = tiny.make_dataset(12)
         runs.run(model, [*ours, runs.pruner()], tmp_path, dataset=dataset, samples=6)
         results.append(tiny.snapshot(model))

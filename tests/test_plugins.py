@@ -80,7 +80,7 @@ def groups(count: int = 2) -> list[LinearGroup]:
 
 def test_builtins_come_first_and_name_their_distribution() -> None:
     found = allocators()
-    assert list(found)[:5] == BUILTINS
+    assert list(found)[:6] == BUILTINS
     for name in BUILTINS:
         assert found[name].plugin == "absorb_plugin"
         assert found[name].distribution.startswith("absorb-plugin ")
@@ -169,7 +169,9 @@ def test_build() -> None:
 
 
 def test_unknown_name_lists_the_others() -> None:
-    with pytest.raises(ValueError, match="'owll' is unknown.*atp, dlp, lsa, owl, uniform"):
+    with pytest.raises(
+        ValueError, match="'owll' is unknown.*atp, dlp, lsa, owl, uniform"
+    ):
         build_allocator("owll", {})
 
 
@@ -351,8 +353,8 @@ def test_entry_points_are_loaded_once(loaded_from: Callable[..., None]) -> None:
 CHECK = """
 import sys
 from pathlib import Path
-import runs
-import tiny
+from helpers import runs
+from helpers import tiny
 import torch
 from llmcompressor.core import active_session
 from absorb_plugin import plugins

@@ -5,10 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import runs
-import tiny
 import torch
 import yaml
+from helpers import runs, tiny
 from llmcompressor.core import reset_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -21,8 +20,8 @@ from llmcompressor.recipe import Recipe
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
-from absorb_plugin.cli.app import app
 from absorb_plugin.blocks import find_blocks
+from absorb_plugin.cli.app import app
 from absorb_plugin.evaluation.perplexity import linear_sparsity
 
 ROOT = Path(__file__).parent.parent
@@ -75,7 +74,7 @@ def share(zeros: Masks) -> float:
 
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Masks:
-    """What the pruner makes zero when nothing stands behind it."""
+    """What the pruner makes zero when nothing stands after it."""
     model = make_model()
     recipe = [runs.absorption(), runs.pruner("sparsegpt")]
     runs.run(model, recipe, tmp_path_factory.mktemp("pruned"))
@@ -127,7 +126,7 @@ def test_zeros_survive(case: str, pruned: Masks, tmp_path: Path) -> None:
     assert profile["realised"] == pytest.approx(share(pruned))
 
 
-BEHIND: dict[str, tuple[Callable[[], list[Modifier]], bool]] = {
+AFTER: dict[str, tuple[Callable[[], list[Modifier]], bool]] = {
     "QuantizationModifier": (lambda: [quantizer("W4A16")], False),
     "SmoothQuantModifier": (
         lambda: [SmoothQuantModifier(smoothing_strength=0.5), quantizer("W8A8")],
@@ -146,7 +145,7 @@ BEHIND: dict[str, tuple[Callable[[], list[Modifier]], bool]] = {
 }
 
 
-@pytest.mark.parametrize("name", BEHIND)
+@pytest.mark.parametrize("name", AFTER)
 def test_what_destroys_zeros_is_warned_of(
     name: str,
     pruned: Masks,
@@ -157,23 +156,23 @@ def test_what_destroys_zeros_is_warned_of(
     # AWQModifier pins its cache, which torch refuses where there is no accelerator
     if not torch.accelerator.is_available():
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    modifiers, destroys = BEHIND[name]
+    modifiers, destroys = AFTER[name]
     model = make_model()
     recipe = [runs.absorption(), runs.pruner("sparsegpt"), *modifiers()]
     runs.run(model, recipe, tmp_path)
     assert (lost(pruned, zeros_of(model, pruned)) > 0.001) == destroys
-    told = [message for message in warnings if "stands behind" in message]
+    told = [message for message in warnings if "stands after" in message]
     assert len(told) == destroys
-    assert all(message.startswith(f"{name} stands behind") for message in told)
+    assert all(message.startswith(f"{name} stands after") for message in told)
 
 
-def test_no_warning_where_gptq_stands_in_front(
+def test_no_warning_where_gptq_stands_before(
     warnings: list[str], tmp_path: Path
 ) -> None:
     gptq = GPTQModifier(targets=["Linear"], ignore=["lm_head"], scheme="W8A16")
     model = make_model()
     runs.run(model, [gptq, runs.absorption(), runs.pruner()], tmp_path)
-    assert not [message for message in warnings if "stands behind" in message]
+    assert not [message for message in warnings if "stands after" in message]
 
 
 def test_absorb_prune(text_file: Path, tmp_path: Path) -> None:

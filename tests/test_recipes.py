@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import pytest
-import runs
-import tiny
 import torch
+from helpers import runs, tiny
 from llmcompressor.core import reset_session
 from llmcompressor.recipe import Recipe
 
@@ -47,14 +46,17 @@ test_stage:
     AbsorptionAllocationModifier:
       signal: noise
       strength: 0.2
-      noise_samples: 2
+      signal_args: {samples: 2}
       max_sparsity: 0.9
     WandaPruningModifier:
       sparsity: 0.5
       targets: ["Linear"]
       ignore: ["re:.*lm_head"]
 """
-    recipe = [runs.absorption(signal="noise", noise_samples=2), runs.pruner()]
+    recipe = [
+        runs.absorption(signal="noise", signal_args={"samples": 2}),
+        runs.pruner(),
+    ]
     states = []
     for given in (text, recipe):
         model = tiny.make_model("llama", num_hidden_layers=2)

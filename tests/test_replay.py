@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
-import tiny
 import yaml
+from helpers import runs, tiny
 from llmcompressor.core import reset_session
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +19,7 @@ folder, tests, *cases = sys.argv[1:]
 sys.path.insert(0, tests)
 import torch
 torch.set_num_threads(1)
-import tiny
+from helpers import tiny
 from llmcompressor import oneshot
 from llmcompressor.core import reset_session
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed

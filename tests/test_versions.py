@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import runs
-import tiny
+from helpers import runs, tiny
 from llmcompressor.core import reset_session
 from llmcompressor.modifiers import ModifierFactory
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import (
@@ -15,21 +14,22 @@ from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import (
     SparsityModifierBase,
 )
 
-from absorb_plugin import AbsorptionAllocationModifier, peers
+from absorb_plugin import AbsorptionAllocationModifier
+from absorb_plugin.pruners import adapter
 
 pytestmark = pytest.mark.contract
 
 
 @pytest.fixture(autouse=True)
 def not_warned_yet() -> Iterator[None]:
-    peers._warn_of_version.cache_clear()
+    adapter._warn_of_version.cache_clear()
     yield
-    peers._warn_of_version.cache_clear()
+    adapter._warn_of_version.cache_clear()
 
 
 def test_this_version_is_one_of_the_tested(warnings: list[str]) -> None:
     installed = importlib.metadata.version("llmcompressor")
-    peers._warn_of_version(installed)
+    adapter._warn_of_version(installed)
     assert not warnings, f"add {installed} to NEWEST_TESTED and docs/compatibility.md"
 
 
@@ -40,7 +40,7 @@ def test_a_newer_version_warns_once_and_runs(
     monkeypatch: pytest.MonkeyPatch,
     warnings: list[str],
 ) -> None:
-    monkeypatch.setattr(peers, "version", lambda name: installed)
+    monkeypatch.setattr(adapter, "version", lambda name: installed)
     for _ in range(2):
         model, pruner = tiny.make_model("llama", num_hidden_layers=2), runs.pruner()
         runs.run(
@@ -56,7 +56,7 @@ def test_a_newer_version_warns_once_and_runs(
 def test_no_warning_up_to_the_newest_tested(
     installed: str, warnings: list[str]
 ) -> None:
-    peers._warn_of_version(installed)
+    adapter._warn_of_version(installed)
     assert not warnings
 
 

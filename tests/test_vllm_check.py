@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 
 FOLDER = Path(__file__).parent.parent / "integration" / "vllm"
 sys.path.insert(0, str(FOLDER))

@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
-import tiny
+from helpers import runs, tiny
 
 from absorb_plugin.allocators import Allocator
 from absorb_plugin.blocks import find_blocks

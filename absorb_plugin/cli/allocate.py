@@ -2,12 +2,13 @@
 
 import json
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from absorb_plugin.cli.frame import command, show
-from absorb_plugin.cli.inputs import read_inputs
+from absorb_plugin.cli.inputs import Source, read_model
 from absorb_plugin.cli.options import (
     AsJson,
     Cache,
@@ -15,16 +16,20 @@ from absorb_plugin.cli.options import (
     Debug,
     Dtype,
     DtypeOption,
+    Effort,
     Model,
+    PrunerName,
     Samples,
     Seed,
     SeqLen,
     Split,
     Text,
+    TextColumn,
+    TrustRemoteCode,
 )
 
 if TYPE_CHECKING:
-    from absorb_plugin.allocate import Allocation
+    from absorb_plugin.allocation import Allocation
 
 __all__ = ["allocate"]
 
@@ -41,17 +46,6 @@ class Level(str, Enum):
     linear = "linear"
 
 
-class Effort(str, Enum):
-    quick = "quick"
-    standard = "standard"
-    thorough = "thorough"
-
-
-class PrunerName(str, Enum):
-    wanda = "wanda"
-    sparsegpt = "sparsegpt"
-
-
 def allocate(
     model: Model,
     allocator: Annotated[str, typer.Option(help="See `absorb allocators`.")],
@@ -63,6 +57,7 @@ def allocate(
     text: Text = None,
     dataset: DatasetName = None,
     split: Split = "train",
+    text_column: TextColumn = None,
     samples: Samples = 128,
     seq_len: SeqLen = 512,
     seed: Seed = 0,
@@ -80,16 +75,29 @@ def allocate(
         bool, typer.Option(help="Correct the base allocation by absorption.")
     ] = True,
     dtype: DtypeOption = Dtype.auto,
+    trust_remote_code: TrustRemoteCode = False,
     profile_cache: Cache = None,
+    recipe_out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Save a recipe that llm-compressor follows without this package.",
+        ),
+    ] = None,
+    ratios_out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Save Linear -> sparsity, JSON."),
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Compute the sparsity of every block of MODEL, without pruning."""
     with command(debug) as stdout:
-        from absorb_plugin.evaluation.allocation import allocate_model, as_dict
+        from absorb_plugin.evaluation.allocation import allocate_model, as_dict, ratios
         from absorb_plugin.evaluation.loading import load_model
+        from absorb_plugin.evaluation.recipes import native_recipe
         from absorb_plugin.evaluation.text import calibration_samples
-        from absorb_plugin.files import check_writable
+        from absorb_plugin.files import check_file, check_writable, replace_file
         from absorb_plugin.search.budget import check_budget
         from absorb_plugin.settings import AllocationSettings
 
@@ -106,10 +114,26 @@ def allocate(
         check_budget(sparsity, settings.max_sparsity)
         if profile_cache is not None:
             check_writable("--profile-cache", str(profile_cache))
-        documents, tokenizer = read_inputs(model, text, dataset, split, seq_len, dtype)
+        for path, option in (
+            (recipe_out, "--recipe-out"),
+            (ratios_out, "--ratios-out"),
+        ):
+            if path is not None:
+                check_file(path, option)
+        documents = Source(text, dataset, split, text_column).documents()
+        _, tokenizer = read_model(model, dtype, trust_remote_code, seq_len)
         data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
-        loaded = load_model(model, dtype.value)
+        loaded = load_model(model, dtype.value, trust_remote_code)
         found = allocate_model(loaded, data, sparsity, settings, pruner=pruner.value)
+        if recipe_out is not None:
+            recipe = native_recipe(found.linear_sparsities(), pruner.value)
+            replace_file(recipe_out, recipe.encode())
+        if ratios_out is not None:
+            data_name = str(text) if dataset is None else f"{dataset} ({split})"
+            source = {"model": model, "data": data_name, "samples": samples}
+            source |= {"seq_len": seq_len, "seed": seed}
+            content = ratios(found, settings, pruner.value, **source)
+            replace_file(ratios_out, json.dumps(content, indent=1).encode())
         if as_json:
             show(stdout, as_dict(found, allocator, pruner.value), as_json)
         else:

@@ -33,14 +33,18 @@ def compare(
     """Perplexity, accuracies and realised sparsity of runs, side by side."""
     with command(debug) as stdout:
         from absorb_plugin.evaluation.compare import as_dict, read_runs
-        from absorb_plugin.files import check_file, replace_file
-        from absorb_plugin.report.compare_figure import draw_runs
+        from absorb_plugin.evaluation.output import check_result_file
+        from absorb_plugin.files import check_file
+        from absorb_plugin.report.compare_figure import compare_charts
+        from absorb_plugin.report.figure import save_figure
 
         if figure is not None:
             check_file(figure, "--figure")
+            check_result_file(figure)
         found = read_runs(runs)
         if figure is not None:
-            replace_file(figure, draw_runs(found))
+            charts = compare_charts(as_dict(found)["runs"])
+            save_figure(figure, charts, "", columns=3)
         if as_json:
             show(stdout, as_dict(found), as_json)
         else:

@@ -1,14 +1,14 @@
 """`absorb eval`: perplexity on a text, accuracies on tasks."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
 
 from absorb_plugin.cli.frame import command, show
-from absorb_plugin.cli.inputs import read_inputs
+from absorb_plugin.cli.inputs import Source, read_model
 from absorb_plugin.cli.options import (
     AsJson,
     DatasetName,
@@ -19,6 +19,8 @@ from absorb_plugin.cli.options import (
     SeqLen,
     Split,
     Text,
+    TextColumn,
+    TrustRemoteCode,
 )
 
 __all__ = ["evaluate"]
@@ -35,6 +37,7 @@ def evaluate(
     text: Text = None,
     dataset: DatasetName = None,
     split: Split = "test",
+    text_column: TextColumn = None,
     seq_len: SeqLen = 512,
     windows: Annotated[
         int | None,
@@ -58,13 +61,15 @@ def evaluate(
         typer.Option(metavar="FILE", help="Save the result, for `absorb compare`."),
     ] = None,
     dtype: DtypeOption = Dtype.auto,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Perplexity of MODEL over windows of a text, and its accuracy on tasks."""
     with command(debug) as stdout:
         from absorb_plugin.evaluation.compare import save_result
-        from absorb_plugin.evaluation.loading import load_config, load_model
+        from absorb_plugin.evaluation.loading import load_model
+        from absorb_plugin.evaluation.output import check_result_file
         from absorb_plugin.evaluation.perplexity import perplexity, sparsity_if_known
         from absorb_plugin.evaluation.tasks import (
             encode_tasks,
@@ -81,15 +86,19 @@ def evaluate(
             raise ValueError("nothing to do: give --text, --dataset or --tasks")
         if out is not None:
             check_file(out, "--out")
+            check_result_file(out)
         read = read_tasks([*(tasks or []), *(more or [])], limit)
-        documents, tokenizer = read_inputs(
-            model, text, dataset, split, seq_len, dtype, optional=bool(read)
+        has_text = text is not None or dataset is not None
+        source = Source(text, dataset, split, text_column)
+        documents = source.documents() if has_text else None
+        config, tokenizer = read_model(
+            model, dtype, trust_remote_code, seq_len if has_text else None
         )
-        tokens: list[list[int]] = []
-        if documents:
+        tokens: Sequence[Sequence[int]] = []
+        if documents is not None:
             tokens = evaluation_windows(documents, tokenizer, seq_len, count=windows)
-        encoded = encode_tasks(read, tokenizer, load_config(model))
-        loaded = load_model(model, dtype.value)
+        encoded = encode_tasks(read, tokenizer, config.get_text_config())
+        loaded = load_model(model, dtype.value, trust_remote_code)
         sparsity = sparsity_if_known(loaded) if out else None
         result: dict[str, Any] = {}
         if tokens:

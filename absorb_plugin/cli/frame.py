@@ -8,6 +8,7 @@ errors) to stderr.
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -18,6 +19,13 @@ from typing import Any, TextIO
 import typer
 
 __all__ = ["command", "show"]
+
+# Fields of the library that are options of commands, in the library's messages. Not in
+# a path, and none that is a field of recipes as well.
+FIELD = re.compile(
+    r"(?<![\w/.-])(overwrite(?==)|seq_len|text_column|trust_remote_code)"
+    r"(?:=(\w+))?(?![\w/-])"
+)
 
 
 @contextlib.contextmanager
@@ -33,6 +41,7 @@ def command(debug: bool) -> Iterator[TextIO]:
     try:
         with contextlib.redirect_stdout(sys.stderr), termination_as_interrupt():
             route_logs(debug)
+            keep_freed_memory()
             yield stdout
     except (typer.Exit, typer.Abort):
         raise
@@ -58,6 +67,13 @@ def termination_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def keep_freed_memory() -> None:
+    """Imported late, for it needs torch."""
+    from absorb_plugin import cpu
+
+    cpu.keep_freed_memory()
 
 
 def route_logs(debug: bool) -> None:
@@ -90,10 +106,17 @@ def route_logs(debug: bool) -> None:
 
 def one_line(error: Exception) -> str:
     """The message of an exception, with its kind where that is needed to read it."""
-    message = " ".join(str(error).split())
+    message = FIELD.sub(_option, " ".join(str(error).split()))
     if isinstance(error, ValueError | OSError | ImportError) and message:
         return message
     return f"{type(error).__name__}: {message} (--debug shows where)"
+
+
+def _option(field: re.Match) -> str:
+    """`seq_len=65` is `--seq-len 65` here, `overwrite=True` is `--overwrite`."""
+    name, value = field.groups()
+    option = f"--{name.replace('_', '-')}"
+    return option if value in (None, "True") else f"{option} {value}"
 
 
 def show(

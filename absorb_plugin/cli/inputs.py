@@ -1,27 +1,47 @@
 """What most commands read before the model's weights are loaded."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from absorb_plugin.cli.options import Dtype
 
-__all__ = ["read_inputs"]
+__all__ = ["Source", "read_model"]
 
 
-def read_inputs(
-    model: str,
-    text: Path | None,
-    dataset: str | None,
-    split: str,
-    seq_len: int,
-    dtype: Dtype,
-    optional: bool = False,
-) -> tuple[list[str], Any]:
+@dataclass(frozen=True)
+class Source:
+    """Where the text comes from: --text or --dataset, --split and --text-column."""
+
+    text: Path | None
+    dataset: str | None
+    split: str
+    column: str | None
+
+    def documents(self) -> Iterator[Any]:
+        """
+        :raises ValueError: if there is no text, or two
+        """
+        from absorb_plugin.evaluation.documents import read_dataset, read_text
+
+        if self.text is not None and self.dataset is not None:
+            raise ValueError("give --text or --dataset, not both")
+        if self.text is not None:
+            return read_text(self.text, self.column)
+        if self.dataset is not None:
+            return read_dataset(self.dataset, self.split, self.column)
+        raise ValueError("no text: give --text FILE or --dataset NAME")
+
+
+def read_model(
+    model: str, dtype: Dtype, trust_remote_code: bool, seq_len: int | None = None
+) -> tuple[Any, Any]:
     """
-    Documents and tokenizer. All that can be wrong with either, or with the length of a
-    window, is found here, before the model's weights are loaded.
+    Config and tokenizer. What can be wrong with either, or with the length of a window,
+    is found here, before the weights are loaded.
 
-    :param optional: that neither text nor dataset is given means no documents
+    :param seq_len: tokens per window, where there are any
     """
     from absorb_plugin.evaluation.loading import (
         check_length,
@@ -29,28 +49,11 @@ def read_inputs(
         load_tokenizer,
     )
 
-    documents = _read_documents(text, dataset, split, optional)
-    config = load_config(model)
-    if documents:
+    config = load_config(model, trust_remote_code)
+    if seq_len is not None:
         check_length(config, seq_len)
     _warn_if_slow(config, dtype)
-    return documents, load_tokenizer(model)
-
-
-def _read_documents(
-    text: Path | None, dataset: str | None, split: str, optional: bool
-) -> list[str]:
-    from absorb_plugin.evaluation.text import read_dataset, read_text
-
-    if text is not None and dataset is not None:
-        raise ValueError("give --text or --dataset, not both")
-    if text is not None:
-        return read_text(text)
-    if dataset is not None:
-        return read_dataset(dataset, split)
-    if optional:
-        return []
-    raise ValueError("no text: give --text FILE or --dataset NAME")
+    return config, load_tokenizer(model, trust_remote_code)
 
 
 def _warn_if_slow(config: Any, dtype: Dtype) -> None:
@@ -63,7 +66,7 @@ def _warn_if_slow(config: Any, dtype: Dtype) -> None:
     from absorb_plugin.cpu import bfloat16_is_slow
 
     is_bfloat16 = dtype is Dtype.bfloat16 or (
-        dtype is Dtype.auto and config.dtype == torch.bfloat16
+        dtype is Dtype.auto and config.get_text_config().dtype == torch.bfloat16
     )
     if is_bfloat16 and bfloat16_is_slow():
         logger.warning(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 
 from absorb_plugin.cli.frame import command, show
-from absorb_plugin.cli.inputs import read_inputs
+from absorb_plugin.cli.inputs import Source, read_model
 from absorb_plugin.cli.options import (
     AsJson,
     DatasetName,
@@ -21,6 +21,8 @@ from absorb_plugin.cli.options import (
     SeqLen,
     Split,
     Text,
+    TextColumn,
+    TrustRemoteCode,
 )
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ def noise(
     text: Text = None,
     dataset: DatasetName = None,
     split: Split = "train",
+    text_column: TextColumn = None,
     samples: Samples = 8,
     seq_len: SeqLen = 128,
     seed: Seed = 0,
@@ -61,24 +64,29 @@ def noise(
         Path | None, typer.Option(help="PNG file to draw the result into.")
     ] = None,
     dtype: DtypeOption = Dtype.auto,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Measure how MODEL absorbs or amplifies noise, over depth and over η."""
     with command(debug) as stdout:
         from absorb_plugin.evaluation.loading import load_model
+        from absorb_plugin.evaluation.output import check_result_file
         from absorb_plugin.evaluation.text import calibration_samples
-        from absorb_plugin.files import check_file, replace_file
-        from absorb_plugin.report.dose_figure import draw_doses
+        from absorb_plugin.files import check_file
+        from absorb_plugin.report.figure import save_figure
+        from absorb_plugin.report.noise_figure import noise_charts
         from absorb_plugin.signals.noise_scan import as_dict, scan_noise
 
         magnitudes = _parse_magnitudes(eta)
         if figure is not None:
             check_file(figure, "--figure")
-        documents, tokenizer = read_inputs(model, text, dataset, split, seq_len, dtype)
+            check_result_file(figure)
+        documents = Source(text, dataset, split, text_column).documents()
+        _, tokenizer = read_model(model, dtype, trust_remote_code, seq_len)
         data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
         found = scan_noise(
-            load_model(model, dtype.value),
+            load_model(model, dtype.value, trust_remote_code),
             data,
             magnitudes,
             seed=seed,
@@ -86,7 +94,8 @@ def noise(
             noise_dtype=noise_dtype.value,
         )
         if figure is not None:
-            replace_file(figure, draw_doses(found, Path(model).name))
+            title = f"{Path(model).name}, computed in {found.dtype}"
+            save_figure(figure, noise_charts(as_dict(found)), title, columns=3)
         if as_json:
             show(stdout, as_dict(found), as_json)
         else:

@@ -13,13 +13,28 @@ __all__ = [
     "Debug",
     "Dtype",
     "DtypeOption",
+    "Effort",
     "Model",
+    "PrunerName",
     "Samples",
     "Seed",
     "SeqLen",
     "Split",
     "Text",
+    "TextColumn",
+    "TrustRemoteCode",
 ]
+
+
+class Effort(str, Enum):
+    quick = "quick"
+    standard = "standard"
+    thorough = "thorough"
+
+
+class PrunerName(str, Enum):
+    wanda = "wanda"
+    sparsegpt = "sparsegpt"
 
 
 class Dtype(str, Enum):
@@ -34,15 +49,23 @@ Model = Annotated[
 ]
 Text = Annotated[
     Path | None,
-    typer.Option(help="Plain text, or JSON lines (.jsonl) with a field `text`."),
+    typer.Option(help="Plain text, or rows: JSON lines or array, CSV, parquet."),
 ]
 DatasetName = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME[:CONFIG]", help="Dataset of the hub with a column `text`."
-    ),
+    str | None, typer.Option(metavar="NAME[:CONFIG]", help="Dataset of the hub.")
 ]
 Split = Annotated[str, typer.Option(help="Split of --dataset.")]
+TextColumn = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Column of the rows, with text or chats; by default `text` or `messages`.",
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run code that comes with the model."),
+]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of all random choices.")]
 SeqLen = Annotated[int, typer.Option(min=2, help="Tokens per window.")]

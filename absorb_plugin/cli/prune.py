@@ -1,14 +1,15 @@
-"""`absorb prune`: a recipe, a text and a model in, a pruned model out."""
+"""`absorb prune`: a model and a text in, a pruned model out."""
 
+import sys
 import time
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from absorb_plugin.cli.frame import command, show
-from absorb_plugin.cli.inputs import read_inputs
+from absorb_plugin.cli.inputs import Source, read_model
 from absorb_plugin.cli.options import (
     AsJson,
     Cache,
@@ -16,15 +17,27 @@ from absorb_plugin.cli.options import (
     Debug,
     Dtype,
     DtypeOption,
+    Effort,
     Model,
+    PrunerName,
     Samples,
     Seed,
     SeqLen,
     Split,
     Text,
+    TextColumn,
+    TrustRemoteCode,
 )
 
+if TYPE_CHECKING:
+    from llmcompressor.recipe import Recipe
+
+    from absorb_plugin.evaluation.recipes import RecipeWishes
+
 __all__ = ["prune"]
+
+# The recipe that was made, beside the recipe.yaml that llm-compressor saves.
+MADE = "absorb_recipe.yaml"
 
 
 class Pipeline(str, Enum):
@@ -33,13 +46,46 @@ class Pipeline(str, Enum):
     basic = "basic"
 
 
+class Quantization(str, Enum):
+    w8a8 = "w8a8"
+    w4a16 = "w4a16"
+    fp8 = "fp8"
+
+
 def prune(
     model: Model,
-    recipe: Annotated[Path, typer.Option(help="llm-compressor recipe, YAML.")],
     out: Annotated[Path, typer.Option(help="Directory for the pruned model.")],
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="llm-compressor recipe, YAML, in place of the next six."),
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Share of the weights to prune, in [0, 1).")
+    ] = None,
+    max_loss_increase: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NATS",
+            help="Prune as much as the loss per token allows to grow by so much "
+            "(0.05: perplexity +5 %); --sparsity is then the most.",
+        ),
+    ] = None,
+    pruner: Annotated[
+        PrunerName | None, typer.Option(help="By default sparsegpt.")
+    ] = None,
+    allocator: Annotated[
+        str | None, typer.Option(help="See `absorb allocators`; by default owl.")
+    ] = None,
+    effort: Annotated[
+        Effort | None, typer.Option(help="How much is measured; by default standard.")
+    ] = None,
+    quantize: Annotated[
+        Quantization | None, typer.Option(help="Quantise after pruning.")
+    ] = None,
     text: Text = None,
     dataset: DatasetName = None,
     split: Split = "train",
+    text_column: TextColumn = None,
     samples: Samples = 128,
     seq_len: SeqLen = 512,
     seed: Seed = 0,
@@ -47,6 +93,7 @@ def prune(
         Pipeline, typer.Option(help="llm-compressor's calibration pipeline.")
     ] = Pipeline.independent,
     dtype: DtypeOption = Dtype.auto,
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the model in --out.")
     ] = False,
@@ -54,36 +101,61 @@ def prune(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Prune MODEL by a recipe, calibrated on a text, and save it."""
+    """Prune MODEL to a sparsity, a quality or by a recipe, and save it."""
     with command(debug) as stdout:
         from absorb_plugin.evaluation import oneshot, output
+        from absorb_plugin.evaluation.loading import (
+            check_saving,
+            empty_model,
+            load_for_pruning,
+            weight_bytes,
+        )
         from absorb_plugin.evaluation.perplexity import linear_sparsity
         from absorb_plugin.evaluation.text import calibration_samples
 
         start = time.perf_counter()
         # All that can be wrong with the arguments comes before the model is loaded.
+        output.check_apart(out, model)
         output.check_output(out, overwrite)
-        if dtype is Dtype.auto:
-            output.check_space(out, model)
-        parsed = oneshot.load_recipe(recipe)
+        given: dict[str, Any] = {
+            "sparsity": sparsity,
+            "max_loss_increase": max_loss_increase,
+            "pruner": pruner and pruner.value,
+            "allocator": allocator,
+            "effort": effort and effort.value,
+            "quantize": quantize and quantize.value,
+        }
+        parsed = _read_recipe(recipe, given)
+        wishes = None if parsed else _wishes(given)
+        documents = Source(text, dataset, split, text_column).documents()
+        config, tokenizer = read_model(model, dtype, trust_remote_code, seq_len)
+        made = ""
+        if wishes is not None:
+            made = wishes.text(empty_model(config, trust_remote_code))
+            print(made, file=sys.stderr)
+            parsed = oneshot.parse_recipe(made)
+        assert parsed is not None
         if profile_cache is not None:
             oneshot.keep_profiles(parsed, profile_cache)
-        documents, tokenizer = read_inputs(model, text, dataset, split, seq_len, dtype)
+        output.check_space(out, weight_bytes(config, dtype.value, trust_remote_code))
+        check_saving(model, config, tokenizer)
         data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
         with (
             output.staged_directory(out) as staging,
             output.kept_files(out, staging),
         ):
             pruned = oneshot.prune(
-                model,
+                load_for_pruning(model, dtype.value, trust_remote_code),
                 tokenizer,
                 parsed,
                 data,
                 pipeline=pipeline.value,
-                dtype=dtype.value,
+                trust_remote_code=trust_remote_code,
                 seed=seed,
                 output_dir=staging,
             )
+            if made:
+                (staging / MADE).write_text(made, encoding="utf-8")
         result = {
             "out": str(out),
             "sparsity": linear_sparsity(pruned),
@@ -98,3 +170,34 @@ def prune(
             "Saved to {out}: {sparsity:.4f} of the Linear weights are zero "
             "({samples} x {seq_len} tokens, {seconds} s)",
         )
+
+
+def _read_recipe(recipe: Path | None, given: dict[str, Any]) -> "Recipe | None":
+    """
+    :param given: option -> value, None where it was not given
+    :raises ValueError: if there is a recipe and an option that the recipe decides
+    """
+    from absorb_plugin.evaluation.oneshot import load_recipe
+
+    if recipe is None:
+        return None
+    for name, value in given.items():
+        if value is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"--recipe {recipe} decides what {option} {value} asks for: give one "
+                "of the two"
+            )
+    return load_recipe(recipe)
+
+
+def _wishes(given: dict[str, Any]) -> "RecipeWishes":
+    from absorb_plugin.evaluation.recipes import RecipeWishes
+
+    if given["sparsity"] is None and given["max_loss_increase"] is None:
+        raise ValueError(
+            "how much is to be pruned? Give --sparsity, --max-loss-increase or --recipe"
+        )
+    wishes = RecipeWishes(**{k: v for k, v in given.items() if v is not None})
+    wishes.check()
+    return wishes

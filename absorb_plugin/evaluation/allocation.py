@@ -1,19 +1,24 @@
 """Allocate without pruning, and the result as plain data."""
 
+from importlib.metadata import version
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel
 
 from absorb_plugin._llmcompressor import linearize_moe
-from absorb_plugin.allocate import Allocation, allocate
+from absorb_plugin.allocate import allocate
+from absorb_plugin.allocation import Allocation
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.calibration import samples_of
+from absorb_plugin.devices import computing_on_one_device
 from absorb_plugin.pruners import PRUNERS
 from absorb_plugin.search.budget import check_budget
 from absorb_plugin.settings import AllocationSettings
 
-__all__ = ["allocate_model", "as_dict"]
+__all__ = ["allocate_model", "as_dict", "ratios"]
+
+PACKAGES = ("absorb-plugin", "llmcompressor", "transformers", "torch")
 
 
 def allocate_model(
@@ -32,15 +37,16 @@ def allocate_model(
     :param pruner: name of the pruner that it is for, with its default settings
     """
     check_budget(sparsity, settings.max_sparsity)
-    linearize_moe(model)  # as oneshot does: the experts' weights become Linears
-    return allocate(
-        model,
-        find_blocks(model),
-        samples_of(samples),
-        sparsity=sparsity,
-        pruner=PRUNERS[pruner](),
-        settings=settings,
-    )
+    with computing_on_one_device(model):
+        linearize_moe(model)  # as oneshot does: the experts' weights become Linears
+        return allocate(
+            model,
+            find_blocks(model),
+            samples_of(samples),
+            sparsity=sparsity,
+            pruner=PRUNERS[pruner](),
+            settings=settings,
+        )
 
 
 def as_dict(allocation: Allocation, allocator: str, pruner: str) -> dict[str, Any]:
@@ -77,6 +83,26 @@ def as_dict(allocation: Allocation, allocator: str, pruner: str) -> dict[str, An
         "sparsity": allocation.budget.sparsity,
         "achieved": allocation.achieved(),
         "blocks": blocks,
+    }
+
+
+def ratios(
+    allocation: Allocation, settings: AllocationSettings, pruner: str, **source: Any
+) -> dict[str, Any]:
+    """
+    The sparsity of every Linear, for other tools, with what it came from.
+
+    :param source: model and calibration data, as they were named
+    """
+    fields = settings.model_dump(mode="json", exclude_unset=True)
+    return {
+        **source,
+        "pruner": pruner,
+        "sparsity": allocation.budget.sparsity,
+        "achieved": allocation.achieved(),
+        "settings": fields,
+        "versions": {name: version(name) for name in PACKAGES},
+        "linears": allocation.linear_sparsities(),
     }
 
 

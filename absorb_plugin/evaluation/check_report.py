@@ -32,7 +32,7 @@ RUNTIMES: dict[str | None, dict[str, str]] = {
         "vLLM on a CPU": "with AMX",
     },
 }
-UNTRIED = {"transformers": "ask --load", "vLLM, SGLang": "not known to this check"}
+UNTRIED = {"transformers": "not loaded here", "vLLM, SGLang": "not known to this check"}
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def _files_of(folder: Path) -> list[Path]:
     if not found:
         raise ValueError(
             f"{folder} holds neither profile.json (also sought in report/) nor "
-            f"eval*.json. Make one: absorb eval {folder} ... --out {folder}/eval.json"
+            f"eval*.json. Have absorb eval write one there"
         )
     return found
 

@@ -1,51 +1,343 @@
-"""Models and tokenizers from a directory or the hub, for evaluation and allocation."""
+"""
+Configurations, tokenizers and models from a directory or the hub. What can be wrong
+with a checkpoint is found before its weights are read, as far as its files tell.
+"""
 
+import json
+import re
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils.quantization_config import CompressedTensorsConfig
 
-__all__ = ["check_length", "load_config", "load_model", "load_tokenizer"]
+__all__ = [
+    "check_length",
+    "check_saving",
+    "empty_model",
+    "load_config",
+    "load_for_pruning",
+    "load_model",
+    "load_tokenizer",
+    "main_device",
+    "weight_bytes",
+]
+
+# Heads that predict something else than the next token.
+OTHER_HEAD = re.compile(
+    r"For\w*(Classification|QuestionAnswering|MaskedLM|MultipleChoice|PreTraining"
+    r"|Prediction|RewardModel|Retrieval)$|Reranker"
+)
+BASE_MODEL = re.compile(r"(?<!LMHead)Model$")
+WEIGHTS = ("*.safetensors", "*.bin")
+# Share of the first device's free memory that resident weights may take; the rest is
+# for hidden states and logits.
+RESIDENT = 0.5
+# Left free of weights in the CPU's memory [bytes].
+SPARE_CPU_MEMORY = 5_000_000_000
 
 
-def load_config(model: str) -> PretrainedConfig:
+def load_config(model: str, trust_remote_code: bool = False) -> PretrainedConfig:
     """
-    :param model: directory or hub id, of which only the config is read
-    :return: config of the language model
+    :param model: directory or hub id, of which the config is read, and the files of a
+        directory are looked at
+    :return: the whole config, of images and text where it has both
     :raises FileNotFoundError: if `model` looks like a directory and there is none
+    :raises ValueError: if it is an adapter, its files are incomplete, or it is no
+        language model that predicts the next token
     """
-    if not Path(model).exists() and (
-        model.startswith((".", "/", "~")) or model.count("/") > 1
-    ):
+    if Path(model).exists():
+        _check_directory(Path(model))
+    elif model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise FileNotFoundError(f"{model}: no such model directory")
-    return AutoConfig.from_pretrained(model).get_text_config()
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{model} comes with code of its own, which can do anything. Read it; then "
+            "set trust_remote_code=True to run it"
+        ) from error
+    _check_language_model(model, config)
+    return config
+
+
+def _check_directory(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file: give the directory of the model")
+    if not (folder / "config.json").is_file():
+        _refuse_adapter(folder)
+        raise ValueError(f"{folder} has no config.json: it is no model directory")
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and _is_pointer(file):
+            raise ValueError(
+                f"{file} is a pointer of git-lfs, not the file itself: run "
+                f"`git lfs pull` in {folder}, or download the model again"
+            )
+    files = [file for pattern in WEIGHTS for file in folder.glob(pattern)]
+    if not files:
+        raise ValueError(f"{folder} has no weights (*.safetensors or *.bin)")
+    _check_weights(folder, files)
+
+
+def _refuse_adapter(folder: Path) -> None:
+    file = folder / "adapter_config.json"
+    if file.is_file():
+        base = json.loads(file.read_text()).get("base_model_name_or_path")
+        raise ValueError(
+            f"{folder} is an adapter for {base}, not a model. Merge the two, save, and "
+            "give the result: PeftModel.from_pretrained(base, adapter)"
+            ".merge_and_unload().save_pretrained(DIRECTORY)"
+        )
+
+
+def _is_pointer(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(40).startswith(b"version https://git-lfs")
+
+
+def _check_weights(folder: Path, files: Iterable[Path]) -> None:
+    """No shard is missing or cut short; of each only the header is read."""
+    for index in folder.glob("*.index.json"):
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+        if missing := sorted(x for x in shards if not (folder / x).is_file()):
+            raise ValueError(
+                f"{folder} lacks {', '.join(missing)}, which {index.name} lists: "
+                "download the model again"
+            )
+    for file in files:
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt"):
+                    pass
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file} is damaged or incomplete ({error}): download it again"
+            ) from error
+
+
+def _check_language_model(model: str, config: PretrainedConfig) -> None:
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return  # its own code says what it is
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"{model} is a {config.model_type!r} model, of which transformers has none "
+            "that predicts the next token: only decoder language models can be judged"
+        )
+    tied = config.get_text_config().tie_word_embeddings
+    for name in config.architectures or []:
+        # of a base model with a head of its own the weights tell, once they are loaded
+        if OTHER_HEAD.search(name) or (tied and BASE_MODEL.search(name)):
+            raise ValueError(
+                f"{model} was saved as {name}, which does not predict the next token; "
+                "everything here is judged by that. Give the language model it was "
+                "made from"
+            )
 
 
 def check_length(config: PretrainedConfig, length: int) -> None:
     """
     :raises ValueError: if windows of `length` tokens do not fit the model
     """
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and length > positions:
         raise ValueError(
             f"seq_len={length} is longer than the model's {positions} positions"
         )
 
 
-def load_tokenizer(model: str) -> Any:
-    return AutoTokenizer.from_pretrained(model)
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a directory or hub id, a `PreTrainedTokenizerBase`."""
+    return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
 
 
-def load_model(model: str, dtype: str) -> PreTrainedModel:
-    """Load for evaluation: on the accelerator, spread over several, or on the CPU."""
-    device_map = "auto" if torch.accelerator.is_available() else None
-    return AutoModelForCausalLM.from_pretrained(
-        model, dtype=dtype, device_map=device_map
+def empty_model(
+    config: PretrainedConfig, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model without its weights, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trust_remote_code
+        )
+
+
+def weight_bytes(
+    config: PretrainedConfig, dtype: str, trust_remote_code: bool = False
+) -> int:
+    """
+    :param dtype: of the weights, "auto" as they were saved
+    :return: bytes of all weights, none of which is allocated
+    """
+    empty = empty_model(config, trust_remote_code)
+    saved = config.get_text_config().dtype or torch.float32
+    chosen = saved if dtype == "auto" else getattr(torch, dtype)
+    return sum(parameter.numel() for parameter in empty.parameters()) * chosen.itemsize
+
+
+def check_saving(model: str, config: PretrainedConfig, tokenizer: Any) -> None:
+    """
+    Save all but the weights, into a directory that is thrown away: transformers loads
+    some configurations that it refuses to save, and says so when the model is pruned.
+
+    :raises ValueError: naming the file that is refused
+    """
+    parts = {
+        "config.json": config,
+        "generation_config.json": _generation_config(model, config),
+        "the tokenizer": tokenizer,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for name, part in parts.items():
+            try:
+                part.save_pretrained(folder)
+            except Exception as error:  # checks of several libraries
+                raise ValueError(
+                    f"{model}: transformers will not save {name}, so the pruned model "
+                    f"could not be saved. Correct it first: {error}"
+                ) from error
+
+
+def _generation_config(model: str, config: PretrainedConfig) -> GenerationConfig:
+    """As the loaded model will have it."""
+    try:
+        return GenerationConfig.from_pretrained(model)
+    except OSError:  # there is no such file
+        return GenerationConfig.from_model_config(config)
+
+
+def load_model(
+    model: str, dtype: str, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """
+    Load for evaluation and allocation. The first accelerator computes; weights of more
+    than half of its free memory lie on the other ones, in the CPU's memory, or on disk,
+    as far as they must, and come when they are needed. Without an accelerator they lie
+    in memory, or on disk where that is too small.
+
+    :param model: directory or hub id
+    :param dtype: dtype of the weights, "auto" as they were saved
+    :raises ValueError: if the checkpoint lacks weights of the model
+    """
+    return _load(model, dtype, trust_remote_code, accelerator=True)
+
+
+def load_for_pruning(
+    model: str, dtype: str, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """
+    Load as `oneshot` does: in the CPU's memory, for its pipelines bring the weights to
+    the accelerator; on disk where memory is too small; dequantised where it was saved
+    by llm-compressor.
+
+    :raises ValueError: if the checkpoint lacks weights of the model
+    """
+    return _load(model, dtype, trust_remote_code, accelerator=False, dequantize=True)
+
+
+def _load(
+    model: str,
+    dtype: str,
+    trust_remote_code: bool,
+    accelerator: bool,
+    dequantize: bool = False,
+) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    needed = weight_bytes(config, dtype, trust_remote_code)
+    placement = _placement(needed, accelerator)
+    quantization = getattr(config, "quantization_config", None) or {}
+    if dequantize and quantization.get("quant_method") == "compressed-tensors":
+        placement["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        model,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+        **placement,
     )
+    if info["missing_keys"]:
+        raise ValueError(_missing(model, sorted(info["missing_keys"])))
+    if "offload_folder" in placement:
+        _onload_on(loaded, main_device())
+        weakref.finalize(loaded, shutil.rmtree, placement["offload_folder"], True)
+    return loaded
+
+
+def _missing(model: str, names: list[str]) -> str:
+    shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+    return (
+        f"{model} has no weights for {shown} ({len(names)} in all), and random numbers "
+        "would stand in their place. It was saved incompletely, or without the head of "
+        "a language model: give a complete one"
+    )
+
+
+def main_device() -> torch.device:
+    """Where the forward runs: this rank's accelerator, or the CPU."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
+def _placement(needed: int, accelerator: bool) -> dict[str, Any]:
+    """
+    Arguments of `from_pretrained` for where the weights are to lie.
+
+    :param needed: bytes of the weights
+    :param accelerator: whether they may lie there
+    """
+    cpu = max(0, psutil.virtual_memory().available - SPARE_CPU_MEMORY)
+    room: dict[int | str, int] = {"cpu": cpu}
+    main = main_device()
+    if accelerator and main.type != "cpu":
+        free = _free_memory()
+        if needed <= RESIDENT * free[main.index]:
+            return {"device_map": {"": main}}
+        room |= {i: int((RESIDENT if i == main.index else 0.9) * free[i]) for i in free}
+    elif needed <= cpu:
+        return {}
+    folder = tempfile.mkdtemp(prefix="absorb-offload-")
+    return {
+        "device_map": "auto",
+        "max_memory": room,
+        "offload_folder": folder,
+        "offload_buffers": True,
+    }
+
+
+def _free_memory() -> dict[int, int]:
+    """Free bytes of every accelerator."""
+    if main_device().type == "mps":  # it has no memory of its own
+        return {0: psutil.virtual_memory().available}
+    return {
+        index: torch.accelerator.get_memory_info(index)[0]
+        for index in range(torch.accelerator.device_count())
+    }
+
+
+def _onload_on(model: PreTrainedModel, device: torch.device) -> None:
+    """
+    From accelerate's way of spreading a model, in which every block computes where it
+    lies, to that of llm-compressor: all compute on one device, weights lie where they
+    do.
+    """
+    from compressed_tensors.offload import from_accelerate, set_onload_device
+
+    from_accelerate(model)
+    set_onload_device(model, device)

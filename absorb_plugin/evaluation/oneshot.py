@@ -2,9 +2,11 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
@@ -14,7 +16,7 @@ from transformers import PreTrainedModel, set_seed
 import absorb_plugin  # registers the modifier that a recipe may name
 from absorb_plugin.files import check_writable
 
-__all__ = ["keep_profiles", "load_recipe", "prune"]
+__all__ = ["keep_profiles", "load_recipe", "parse_recipe", "prune"]
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -25,16 +27,42 @@ def load_recipe(path: Path) -> Recipe:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recipe file")
     try:
-        recipe = Recipe.create_instance(str(path))
+        return parse_recipe(str(path))
+    except ValueError as error:
+        cause = _without_fields(path) or str(error)
+        raise ValueError(f"cannot use recipe {path}: {cause}") from error
+
+
+def parse_recipe(text: str) -> Recipe:
+    """
+    :param text: YAML, or the path of a file
+    :raises ValueError: if it cannot be parsed, or holds no modifier
+    """
+    try:
+        recipe = Recipe.create_instance(text)
     except Exception as error:  # YAML, pydantic and factory errors alike
-        raise ValueError(f"cannot use recipe {path}: {error}") from error
+        raise ValueError(str(error)) from error
     if not recipe.modifiers:
         # llm-compressor ignores every key that does not fit the pattern
         raise ValueError(
-            f"recipe {path} holds no modifier. Its shape must be "
+            "it holds no modifier. Its shape must be "
             "`NAME_stage:` > `NAME_modifiers:` > class name > fields"
         )
+    for modifier in recipe.modifiers:
+        if isinstance(modifier, absorb_plugin.AbsorptionAllocationModifier):
+            modifier.base_allocator()
     return recipe
+
+
+def _without_fields(path: Path) -> str | None:
+    """In words, if a modifier stands there with nothing after its name."""
+    with suppress(yaml.YAMLError, UnicodeDecodeError, AttributeError):
+        for stage in yaml.safe_load(path.read_text(encoding="utf-8")).values():
+            for group in stage.values():
+                for name, fields in group.items():
+                    if fields is None:
+                        return f"`{name}:` has no fields; write `{name}: {{}}`"
+    return None
 
 
 def keep_profiles(recipe: Recipe, directory: Path) -> None:
@@ -60,25 +88,25 @@ def keep_profiles(recipe: Recipe, directory: Path) -> None:
 
 
 def prune(
-    model: str | PreTrainedModel,
+    model: PreTrainedModel,
     tokenizer: Any,
     recipe: Recipe | Sequence[Modifier],
     samples: Dataset,
     *,
     pipeline: str = "independent",
-    dtype: str = "auto",
+    trust_remote_code: bool = False,
     seed: int = 0,
     output_dir: Path | None = None,
 ) -> PreTrainedModel:
     """
     Run `oneshot` on samples that are already tokenised, in their order.
 
-    :param model: directory, hub id or loaded model
+    :param model: as `load_for_pruning` gives it
     :param tokenizer: the model's tokenizer, saved beside it
     :param recipe: parsed recipe, or modifiers
     :param samples: rows of `input_ids` and `attention_mask`, all equally long
     :param pipeline: "independent", "sequential" or "basic"
-    :param dtype: dtype to load the model in, "auto" as it was saved
+    :param trust_remote_code: llm-compressor reads the model's config again
     :param seed: of every random number generator
     :param output_dir: where to save model, tokenizer and recipe.yaml, or None
     :return: the pruned model
@@ -89,7 +117,7 @@ def prune(
     return oneshot(
         model=model,
         tokenizer=tokenizer,
-        precision=dtype,
+        trust_remote_code_model=trust_remote_code,
         recipe=recipe if isinstance(recipe, Recipe) else list(recipe),
         dataset=samples,
         num_calibration_samples=len(samples),

@@ -8,9 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
 from loguru import logger
 
-__all__ = ["check_output", "check_space", "kept_files", "staged_directory"]
+from absorb_plugin.files import json_object
+
+__all__ = [
+    "check_apart",
+    "check_output",
+    "check_result_file",
+    "check_space",
+    "kept_files",
+    "staged_directory",
+]
 
 
 def check_output(out: Path, overwrite: bool) -> None:
@@ -19,6 +29,24 @@ def check_output(out: Path, overwrite: bool) -> None:
         or holds something that is not a model
     """
     out = out.expanduser().absolute()
+    _warn_of_leftovers(out)
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise FileExistsError(f"{out} is a file, not a directory")
+    # a run that was killed may have left a directory for its report
+    if all(path.is_dir() for path in out.rglob("*")):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{out} is not empty: choose another, or overwrite=True")
+    if not (out / "config.json").is_file():
+        raise FileExistsError(
+            f"{out} has files in it but no config.json, so it is no saved model: it "
+            "will not be overwritten"
+        )
+
+
+def _warn_of_leftovers(out: Path) -> None:
     for left in sorted(out.parent.glob(f".{glob.escape(out.name)}.*.*")):
         if left.suffix in (".partial", ".old"):
             # not ours to delete: another run may be writing there
@@ -30,29 +58,63 @@ def check_output(out: Path, overwrite: bool) -> None:
                     else f"the model that was in {out} before"
                 )
             )
+
+
+def check_apart(out: Path, model: str) -> None:
+    """
+    What is in `out` is replaced, and nothing of the model may be in there: not by
+    another spelling, a link or a mount.
+
+    :param model: directory or hub id
+    :raises ValueError: if `out` is the model's directory, or files of it lie in `out`
+    """
+    out = out.expanduser().absolute()
+    folder = Path(model).expanduser()
     if not out.exists():
         return
-    if not out.is_dir():
-        raise FileExistsError(f"{out} is a file, not a directory")
-    # a run that was killed may have left a directory for its report
-    if all(path.is_dir() for path in out.rglob("*")):
+    if not folder.is_dir():
+        config = try_to_load_from_cache(model, "config.json")
+        if not isinstance(config, str):
+            return
+        folder = Path(config).parent
+    if out.samefile(folder):
+        raise ValueError(f"{out} is the model itself, and that is only read")
+    for file in (folder, *folder.iterdir()):
+        if any(out.samefile(parent) for parent in file.resolve().parents):
+            raise ValueError(
+                f"{file} lies in {out}, which would be replaced, and the model is only "
+                "read: choose another directory"
+            )
+
+
+def check_result_file(path: Path) -> None:
+    """
+    To be asked before minutes are spent on what will be written to `path`: an existing
+    file is replaced only if it is a result of `save_result` or a PNG.
+
+    :raises FileExistsError: if it is something else
+    """
+    if not path.is_file() or path.stat().st_size == 0:
         return
-    if not overwrite:
-        raise FileExistsError(f"{out} is not empty: choose another, or set overwrite")
-    if not (out / "config.json").is_file():
+    content = path.read_bytes()
+    if content.startswith(b"\x89PNG"):
+        return
+    try:
+        is_result = {"model", "sparsity"} <= json_object(content, str(path)).keys()
+    except ValueError:
+        is_result = False
+    if not is_result:
         raise FileExistsError(
-            f"{out} has files in it but no config.json, so it is no saved model: it "
-            "will not be overwritten"
+            f"{path} exists and is no result of an earlier run: it will not be "
+            "overwritten. Choose another name"
         )
 
 
-def check_space(out: Path, model: str) -> None:
+def check_space(out: Path, needed: int) -> None:
     """
-    :param model: directory or hub id; where it is a directory, its weights tell how
-        much the pruned ones will take
+    :param needed: bytes of the weights that will be written
     :raises OSError: if they will not fit where `out` is to be
     """
-    needed = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
     folder = out.expanduser().absolute().parent
     while not folder.exists():
         folder = folder.parent

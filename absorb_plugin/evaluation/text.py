@@ -1,102 +1,32 @@
 """Text in, windows of tokens out: for calibration and for perplexity."""
 
 import random
-import tempfile
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from loguru import logger
 
-from absorb_plugin.files import json_object
+from absorb_plugin.evaluation.documents import SEPARATOR, Document, count_characters
 
-__all__ = [
-    "calibration_samples",
-    "evaluation_windows",
-    "prefix_ids",
-    "read_dataset",
-    "read_text",
-    "token_windows",
-]
+__all__ = ["calibration_samples", "evaluation_windows", "prefix_ids", "token_windows"]
 
 Tokenizer = Any  # PreTrainedTokenizerBase, whose import would cost seconds
 
-JSON_LINES = {".jsonl", ".ndjson", ".json"}
-COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
-
-# Between two documents, and between them in the count of what is read.
-SEPARATOR = "\n\n"
-
-# Hub datasets are streamed, and reading stops here: some of them hold terabytes. It is
-# far more text than any calibration or evaluation uses (about 10 million tokens).
-DATASET_CHARACTERS = 40_000_000
-
-
-def read_text(path: Path) -> list[str]:
-    """
-    Read a plain text file as one document, or JSON lines (.jsonl, .ndjson, .json) as
-    one document per line. Compressed files (.gz, .bz2, .xz, .zst) work as well.
-
-    :raises FileNotFoundError: if there is no such file
-    :raises ValueError: if it is a directory, empty, not UTF-8, or a line has no string
-        `text`; the message names the line
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such text file")
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty")
-    by_line = _suffix(path) in JSON_LINES
-    rows = _read_rows(path, "line" if by_line else "document")
-    documents = list(_texts_of_json_lines(path, rows)) if by_line else rows
-    documents = [document for document in documents if document.strip()]
-    if not documents:
-        raise ValueError(f"{path} holds no text")
-    return documents
-
-
-def read_dataset(name: str, split: str = "train") -> list[str]:
-    """
-    Stream a dataset with a column `text`, up to `DATASET_CHARACTERS` characters.
-
-    :param name: `NAME` or `NAME:CONFIG`, e.g. `Salesforce/wikitext:wikitext-2-raw-v1`
-    :raises ValueError: if the dataset cannot be loaded or has no column `text`
-    """
-    path, _, config = name.partition(":")
-    try:
-        rows = load_dataset(path, config or None, split=split, streaming=True)
-    except Exception as error:  # each kind of dataset has its own errors
-        raise ValueError(
-            f"cannot load dataset {name!r}, split {split!r}: {error}"
-        ) from error
-    documents: list[str] = []
-    characters = 0
-    for row in rows:
-        if not isinstance(row.get("text"), str):
-            raise ValueError(
-                f"dataset {name!r} has no text column `text`, only: "
-                f"{', '.join(sorted(row))}"
-            )
-        if row["text"].strip():
-            documents.append(row["text"])
-            characters += len(row["text"]) + len(SEPARATOR)
-        if characters >= DATASET_CHARACTERS:
-            logger.info(
-                f"Using the first {len(documents)} documents of {name}, split {split}"
-            )
-            break
-    if not documents:
-        raise ValueError(f"dataset {name!r}, split {split!r}, holds no text")
-    return documents
+# Tokenised in one call: some hundred bytes for each of these characters at a time.
+BATCH_CHARACTERS = 1_000_000
+# Of a longer text the calibration windows are drawn from its beginning. It is about 5
+# million tokens, twenty times what most calibrations take.
+CALIBRATION_CHARACTERS = 20_000_000
 
 
 def prefix_ids(tokenizer: Tokenizer) -> list[int]:
     """
-    The special tokens that `tokenizer(text)` puts in front of a text: BOS for Llama,
-    Gemma and OPT, nothing for SmolLM2, Qwen and GPT-NeoX. A model that was trained
-    with BOS in front is not itself without it (its attention sink sits there).
+    The special tokens that `tokenizer(text)` puts before a text: BOS for Llama, Gemma
+    and OPT, nothing for SmolLM2, Qwen and GPT-NeoX. A model that was trained with BOS
+    is not itself without it (its attention sink sits there).
     """
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     special = tokenizer("a")["input_ids"]
@@ -105,124 +35,157 @@ def prefix_ids(tokenizer: Tokenizer) -> list[int]:
             return list(special[:start])
     raise ValueError(
         f"{type(tokenizer).__name__} tokenises a text differently with special tokens "
-        "than without: cannot tell which tokens belong in front of a window"
+        "than without: cannot tell which tokens belong before a window"
     )
 
 
 def token_windows(
-    documents: Sequence[str], tokenizer: Tokenizer, length: int
-) -> list[list[int]]:
+    documents: Iterable[Document], tokenizer: Tokenizer, length: int
+) -> Iterator[list[int]]:
     """
     Tokenise the documents, put them one after the other, and cut without overlap. What
     is left at the end is dropped.
 
-    :param documents: texts; a blank line is put between two of them
+    :param documents: texts or chats; a blank line is put between two of them
     :param length: tokens per window, the prefix of `prefix_ids` included
     :return: windows of exactly `length` tokens, in the order of the text
-    :raises ValueError: if `length` leaves no room for text
+    :raises ValueError: if `length` leaves no room for text, or a chat cannot be
+        rendered
     """
     prefix = prefix_ids(tokenizer)
     step = length - len(prefix)
     if step < 1 or length < 2:
         raise ValueError(f"a window of {length} tokens is too short to hold text")
-    last = len(documents) - 1
-    texts = [text + SEPARATOR if i < last else text for i, text in enumerate(documents)]
-    # verbose=False: that a whole text is longer than the model's context is the point
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    tokens = [token for document in encoded for token in document]
-    return [
-        prefix + tokens[start : start + step]
-        for start in range(0, len(tokens) - step + 1, step)
-    ]
+    rest: list[int] = []
+    for texts in _batches(_separated(_rendered(documents, tokenizer, prefix))):
+        # verbose=False: that a text is longer than the model's context is the point
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = rest + [token for text in encoded for token in text]
+        end = len(tokens) - len(tokens) % step
+        for start in range(0, end, step):
+            yield prefix + tokens[start : start + step]
+        rest = tokens[end:]
 
 
 def calibration_samples(
-    documents: Sequence[str],
+    documents: Iterable[Document],
     tokenizer: Tokenizer,
     samples: int,
     length: int,
     seed: int = 0,
 ) -> Dataset:
     """
-    Windows from all over the text, chosen by `seed` alone.
+    Windows from all over the text (its first `CALIBRATION_CHARACTERS`), chosen by
+    `seed` alone.
 
     :param samples: number of windows, N
     :param length: tokens per window, T
     :return: N rows of `input_ids` and `attention_mask`, T tokens each, in text order
     :raises ValueError: if the text has fewer than N windows
     """
-    windows = _enough(token_windows(documents, tokenizer, length), samples, length)
-    chosen = sorted(random.Random(seed).sample(range(len(windows)), samples))
+    # four bytes a token, where a list of lists takes forty
+    tokens = array("i")
+    for window in token_windows(_beginning(documents), tokenizer, length):
+        tokens.extend(window)
+    count = len(tokens) // length
+    _check_enough(count, samples, length)
+    chosen = sorted(random.Random(seed).sample(range(count), samples))
+    windows = [tokens[i * length : (i + 1) * length].tolist() for i in chosen]
     return Dataset.from_dict(
-        {
-            "input_ids": [windows[i] for i in chosen],
-            "attention_mask": [[1] * length for _ in chosen],
-        }
+        {"input_ids": windows, "attention_mask": [[1] * length for _ in chosen]}
     )
 
 
 def evaluation_windows(
-    documents: Sequence[str],
+    documents: Iterable[Document],
     tokenizer: Tokenizer,
     length: int,
     count: int | None = None,
-) -> list[list[int]]:
+) -> Sequence[Sequence[int]]:
     """
     The first `count` windows of the text, or all of them.
 
     :raises ValueError: if the text has fewer than `count` windows, or not a single one
     """
     windows = token_windows(documents, tokenizer, length)
-    wanted = 1 if count is None else count
-    return _enough(windows, wanted, length)[:count]
+    found = [array("i", window) for window in islice(windows, count)]
+    _check_enough(len(found), 1 if count is None else count, length)
+    return found
 
 
-def _enough(windows: list[list[int]], wanted: int, length: int) -> list[list[int]]:
+def _check_enough(found: int, wanted: int, tokens: int) -> None:
     if wanted < 1:
         raise ValueError(f"at least one window is needed, not {wanted}")
-    if len(windows) < wanted:
+    if found < wanted:
         raise ValueError(
-            f"the text is too short: {wanted} windows of {length} tokens need "
-            f"{wanted * length} tokens, and it fills only {len(windows)} such windows "
-            f"({len(windows) * length} tokens). Give more text, fewer windows or a "
-            "smaller seq_len."
+            f"the text is too short: {wanted} windows of {tokens} tokens need "
+            f"{wanted * tokens} tokens, and it fills only {found} such windows "
+            f"({found * tokens} tokens). Give more text, fewer windows or a smaller "
+            "seq_len."
         )
-    return windows
 
 
-def _suffix(path: Path) -> str:
-    name = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
-    return name.suffix.lower()
-
-
-def _read_rows(path: Path, sample_by: str) -> list[str]:
-    # A cache of one's own: the user's would keep a second copy of every file read.
-    with tempfile.TemporaryDirectory() as cache:
-        try:
-            rows = load_dataset(
-                "text",
-                data_files=str(path),
-                split="train",
-                sample_by=sample_by,
-                cache_dir=cache,
-                keep_in_memory=True,
+def _beginning(documents: Iterable[Document]) -> Iterator[Document]:
+    characters = 0
+    for count, document in enumerate(documents):
+        if characters >= CALIBRATION_CHARACTERS:
+            logger.info(
+                f"Calibration windows are drawn from the first {count} documents, "
+                f"{characters / 1e6:.0f} million characters"
             )
-        except Exception as error:
-            cause = error.__cause__ or error
-            raise ValueError(f"cannot read {path} as UTF-8 text: {cause}") from error
-        return list(rows["text"])
+            return
+        yield document
+        characters += count_characters(document)
 
 
-def _texts_of_json_lines(path: Path, lines: Sequence[str]) -> Iterator[str]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        record = json_object(line, f"{path}, line {number}")
-        if "text" not in record:
-            fields = ", ".join(record) or "none at all"
-            raise ValueError(
-                f"{path}, line {number}: no field `text`; the fields are: {fields}"
-            )
-        if not isinstance(record["text"], str):
-            raise ValueError(f"{path}, line {number}: field `text` is not a string")
-        yield record["text"]
+def _rendered(
+    documents: Iterable[Document], tokenizer: Tokenizer, prefix: list[int]
+) -> Iterator[str]:
+    """Chats through the tokenizer's template."""
+    for number, document in enumerate(documents, start=1):
+        if isinstance(document, str):
+            yield document
+        else:
+            yield _render_chat(document, tokenizer, prefix, number)
+
+
+def _render_chat(
+    turns: list[dict[str, Any]], tokenizer: Tokenizer, prefix: list[int], number: int
+) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "the text holds chats, and the model's tokenizer has no chat template: "
+            "give an instruction-tuned model, or write the chats out as text"
+        )
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception as error:  # templates raise what they like
+        raise ValueError(
+            f"chat {number} does not fit the model's chat template: {error}"
+        ) from error
+    # every window gets it anyway
+    return text.removeprefix(tokenizer.decode(prefix)) if prefix else text
+
+
+def _separated(texts: Iterable[str]) -> Iterator[str]:
+    """With a blank line after each but the last."""
+    before: str | None = None
+    for text in texts:
+        if before is not None:
+            yield before + SEPARATOR
+        before = text
+    if before is not None:
+        yield before
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

@@ -1,6 +1,7 @@
 """Everything after the last block: final norm, output head, scaling of logits."""
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -8,7 +9,12 @@ import torch
 from torch.nn import Module
 from transformers import PreTrainedModel
 
+from absorb_plugin.forward.block_io import put_hidden_state
 from absorb_plugin.forward.replaced import replaced_forward
+from absorb_plugin.language_model import REMEDY, forward_inputs
+
+# How configurations call the ids that stand for images and sounds.
+MEDIA_TOKEN = re.compile(r"(image|video|audio|vision)(_pad)?_token_(id|index)$")
 
 __all__ = ["CHUNK_BYTES", "OutputHead"]
 
@@ -29,7 +35,9 @@ class OutputHead:
         self._linear: Module | None = model.get_output_embeddings()
         # calibration contexts switch the head's forward off
         self._forward = None if self._linear is None else self._linear.forward
-        self.tuple_length = 0  # of what the blocks return; 0: a tensor
+        # what the last block returned, without its contents
+        self.output: Any = torch.empty(0)
+        self.placeholders = placeholders(model)
         self.chunk_bytes = CHUNK_BYTES
         self.vocabulary: int = model.config.get_text_config().vocab_size
 
@@ -43,13 +51,31 @@ class OutputHead:
         """
         part = hidden[:, start:stop]
         # some models unpack what their blocks return, attention weights included
-        rest = (None,) * (self.tuple_length - 1)
-        output = (part, *rest) if self.tuple_length else part
+        output = put_hidden_state(self.output, part)
         with ExitStack() as stack:
             stack.enter_context(self._enabled())
             for block in self._blocks:
                 stack.enter_context(replaced_forward(block, _constant(output)))
-            return self._model(input_ids=input_ids[:, start:stop]).logits.float()
+            inputs = {"input_ids": input_ids[:, start:stop]}
+            found = self._model(**forward_inputs(self._model, inputs))
+        return self._logits(found).float()
+
+    def _logits(self, output: Any) -> torch.Tensor:
+        """What the model returned: an output with logits, a mapping, a tuple."""
+        found = getattr(output, "logits", None)
+        if found is None and isinstance(output, Mapping):
+            found = output.get("logits")
+        if isinstance(output, tuple | list):
+            found = next((x for x in output if isinstance(x, torch.Tensor)), None)
+        if isinstance(output, torch.Tensor):
+            found = output
+        if found is None or found.dim() != 3:
+            raise ValueError(
+                f"model: {type(self._model).__name__} returns no logits of shape "
+                "(batch, tokens, vocabulary), so there is no next-token loss to judge "
+                f"by. {REMEDY}"
+            )
+        return found
 
     @contextmanager
     def _enabled(self) -> Iterator[None]:
@@ -58,6 +84,18 @@ class OutputHead:
         else:
             with replaced_forward(self._linear, self._forward):
                 yield
+
+
+def placeholders(model: PreTrainedModel) -> list[int]:
+    """Ids that stand for images or sounds, which no model is made to predict."""
+    configs = (model.config, model.config.get_text_config())
+    found = {
+        value
+        for config in configs
+        for name, value in vars(config).items()
+        if MEDIA_TOKEN.match(name) and isinstance(value, int)
+    }
+    return sorted(found)
 
 
 def _constant(output: object) -> Callable[..., Any]:

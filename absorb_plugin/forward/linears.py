@@ -13,10 +13,11 @@ from absorb_plugin.forward.replaced import replaced_forward
 
 __all__ = ["Weights", "differentiated", "replaced_weights"]
 
-# name of a Linear -> its weight, made when the Linear runs and let go afterwards
+# name of a Linear -> its weight, made or fetched when the Linear runs and let go after
 Weights = Mapping[str, Callable[[], torch.Tensor]]
-# takes ∂loss/∂W of a Linear, (out_features, in_features)
-Sink = Callable[[torch.Tensor], None]
+# takes what entered a Linear, (..., in_features), and the gradient of what left it,
+# (..., out_features): of the two, ∂loss/∂W is made
+Sink = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 @contextmanager
@@ -34,8 +35,8 @@ def differentiated(
     linears: Mapping[str, Linear], weights: Weights, sinks: Mapping[str, Sink]
 ) -> Iterator[None]:
     """
-    As `replaced_weights`; in the backward pass each Linear's gradient goes to its sink
-    and is let go, so that of all of them one is held at a time.
+    As `replaced_weights`; in the backward pass each Linear's sink is told its input and
+    the gradient of its output, and no gradient of a weight is made or held.
     """
     with ExitStack() as stack:
         for name, weight in weights.items():
@@ -47,7 +48,7 @@ def differentiated(
 def _apply(
     linear: Linear, weight: Callable[[], torch.Tensor], x: torch.Tensor
 ) -> torch.Tensor:
-    return apply_linear(x, weight(), linear.bias)
+    return apply_linear(x, weight().to(x.device), linear.bias)
 
 
 def _apply_differentiated(
@@ -67,13 +68,12 @@ class _Differentiated(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.weight, ctx.sink = weight, sink
-        return apply_linear(x, weight(), bias)
+        return apply_linear(x, weight().to(x.device), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple:
         (gradient,) = gradients
         (x,) = ctx.saved_tensors
-        rows = gradient.flatten(0, -2)
         if x.numel():
-            ctx.sink(rows.t().matmul(x.flatten(0, -2)))
-        return gradient.matmul(ctx.weight()), None, None, None
+            ctx.sink(x, gradient)
+        return gradient.matmul(ctx.weight().to(x.device)), None, None, None

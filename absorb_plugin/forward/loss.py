@@ -32,6 +32,8 @@ def cross_entropy_sums(
     ids, mask = batch["input_ids"], token_mask(batch)
     samples, tokens = ids.shape
     counted = mask[:, 1:] & mask[:, :-1]
+    for placeholder in head.placeholders:
+        counted = counted & (ids[:, 1:] != placeholder)
     total = torch.zeros(samples, dtype=torch.float64, device=hidden.device)
     step = max(1, head.chunk_bytes // (4 * head.vocabulary * samples))
     for start in range(0, tokens - 1, step):

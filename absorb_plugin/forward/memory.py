@@ -1,38 +1,56 @@
 """
 What a forward with probes takes beside the model, in bytes, so that batches can be cut
-to a limit.
+to a limit; and the limit, where the machine is to say it.
 
 The figures are upper bounds from the tensors that are alive at once, checked against
 the live tensors of real runs in tests/forward/test_memory.py and against the resident
 memory of a process in integration/benchmarks/memory.py.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 
+import psutil
 import torch
+from compressed_tensors.offload import get_execution_device, get_offloaded_device
 from torch.nn import Linear, Module
 from transformers import PreTrainedModel
 
 from absorb_plugin.cpu import bfloat16_is_slow
+from absorb_plugin.devices import dtype_of, free_memory
+from absorb_plugin.forward import chunks
 from absorb_plugin.forward import head as output_head
 from absorb_plugin.forward.probe import Needs
 
-__all__ = ["Footprint", "footprint"]
+__all__ = ["Footprint", "footprint", "limit_by_machine"]
 
 # Alive with a chunk: logits in the model's dtype and in float32, their log-softmax, and
 # the gradients of these.
 CHUNK_COPIES = 5
 # Share of the limit that a chunk may take.
 CHUNK_SHARE = 16
+# Alive with a chunk of a Linear's scores: weight and product in float32, ranked copy;
+# or two weights, their difference and its quotient.
+SCORE_COPIES = 5
+# Matrices d × d in float32 beside what was observed: its dampened copy, that turned
+# round, the factor; and afterwards the factor, its inverse and the unit matrix.
+INVERSE_COPIES = 4
+
+# "auto": this share of what is free, rounded down to a power of two, within bounds. On
+# an accelerator every batch onloads the model anew, so more memory is less traffic.
+SHARE = 0.5
+LEAST = 2**30
+MOST = 32 * 2**30
+MOST_ON_CPU = 4 * 2**30
 
 
 @dataclass(frozen=True)
 class Footprint:
     """
-    :param fixed: whatever the batch: masks of one block, a chunk of logits
+    :param fixed: whatever the batch: pruned weights, Hessians, a chunk of logits
     :param chunk: float32 logits at a time
     :param per_token: of every token of a batch
     :param per_pair: of every pair of tokens of a sample: attention scores
@@ -57,6 +75,67 @@ class Footprint:
         return max(1, room // self.sample(tokens))
 
 
+@dataclass(frozen=True)
+class _Shapes:
+    """
+    The Linears of the blocks.
+
+    :param linears: (out_features, in_features), of every block
+    :param sharing: of every block those that may share an input: under one parent, and
+        of equal in_features
+    """
+
+    linears: list[list[tuple[int, int]]]
+    sharing: list[list[list[tuple[int, int]]]]
+
+    @classmethod
+    def of(cls, blocks: Sequence[Module]) -> "_Shapes":
+        linears, sharing = [], []
+        for block in blocks:
+            groups = defaultdict(list)
+            for name, module in block.named_modules():
+                if isinstance(module, Linear):
+                    # not of the weight: reading it may onload it
+                    shape = (module.out_features, module.in_features)
+                    groups[name.rpartition(".")[0], module.in_features].append(shape)
+            sharing.append(list(groups.values()))
+            linears.append([shape for group in groups.values() for shape in group])
+        return cls(linears, sharing)
+
+    @property
+    def total(self) -> int:
+        return sum(map(_weights, self.linears))
+
+    @property
+    def rows(self) -> int:
+        return sum(rows for block in self.linears for rows, _ in block)
+
+    @property
+    def block(self) -> int:
+        """Weights of the largest block."""
+        return max(map(_weights, self.linears), default=0)
+
+    @property
+    def linear(self) -> int:
+        """Weights of the largest Linear."""
+        return max((r * c for block in self.linears for r, c in block), default=0)
+
+    @property
+    def input(self) -> int:
+        """Features of the widest input."""
+        return max((c for block in self.linears for _, c in block), default=0)
+
+    @property
+    def widest(self) -> int:
+        """Features of the widest input or output."""
+        return max((max(shape) for block in self.linears for shape in block), default=0)
+
+    @property
+    def widths(self) -> int:
+        """All that the Linears of one block read and write."""
+        return max((sum(map(sum, block)) for block in self.linears), default=0)
+
+
 def footprint(
     model: PreTrainedModel,
     blocks: Sequence[Module],
@@ -69,83 +148,125 @@ def footprint(
     :param memory: the limit in bytes, or None
     """
     config = model.config.get_text_config()
-    element = torch.finfo(model.dtype).bits // 8
+    element = dtype_of(model).itemsize
     heads = getattr(config, "num_attention_heads", None) or 1
-    linears = [
-        [m for m in block.modules() if isinstance(m, Linear)] for block in blocks
-    ]
-    need = reduce(or_, needs, Needs())
-    backward = need.backward
-    states = 2 + need.trajectories
-    # of the block that runs: norms and the noise probe work in float32
-    inside = 10 * 4 * config.hidden_size
-    if backward:  # what every Linear reads and writes is kept
-        inside += 3 * element * max(map(_widths, linears), default=0)
-    else:  # gate, up, activation, product
-        inside += 4 * element * max(map(_widest, linears), default=0)
-    if need.hessians:
-        # inputs of all Linears of a block are kept, and widened one at a time
-        inside += element * max(map(_entering, linears), default=0)
-        inside += 4 * max(map(_widest, linears), default=0)
+    shapes, need = _Shapes.of(blocks), reduce(or_, needs, Needs())
     chunk = output_head.CHUNK_BYTES if memory is None else max(1, memory // CHUNK_SHARE)
     chunk = min(output_head.CHUNK_BYTES, chunk)
-    weights = max(map(_weights, linears), default=0)
-    return Footprint(
-        max(_masks(weights, element, need), CHUNK_COPIES * chunk)
-        + _float32_block(weights, element, need)
-        + _hessians(linears, need)
-        + _float32_copies(model, linears, backward),
-        chunk,
-        element * config.hidden_size * states + inside,
-        (24 if backward else 12) * heads,
+    fixed = (
+        max(_pruning(shapes, element, need), CHUNK_COPIES * chunk)
+        + _thresholds(shapes, need)
+        + _kept(model, blocks, shapes, element, need)
+        + _float32_block(shapes, element, need)
+        + _float32_copies(model, shapes, need)
     )
+    states = 2 + need.trajectories
+    per_token = element * config.hidden_size * states + _inside(
+        config.hidden_size, shapes, element, need
+    )
+    return Footprint(fixed, chunk, per_token, (24 if need.backward else 12) * heads)
 
 
-def _masks(weights: int, element: int, need: Needs) -> int:
-    """Scores and their order in float32, weights masked twice, gradients."""
+def limit_by_machine(model: PreTrainedModel, blocks: Sequence[Module]) -> int:
+    """
+    `probe_memory: auto`, in bytes: half of what is free where the model computes, and
+    on an accelerator not taken by the block that is onloaded, rounded down to a power
+    of two; 1 GiB at least, and 32 GiB at most (4 on a CPU).
+    """
+    device = torch.device(get_execution_device(model))
+    if device.type == "cpu":
+        return _power_of_two(psutil.virtual_memory().available * SHARE, MOST_ON_CPU)
+    block = dtype_of(model).itemsize * _Shapes.of(blocks).block
+    free = free_memory(device)
+    if free is None:
+        return MOST_ON_CPU
+    return _power_of_two((free - block) * SHARE, MOST)
+
+
+def _power_of_two(memory: float, most: int) -> int:
+    """Rounded down, so that a run that is repeated splits its batches alike."""
+    return int(2 ** (int(min(max(memory, LEAST), most)).bit_length() - 1))
+
+
+def _inside(hidden: int, shapes: _Shapes, element: int, need: Needs) -> int:
+    """Per token, of the block that runs: norms and the noise probe are in float32."""
+    inside = 10 * 4 * hidden
+    if need.backward:  # what every Linear reads and writes is kept
+        inside += 3 * element * shapes.widths + 3 * 4 * shapes.widest
+    else:  # gate, up, activation, product
+        inside += 4 * element * shapes.widest
+    if need.hessians:  # an input without padding, and that in float32
+        inside += (element + 4) * shapes.input
+    return inside
+
+
+def _pruning(shapes: _Shapes, element: int, need: Needs) -> int:
+    """One Linear at a time, but the pruner's own weights a block at a time."""
     if not need.pruned:
         return 0
-    return weights * (8 + 2 * element + (5 if need.backward else 2))
+    copies = 3 if need.backward else 1  # both sides of a band, and their difference
+    scores = SCORE_COPIES * min(chunks.CHUNK_BYTES, 4 * shapes.linear)
+    pruning = copies * element * shapes.linear + scores
+    if need.single_batch:
+        pruning += _at_once(need) * element * shapes.block
+    return pruning + (_hessians(shapes, element, need) if need.hessians else 0)
 
 
-def _float32_block(weights: int, element: int, need: Needs) -> int:
-    """One block in float32, beside its weights in 16 bits."""
-    return 4 * weights if need.float32 and element < 4 else 0
+def _hessians(shapes: _Shapes, element: int, need: Needs) -> int:
+    """All of a block; then one is inverted, and the columns of a group are walked."""
+    observed = max(
+        (sum(group[0][1] ** 2 for group in block) for block in shapes.sharing),
+        default=0,
+    )
+    group = max(
+        (_weights(group) for block in shapes.sharing for group in block), default=0
+    )
+    square = 4 * shapes.input**2
+    walk = _at_once(need) * group * (3 * 4 + element)
+    return 4 * observed + max(INVERSE_COPIES * square, square + walk)
 
 
-def _hessians(linears: Sequence[Sequence[Linear]], need: Needs) -> int:
-    """One at a time, in float32: itself, its factor, the inverse of that."""
-    if not need.hessians:
-        return 0
-    widest = max((x.in_features for block in linears for x in block), default=0)
-    return 3 * 4 * widest**2
+def _at_once(need: Needs) -> int:
+    """Sparsities that the pruner makes of a weight at once."""
+    return max(1, need.kept_weights)
 
 
-def _float32_copies(
-    model: PreTrainedModel, linears: Sequence[Sequence[Linear]], backward: bool
+def _thresholds(shapes: _Shapes, need: Needs) -> int:
+    return 0 if need.single_batch else 4 * need.pruned * shapes.rows
+
+
+def _kept(
+    model: PreTrainedModel,
+    blocks: Sequence[Module],
+    shapes: _Shapes,
+    element: int,
+    need: Needs,
 ) -> int:
+    """Pruned copies of the model lie where its weights do."""
+    homes = {
+        get_offloaded_device(module)
+        for block in blocks
+        for module in block.modules()
+        if isinstance(module, Linear)
+    }
+    if get_execution_device(model) not in homes:
+        return 0
+    return need.kept_weights * element * shapes.total
+
+
+def _float32_block(shapes: _Shapes, element: int, need: Needs) -> int:
+    """One block in float32, beside its weights in 16 bits."""
+    return 4 * shapes.block if need.float32 and element < 4 else 0
+
+
+def _float32_copies(model: PreTrainedModel, shapes: _Shapes, need: Needs) -> int:
     """Of weights, where products of bfloat16 run in float32 (cpu.py)."""
-    if model.dtype != torch.bfloat16 or not bfloat16_is_slow():
+    if dtype_of(model) != torch.bfloat16 or not bfloat16_is_slow():
         return 0
     head = model.get_output_embeddings()
-    size = _weights([head]) if isinstance(head, Linear) else 0
-    one = max((_weights([linear]) for block in linears for linear in block), default=0)
-    kept = max(map(_weights, linears), default=0) if backward else one
-    return 4 * max(size, kept)
+    size = head.in_features * head.out_features if isinstance(head, Linear) else 0
+    return 4 * max(size, shapes.block if need.backward else shapes.linear)
 
 
-def _weights(linears: Sequence[Linear]) -> int:
-    # not weight.numel(): reading a weight may onload it
-    return sum(linear.in_features * linear.out_features for linear in linears)
-
-
-def _entering(linears: Sequence[Linear]) -> int:
-    return sum(linear.in_features for linear in linears)
-
-
-def _widths(linears: Sequence[Linear]) -> int:
-    return sum(linear.in_features + linear.out_features for linear in linears)
-
-
-def _widest(linears: Sequence[Linear]) -> int:
-    return max((max(x.in_features, x.out_features) for x in linears), default=0)
+def _weights(linears: Sequence[tuple[int, int]]) -> int:
+    return sum(rows * columns for rows, columns in linears)

@@ -1,6 +1,6 @@
 """What measures something while the model runs, and what it needs for that."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -9,9 +9,10 @@ import torch
 from torch.nn import Module
 
 from absorb_plugin.calibration import Batch
+from absorb_plugin.forward.block_io import BlockCall, hidden_state
 from absorb_plugin.forward.head import OutputHead
 
-__all__ = ["Needs", "Probe", "RunBlock", "hidden_state"]
+__all__ = ["Needs", "Probe", "RunBlock"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Needs:
     (integration/benchmarks/cost_model.py) add this up.
 
     :param trajectories: hidden states alive at once, beside the model's own
-    :param pruned: runs blocks under pruned weights, made one Linear at a time
+    :param pruned: number of sparsities that it runs or compares each weight at
     :param backward: runs blocks backward
     :param float32: runs blocks in float32
     :param hessians: adds up Σ x xᵀ of a Linear's inputs and inverts it
@@ -30,7 +31,7 @@ class Needs:
     """
 
     trajectories: int = 0
-    pruned: bool = False
+    pruned: int = 0
     backward: bool = False
     float32: bool = False
     hessians: bool = False
@@ -72,6 +73,13 @@ class Probe:
     def enter(self, index: int, block: Module) -> None:
         """The model is about to run block `index`."""
 
+    def redirect(self, index: int, before: torch.Tensor) -> torch.Tensor | None:
+        """
+        :return: what the model's own pass enters block `index` with in place of
+            `before`, if not with that; for a probe that is alone in its forward
+        """
+        return None
+
     def leave(
         self, index: int, before: torch.Tensor, after: torch.Tensor, run: "RunBlock"
     ) -> torch.Tensor | None:
@@ -100,20 +108,16 @@ class RunBlock:
     Takes other hidden states through a block that the model has just run, with the
     block's own mask and rotary embedding.
 
-    :param args: positional arguments of the model's own call
-    :param kwargs: keyword arguments of the same
+    :param call: the model's own call
     """
 
-    def __init__(self, block: Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        self._block, self._args, self._kwargs = block, args, kwargs
+    def __init__(self, block: Module, call: BlockCall) -> None:
+        self._block, self._call = block, call
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """:param hidden: shape (batch, tokens, hidden)"""
-        if self._args:
-            output = self._block(hidden, *self._args[1:], **self._kwargs)
-        else:
-            output = self._block(**{**self._kwargs, "hidden_states": hidden})
-        return hidden_state(output)
+        args, kwargs = self._call.put(hidden)
+        return hidden_state(self._block(*args, **kwargs), self._block)
 
     @contextmanager
     def in_float32(self) -> Iterator["RunBlock"]:
@@ -121,16 +125,11 @@ class RunBlock:
         Within the context the block's parameters are float32, and so is what the
         yielded runner computes. One block's copy; the weights come back as they were.
         """
-        wide = {name: _float32(value) for name, value in self._kwargs.items()}
+        call = self._call
+        wide = {name: _float32(value) for name, value in call.kwargs.items()}
+        args = tuple(map(_float32, call.args))
         with _float32_parameters(self._block):
-            yield RunBlock(self._block, tuple(map(_float32, self._args)), wide)
-
-
-def hidden_state(output: object) -> torch.Tensor:
-    """The hidden state among what a block returns."""
-    hidden = output[0] if isinstance(output, tuple) else output
-    assert isinstance(hidden, torch.Tensor)
-    return hidden
+            yield RunBlock(self._block, BlockCall(args, wide, call.key))
 
 
 def _float32(value: Any) -> Any:

@@ -7,23 +7,34 @@ has come this far: noisy copies, or copies that met other weights on their way. 
 block is onloaded once per batch, whatever the number of trajectories.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from copy import copy
 from functools import cache, partial
+from typing import Any
 
 import torch
 from compressed_tensors.offload import disable_offloading, get_execution_device
 from loguru import logger
 from torch.nn import Module
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from absorb_plugin import distributed
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch, calibrating, split_samples
+from absorb_plugin.devices import empty_cache
+from absorb_plugin.forward.block_io import (
+    BlockCall,
+    hidden_state,
+    hollow,
+    put_hidden_state,
+    without_cache_arguments,
+)
 from absorb_plugin.forward.head import OutputHead
 from absorb_plugin.forward.memory import Footprint, footprint
-from absorb_plugin.forward.probe import Probe, RunBlock, hidden_state
+from absorb_plugin.forward.probe import Probe, RunBlock
+from absorb_plugin.language_model import forward_inputs, language_model
 
 __all__ = ["NonFiniteHiddenState", "run_probes"]
 
@@ -33,7 +44,7 @@ class NonFiniteHiddenState(ValueError):
 
 
 def run_probes(
-    model: PreTrainedModel,
+    model: Module,
     blocks: BlockMap,
     batches: Iterable[Batch],
     probes: Sequence[Probe],
@@ -44,15 +55,17 @@ def run_probes(
     """
     Run the model over the batches while the probes measure.
 
-    :param model: the model; its weights are not touched
+    :param model: the model, wrapped or not; its weights are not touched
     :param blocks: all decoder blocks, in the order in which they run
     :param batches: calibration batches; cut to fewer samples where the run would take
         more than `memory`
     :param memory: limit in bytes of what the run may take beside the model; None for
         no limit. What cannot be cut to it goes on with a warning
     :param description: label of the progress bar
+    :raises torch.OutOfMemoryError: if not even one sample fits the device
     :raises NonFiniteHiddenState: naming the first block with NaN or infinity
     """
+    model = language_model(model)
     head = OutputHead(model, blocks.modules)
     with ExitStack() as stack:
         stack.enter_context(calibrating(model))
@@ -63,19 +76,78 @@ def run_probes(
         need = footprint(model, blocks.modules, needs, memory)
         whole = any(one.single_batch for one in needs)
         head.chunk_bytes = need.chunk
-        for batch in tqdm(
+        _run_all(
+            model,
             list(_within_memory(batches, need, memory, whole)),
-            desc=description,
-            disable=not distributed.is_first(),
-        ):
-            device = get_execution_device(model)
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            for probe in probes:
-                probe.start(batch)
-            with hooks.active():
-                model(**batch)
-            for probe in probes:
-                probe.finish(batch, head)
+            hooks,
+            divisible=not whole,
+            description=description,
+        )
+
+
+def _run_all(
+    model: Module,
+    batches: Sequence[Batch],
+    hooks: "_BlockHooks",
+    *,
+    divisible: bool,
+    description: str,
+) -> None:
+    """Batch by batch; where one does not fit the device, in halves from there on."""
+    waiting = deque(batches)
+    hidden = not distributed.is_first()
+    with tqdm(total=len(batches), desc=description, disable=hidden) as bar:
+        while waiting:
+            batch = waiting.popleft()
+            said = _out_of_memory(model, batch, hooks)
+            if said is None:
+                bar.update()
+                continue
+            samples = len(batch["input_ids"])
+            _check_divisible(said, samples, divisible)
+            _warn_of_halves(description)
+            waiting = deque(split_samples([batch, *waiting], samples // 2))
+            bar.total = bar.n + len(waiting)
+
+
+def _out_of_memory(model: Module, batch: Batch, hooks: "_BlockHooks") -> str | None:
+    """What the device says if a batch does not fit it; all is then as before."""
+    before = hooks.measured()
+    try:
+        device = get_execution_device(model)
+        hooks.run(model, {name: tensor.to(device) for name, tensor in batch.items()})
+        return None
+    except torch.OutOfMemoryError as error:
+        said = str(error)
+    # not earlier: the error holds on to the tensors of the frames that it passed
+    hooks.forget(before)
+    empty_cache()
+    return said
+
+
+def _check_divisible(said: str, samples: int, divisible: bool) -> None:
+    """:raises torch.OutOfMemoryError: if fewer samples at a time are no way out"""
+    if not divisible:
+        raise torch.OutOfMemoryError(
+            f"{said}. The pruner's own arithmetic takes its {samples} samples at once: "
+            "use fewer confirm_samples (statistics_samples if it is the allocator lsa) "
+            "or probe_tokens, or confirm_samples: 0"
+        )
+    if samples == 1:
+        raise torch.OutOfMemoryError(
+            f"{said}. That was for a single sample: use fewer probe_tokens or a "
+            "smaller max_seq_length, or a device with more memory"
+        )
+
+
+@cache
+def _warn_of_halves(description: str) -> None:
+    """Once, not for every half."""
+    logger.warning(
+        f"{description}: a batch does not fit the memory of the device. Going on with "
+        "half as many samples at a time, or fewer. A smaller probe_memory sets a limit "
+        "beforehand"
+    )
 
 
 def _within_memory(
@@ -143,43 +215,65 @@ class _BlockHooks:
         for probe in self._probes:
             probe.close()
 
-    @contextmanager
-    def active(self) -> Iterator[None]:
+    def run(self, model: Module, batch: Batch) -> None:
+        """The whole of a batch."""
+        for probe in self._probes:
+            probe.start(batch)
         self._listening = True
         try:
-            yield
+            model(**forward_inputs(model, batch))
         finally:
             self._listening = False
+        for probe in self._probes:
+            probe.finish(batch, self._head)
 
-    def _enter(self, index: int, block: Module, args: tuple, kwargs: dict) -> None:
+    def measured(self) -> list[dict[str, Any]]:
+        """What every probe has measured; a batch adds to it."""
+        return [
+            {name: copy(vars(probe)[name]) for name in probe.state}
+            for probe in self._probes
+        ]
+
+    def forget(self, measured: list[dict[str, Any]]) -> None:
+        """Go back to what was measured before a batch that broke off."""
+        self._onloaded.close()
+        for probe, state in zip(self._probes, measured, strict=True):
+            probe.close()
+            vars(probe).update(state)
+
+    def _enter(
+        self, index: int, block: Module, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict] | None:
         if not self._listening:
-            return
+            return None
+        call = BlockCall.of(block, *without_cache_arguments(args, kwargs))
         # from here to the end of _leave the block is onloaded once
         self._onloaded.enter_context(disable_offloading())
+        before: torch.Tensor | None = None
         for probe in self._probes:
             probe.enter(index, block)
+            before = probe.redirect(index, call.hidden)
+        return call.put(call.hidden if before is None else before)
 
     def _leave(
         self, index: int, block: Module, args: tuple, kwargs: dict, output: object
     ) -> object:
         if not self._listening:
             return None
-        before = args[0] if args else kwargs["hidden_states"]
-        after = hidden_state(output)
-        self._head.tuple_length = len(output) if isinstance(output, tuple) else 0
+        call = BlockCall.of(block, args, kwargs)
+        after = hidden_state(output, block)
+        self._head.output = hollow(output)
         self._check(index, after)
-        run = RunBlock(block, args, kwargs)
+        run = RunBlock(block, call)
         self._listening = False
         onward: torch.Tensor | None = None
         try:
             for probe in self._probes:
-                onward = probe.leave(index, before, after, run)
+                onward = probe.leave(index, call.hidden, after, run)
         finally:
             self._listening = True
         self._onloaded.close()
-        if onward is None or not isinstance(output, tuple):
-            return onward
-        return (onward, *output[1:])
+        return None if onward is None else put_hidden_state(output, onward)
 
     def _check(self, index: int, after: torch.Tensor) -> None:
         name = self._blocks.blocks[index].name

@@ -1,38 +1,44 @@
 """Runs probes: every rank its share, within the memory, and each measurement once."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from loguru import logger
-from transformers import PreTrainedModel
+from torch.nn import Module
 
 from absorb_plugin import distributed
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.cache import ProfileCache
 from absorb_plugin.calibration import join_samples, pad_to_batch
+from absorb_plugin.forward.memory import limit_by_machine
 from absorb_plugin.forward.probe import Probe
 from absorb_plugin.forward.run import run_probes
+from absorb_plugin.language_model import language_model
 
 __all__ = ["ProbeRunner"]
 
 
 class ProbeRunner:
     """
-    :param model: the model; its weights are not touched
+    :param model: the model, wrapped or not; its weights are not touched
     :param blocks: all decoder blocks
-    :param memory: bytes that a probe may take beside the model
+    :param memory: bytes that a probe may take beside the model, or "auto"
     :param cache: directory of measurements, or None
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Module,
         blocks: BlockMap,
-        memory: int,
+        memory: int | Literal["auto"],
         cache: str | None = None,
     ) -> None:
+        if memory == "auto":
+            memory = limit_by_machine(model, blocks.modules)
         self._model, self._blocks, self._memory = model, blocks, memory
-        self.cache = None if cache is None else ProfileCache(cache, model)
+        self.cache = (
+            None if cache is None else ProfileCache(cache, language_model(model))
+        )
 
     def run(self, what: str, samples: Sequence[dict], probe: Probe) -> Any:
         """

@@ -29,6 +29,7 @@ class MaskedLoss(Probe):
     :param pruner: ranks the weights
     :param input_square_sums: full name of a Linear -> a_j of the dense network
     :param candidates: allocations, each one sparsity per prunable Linear
+    :param quantiles: as of `MaskedWeights`
     """
 
     state = ("_losses", "_tokens")
@@ -39,9 +40,10 @@ class MaskedLoss(Probe):
         pruner: MaskPruner,
         input_square_sums: Mapping[str, torch.Tensor],
         candidates: Sequence[np.ndarray],
+        quantiles: dict[str, torch.Tensor] | None = None,
     ) -> None:
         self._blocks = blocks
-        self._masks = MaskedWeights(blocks, pruner, input_square_sums)
+        self._masks = MaskedWeights(blocks, pruner, input_square_sums, quantiles)
         self._candidates = [block_sparsities(blocks, one) for one in candidates]
         self._in_force = ExitStack()
         self._losses: list[list[float]] = []
@@ -49,12 +51,17 @@ class MaskedLoss(Probe):
 
     @property
     def needs(self) -> Needs:
-        return Needs(trajectories=len(self._candidates) - 1, pruned=True)
+        candidates = len(self._candidates)
+        return Needs(trajectories=candidates - 1, pruned=candidates)
 
     def start(self, batch: Batch) -> None:
         self._hidden: list[torch.Tensor] = []
 
     def enter(self, index: int, block: Module) -> None:
+        if not self._losses:  # of the first batch
+            for name in self._masks.seen(index):
+                wanted = [one[index][name] for one in self._candidates]
+                self._masks.rank(index, name, wanted)
         self._apply(self._in_force, index, 0)
 
     def leave(

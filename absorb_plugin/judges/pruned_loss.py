@@ -62,7 +62,7 @@ class PrunedLoss(Probe):
     def needs(self) -> Needs:
         return Needs(
             trajectories=len(self._candidates),
-            pruned=True,
+            pruned=len(self._candidates),
             hessians=self._pruner.hessians,
             single_batch=True,
         )
@@ -82,13 +82,13 @@ class PrunedLoss(Probe):
         states = [before, *self._hidden[1:]]
         states += [before] * (len(self._candidates) - len(states))
         self._hidden = []
+        observed = self._own
+        del self._own  # or two sets of Hessians would be held
         for number, state in enumerate(states):
-            observed = self._own
             if number > 0:
                 with self._inputs(index).watched() as observed:
                     run(state)
             self._hidden.append(self._run_pruned(index, number, observed, state, run))
-        del self._own
         return self._hidden[0]
 
     def finish(self, batch: Batch, head: OutputHead) -> None:

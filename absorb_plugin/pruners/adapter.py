@@ -23,9 +23,10 @@ from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import (
     SparsityModifierBase,
 )
 from loguru import logger
-from transformers import PreTrainedModel
+from torch.nn import Linear
 
-from absorb_plugin.blocks import BlockMap
+from absorb_plugin.blocks import BlockMap, linear_parameters
+from absorb_plugin.language_model import language_model
 from absorb_plugin.pruners import Pruner, pruner_class
 from absorb_plugin.search.budget import check_budget
 
@@ -43,10 +44,14 @@ HOUSEKEEPING = {"index", "group", "start", "end", "update"}
 # What they do to a weight that was pruned, measured in tests/test_quantization.py. By
 # name: their modules moved between the versions of llm-compressor that we support.
 DESTROYS_ZEROS = {
+    "AutoRoundModifier": "learns an offset for every weight, pruned ones included",
     "GPTQModifier": "moves the error of quantisation onto weights that were pruned",
     "QuIPModifier": "rotates the weights, which mixes zeros with other weights",
     "SpinQuantModifier": "rotates the weights, which mixes zeros with other weights",
 }
+
+# Of the targeted weights, beyond which it is told that they stay dense.
+MUCH = 0.05
 
 # major, minor
 NEWEST_TESTED = (0, 14)
@@ -121,7 +126,7 @@ class PrunerAdapter:
 
 def find_pruners(
     modifier: Modifier,
-    model: PreTrainedModel,
+    model: torch.nn.Module,
     blocks: BlockMap,
     ignore: Sequence[str],
     max_sparsity: float,
@@ -209,7 +214,7 @@ def _warn_of_lost_zeros(after: Sequence[Modifier], pruner: Modifier) -> None:
 
 def _resolve(
     modifier: SparsityModifierBase,
-    model: PreTrainedModel,
+    model: torch.nn.Module,
     blocks: BlockMap,
     ignore: Sequence[str],
     max_sparsity: float,
@@ -236,8 +241,10 @@ def _resolve(
 
     layers = dict(match_named_modules(model, modifier.targets))
     in_blocks = blocks.linears()
+    homes = [block.name for block in blocks.blocks]
     by_name = [t for t in modifier.targets if t.startswith("re:") or t in layers]
     pruned, named, spared = [], set(), []
+    outside: dict[str, torch.nn.Module] = {}
     for linear, module in _linears_of(layers).items():
         ignored = linear in blocks.routers or _ignored(linear, module, modifier.ignore)
         if linear in in_blocks and not ignored:
@@ -246,6 +253,8 @@ def _resolve(
             named.add(linear)
         elif not _ignored_by_upstream(linear, module, modifier.ignore):
             spared.append(linear)
+            if not ignored and not any(linear.startswith(f"{b}.") for b in homes):
+                outside[linear] = module
     mine = blocks.restrict(pruned)
     if not mine.prunable:
         raise ValueError(
@@ -254,6 +263,7 @@ def _resolve(
             f"({type(blocks.blocks[0].module).__name__}) or 'Linear'"
         )
     _check_targets_within_blocks(name, layers, set(pruned), blocks)
+    _check_outside(name, model, mine, outside)
     # Upstream asks for "lm_head." with a trailing dot when a Linear is itself the
     # target, so patterns that end in "$" and plain names miss it. And a target of 0.0
     # is not enough: SparseGPT zeroes a weight per column block even then.
@@ -358,6 +368,45 @@ def _check_targets_within_blocks(
                 "and can have one sparsity only. Target the block class "
                 f"({type(blocks.blocks[0].module).__name__}) or 'Linear'"
             )
+
+
+def _check_outside(
+    name: str,
+    model: torch.nn.Module,
+    blocks: BlockMap,
+    outside: Mapping[str, torch.nn.Module],
+) -> None:
+    """
+    What the user targets and no block holds stays dense, and the budget is not one of
+    it: a warning where that is much.
+
+    :param outside: full name -> Linear, targeted and not ignored
+    :raises ValueError: if other blocks of the same class are among it
+    """
+    head = language_model(model).get_output_embeddings()
+    left = {linear: module for linear, module in outside.items() if module is not head}
+    kinds = {type(block.module) for block in blocks.blocks}
+    inside = set(blocks.modules)
+    for home, module in model.named_modules():
+        twin = type(module) in kinds and module not in inside
+        if twin and any(linear.startswith(f"{home}.") for linear in left):
+            raise ValueError(
+                f"{name} targets Linears of {home}, a {type(module).__name__} that is "
+                f"not in the chain of blocks ({blocks.blocks[0].name} …) and would "
+                "stay dense: absorption is defined for a single chain. Name it in "
+                "`ignore`, or prune without AbsorptionAllocationModifier"
+            )
+    dense, pruned = (
+        sum(linear_parameters(x) for x in found.values() if isinstance(x, Linear))
+        for found in (left, blocks.linears())
+    )
+    if dense > MUCH * (dense + pruned):
+        logger.warning(
+            f"{name} targets {len(left)} Linears outside the decoder blocks "
+            f"({next(iter(left))} …), {dense / (dense + pruned):.0%} of the weights it "
+            "targets: they stay dense, and its sparsity is that of the blocks. Name "
+            "them in `ignore` to say that this is meant"
+        )
 
 
 def _as_list(value: str | Iterable[str]) -> list[str]:

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
 
+from absorb_plugin.forward.chunks import row_chunks
 from absorb_plugin.forward.inputs import square_sum
 from absorb_plugin.pruners.thresholds import (
     global_threshold,
-    row_chunks,
+    row_quantiles,
     row_thresholds,
+    thresholds_between,
 )
 
 if TYPE_CHECKING:
@@ -32,8 +34,8 @@ class Pruner:
         rank_statistics: attribute of the modifier that holds, per module, the mean over
             its samples of what it observes (`pruners.ranks`); None if there is none
         hessians: whether `observe` returns a matrix that is inverted
-        tokens_per_column: calibration tokens that it should have per column of the
-            widest Linear, below which a run warns; 0 for any number
+        tokens_per_column: calibration tokens that a run should have per column of the
+            widest Linear, below which it warns; 0 for any number
     """
 
     name: ClassVar[str]
@@ -50,6 +52,28 @@ class Pruner:
     @classmethod
     def check(cls, modifier: SparsityModifierBase) -> None:
         """:raises ValueError: for settings that do not go with a list of sparsities"""
+
+    def judge_tokens(self, columns: int) -> int:
+        """
+        Calibration tokens that allocations should be pruned by when they are judged.
+
+        :param columns: of the widest Linear
+        """
+        return 0
+
+    @property
+    def keeps_zeros(self) -> bool:
+        """Whether it refuses to leave a Linear with fewer zeros than it has."""
+        return False
+
+    def present(self, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Zeros in the parts of a weight that are pruned each to the same sparsity.
+
+        :param zero: True where a weight is zero before, (out_features, in_features)
+        :return: share of zeros of every part, and its number of weights: (parts,)
+        """
+        raise NotImplementedError
 
     @property
     def masks(self) -> MaskPruner:
@@ -105,8 +129,25 @@ class MaskPruner(Pruner):
     def masks(self) -> MaskPruner:
         return self
 
+    def quantiles(self, weight: torch.Tensor, observed: torch.Tensor) -> torch.Tensor:
+        """What makes `thresholds` of the same scores quick, on the CPU."""
+        found = [
+            row_quantiles(self.score(weight[part], observed)).cpu()
+            for part in row_chunks(weight)
+        ]
+        return torch.cat(found)
+
+    def present(self, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = zero if self.by_row else zero.reshape(1, -1)
+        sizes = torch.full((len(parts),), parts.shape[1])
+        return parts.float().mean(dim=1), sizes
+
     def thresholds(
-        self, weight: torch.Tensor, observed: torch.Tensor, sparsities: Sequence[float]
+        self,
+        weight: torch.Tensor,
+        observed: torch.Tensor,
+        sparsities: Sequence[float],
+        quantiles: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Largest score that goes, per row and sparsity: (rows, sparsities)."""
         rows, columns = weight.shape
@@ -119,10 +160,14 @@ class MaskPruner(Pruner):
             ]
             return torch.stack(found).expand(rows, -1)
         counts = [int(columns * s) for s in sparsities]
-        found = [
-            row_thresholds(self.score(weight[part], observed), counts)
-            for part in row_chunks(weight)
-        ]
+        found = []
+        for part in row_chunks(weight):
+            scores = self.score(weight[part], observed)
+            if quantiles is None:
+                found.append(row_thresholds(scores, counts))
+            else:
+                known = quantiles[part].to(scores.device)
+                found.append(thresholds_between(scores, known, counts))
         return torch.cat(found)
 
     def masked(

@@ -22,6 +22,8 @@ from absorb_plugin.pruners.wanda import Wanda
 __all__ = ["SparseGPT"]
 
 GROUP = 32  # columns: what a processor's cache holds of many rows
+# Tokens make a Hessian of no higher rank than their number.
+JUDGE_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,21 @@ class SparseGPT(Pruner):
             modifier.dampening_frac or 0.0,
             bool(modifier.preserve_sparsity_mask),
         )
+
+    def judge_tokens(self, columns: int) -> int:
+        return max(JUDGE_TOKENS, columns)
+
+    @property
+    def keeps_zeros(self) -> bool:
+        return self.preserve
+
+    def present(self, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of columns after the first block, updates fill zeros that are not kept."""
+        parts = zero.split(self.block_size, dim=1)
+        shares = torch.stack([part.float().mean() for part in parts])
+        if not self.preserve:
+            shares[1:] = 0
+        return shares, torch.tensor([part.numel() for part in parts])
 
     @property
     def masks(self) -> MaskPruner:

@@ -11,8 +11,8 @@ Which primitive finds the number, per device:
   `partition` takes half the time of `sort`, for several counts one sort takes less than
   they would (float32, rows of 1,536 and of 4,096, with AVX-512 and with AVX2); torch's
   own `kthvalue` takes 6 times as long as `sort`, torch's `sort` 20 times
-- rows on an accelerator: `kthvalue`, whose radix selection gives each row a thread
-  block of its own. `sort` would move values and indices several times
+- rows on an accelerator: for one count `kthvalue`, whose radix selection gives each row
+  a thread block of its own; for several counts one `sort`
 - a whole tensor on a CPU: numpy's `partition`
 - a whole tensor on an accelerator: `sort`. There `kthvalue` sees a single row, so one
   thread block does all the work (pytorch#75599: 100 M elements, 0.68 s against 0.03 s)
@@ -21,15 +21,23 @@ The choices for accelerators follow from the source and that report. integration
 gpu_check.py times both primitives on the card at hand.
 """
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-__all__ = ["global_threshold", "row_chunks", "row_thresholds"]
+from absorb_plugin.forward.chunks import row_chunks
 
-# Of float32 scores that are held at a time.
-CHUNK_BYTES = 64 * 2**20
+__all__ = [
+    "global_threshold",
+    "row_quantiles",
+    "row_thresholds",
+    "thresholds_between",
+]
+
+# Parts of a row's ranks, between which its scores are searched again.
+LEVELS = 64
 
 
 def row_thresholds(scores: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
@@ -56,6 +64,45 @@ def row_thresholds(scores: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     return found
 
 
+def row_quantiles(scores: torch.Tensor) -> torch.Tensor:
+    """
+    What to keep of rows whose thresholds are asked for again and again, at other counts
+    each time: the scores at evenly spaced ranks, of which the first is −∞.
+
+    :param scores: (rows, columns), float32
+    :return: (rows, LEVELS + 1) or fewer columns, on the device of `scores`
+    """
+    return row_thresholds(scores, _ranks(scores.shape[1]))
+
+
+def thresholds_between(
+    scores: torch.Tensor, quantiles: torch.Tensor, counts: Sequence[int]
+) -> torch.Tensor:
+    """
+    As `row_thresholds`, and equal to it; but each row is not ranked again: the few
+    scores between two quantiles are picked out and ranked.
+
+    :param quantiles: of these very scores, from `row_quantiles`
+    """
+    ranks, found = _ranks(scores.shape[1]), []
+    for count in counts:
+        level = bisect_left(ranks, count)
+        if ranks[level] == count:
+            found.append(quantiles[:, level])
+            continue
+        between = ranks[level] - ranks[level - 1]
+        inside = (scores > quantiles[:, level - 1, None]) & (
+            scores <= quantiles[:, level, None]
+        )
+        if bool((inside.sum(dim=1) == between).all()):
+            # the slice is the whole, but known without looking at the data
+            picked = scores[inside][: len(scores) * between].view(-1, between)
+            found.append(_smallest(picked, [count - ranks[level - 1]])[0])
+        else:  # equal scores on both sides of a quantile
+            found.append(_smallest(scores, [count])[0])
+    return torch.stack(found, dim=1)
+
+
 def global_threshold(scores: torch.Tensor, rank: int) -> torch.Tensor:
     """
     The score that `rank` others precede when all are sorted.
@@ -73,21 +120,20 @@ def global_threshold(scores: torch.Tensor, rank: int) -> torch.Tensor:
     return flat.sort().values[rank]
 
 
-def row_chunks(matrix: torch.Tensor) -> Iterator[slice]:
-    """Rows of a matrix that are worked on at a time: `CHUNK_BYTES` in float32."""
-    rows, columns = matrix.shape
-    step = max(1, CHUNK_BYTES // (4 * max(1, columns)))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
-
-
 def _smallest(scores: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
     """Per count the count-th smallest of every row, each of shape (rows,)."""
     if scores.device.type != "cpu":
-        return [scores.kthvalue(count, dim=1).values for count in counts]
+        if len(counts) == 1:
+            return [scores.kthvalue(counts[0], dim=1).values]
+        ranked = scores.sort(dim=1).values
+        return [ranked[:, count - 1] for count in counts]
     values = scores.detach().numpy()
     if len(counts) == 1:
-        ranked = np.partition(values, counts[0] - 1, axis=1)
+        parted = np.partition(values, counts[0] - 1, axis=1)
     else:
-        ranked = np.sort(values, axis=1)
-    return [torch.from_numpy(ranked[:, count - 1]) for count in counts]
+        parted = np.sort(values, axis=1)
+    return [torch.from_numpy(parted[:, count - 1]) for count in counts]
+
+
+def _ranks(columns: int) -> list[int]:
+    return sorted({columns * level // LEVELS for level in range(LEVELS + 1)})

@@ -12,6 +12,7 @@ import torch
 from torch.nn import Linear, Module
 
 from absorb_plugin.blocks import BlockMap
+from absorb_plugin.forward.chunks import row_chunks
 from absorb_plugin.forward.inputs import real_tokens
 from absorb_plugin.forward.linears import Weights
 from absorb_plugin.groups import linear_names
@@ -26,6 +27,10 @@ __all__ = [
     "band",
     "block_sparsities",
 ]
+
+
+# Weights are extrapolated up to so many times the distance of those that were made.
+FARTHEST = 1.5
 
 
 def block_sparsities(
@@ -53,6 +58,9 @@ class MaskedWeights:
     :param pruner: ranks the weights
     :param input_square_sums: full name of a Linear -> a_j; a Linear without has seen no
         token and stays dense
+    :param quantiles: what others with the same scores have found out about these, and
+        these find out for others: full name of a Linear -> `MaskPruner.quantiles`. None
+        to rank anew
     """
 
     def __init__(
@@ -60,9 +68,10 @@ class MaskedWeights:
         blocks: BlockMap,
         pruner: MaskPruner,
         input_square_sums: Mapping[str, torch.Tensor],
+        quantiles: dict[str, torch.Tensor] | None = None,
     ) -> None:
         self._blocks, self._pruner = blocks, pruner
-        self._square_sums = input_square_sums
+        self._square_sums, self._quantiles = input_square_sums, quantiles
         self._thresholds: dict[tuple[str, float], torch.Tensor] = {}
 
     def identity(self) -> list[object]:
@@ -100,9 +109,21 @@ class MaskedWeights:
         block = self._blocks.blocks[index]
         weight, full = block.linears[name].weight.detach(), block.full_name(name)
         observed = self._square_sums[full].to(weight.device)
-        found = self._pruner.thresholds(weight, observed, sparsities)
+        known = self._known(full, weight, observed)
+        found = self._pruner.thresholds(weight, observed, sparsities, known)
         for sparsity, at in zip(sparsities, found.split(1, dim=1), strict=True):
             self._thresholds[full, sparsity] = at
+
+    def _known(
+        self, full: str, weight: torch.Tensor, observed: torch.Tensor
+    ) -> torch.Tensor | None:
+        # on a CPU a sort takes no longer than to pick out what lies between quantiles
+        on_cpu = weight.device.type == "cpu"
+        if self._quantiles is None or on_cpu or not self._pruner.by_row:
+            return None
+        if full not in self._quantiles:
+            self._quantiles[full] = self._pruner.quantiles(weight, observed)
+        return self._quantiles[full]
 
 
 def band(sparsity: float, step: float) -> tuple[float, float]:
@@ -110,19 +131,20 @@ def band(sparsity: float, step: float) -> tuple[float, float]:
     return max(0.0, sparsity - step), min(1.0, sparsity + step)
 
 
-def _along(gradient: torch.Tensor, less: torch.Tensor, more: torch.Tensor) -> float:
+def _difference(less: torch.Tensor, more: torch.Tensor) -> torch.Tensor | None:
     """
-    ⟨∂loss/∂W, ΔW/Δs⟩ between weights of two sparsities; 0 where they do not differ.
+    ΔW/Δs between weights of two sparsities; None where these do not differ.
 
     :param less: the denser weights
     :param more: the sparser ones
     """
-    weights = less.numel()
-    share = (less.count_nonzero() - more.count_nonzero()).item() / weights
+    share = (less.count_nonzero() - more.count_nonzero()).item() / less.numel()
     if share <= 0:
-        return 0.0
-    change = more.float() - less.float()
-    return float((gradient.float() * change).sum(dtype=torch.float64)) / share
+        return None
+    change = torch.empty_like(less)
+    for part in row_chunks(less):
+        change[part] = (more[part].float() - less[part].float()) / share
+    return change
 
 
 class MaskedSlopes:
@@ -162,31 +184,51 @@ class MaskedSlopes:
             sparsity = self._sparsities[index][name]
             self._masks.rank(index, name, [sparsity, *band(sparsity, self._step)])
 
-    def along(self, index: int, name: str, gradient: torch.Tensor) -> float:
-        """
-        :param gradient: ∂loss/∂W of one Linear
-        :return: ∂loss/∂s of it
-        """
+    def change(self, index: int, name: str) -> torch.Tensor | None:
+        """dW/ds of one Linear; None where W does not change."""
         low, high = band(self._sparsities[index][name], self._step)
         less = self._masks.weight(index, name, low)
-        return _along(gradient, less, self._masks.weight(index, name, high))
+        return _difference(less, self._masks.weight(index, name, high))
 
 
 class PrunedSlopes:
     """
     The same of weights that the pruner has made, kept where the model's weights lie.
+    Between the sparsities that it made they are interpolated, so that a few steps need
+    no new ones.
 
+    :param blocks: all blocks
     :param kept: index of a block -> name -> weights at s, s − δ and s + δ
+    :param made_at: the allocation of s, one sparsity per prunable Linear
+    :param allocation: the one under which the network runs
+    :param step: δ
     """
 
     kept_weights = 3
 
-    def __init__(self, kept: Mapping[int, Mapping[str, list[torch.Tensor]]]) -> None:
-        self._kept = kept
+    def __init__(
+        self,
+        blocks: BlockMap,
+        kept: Mapping[int, Mapping[str, list[torch.Tensor]]],
+        made_at: np.ndarray,
+        allocation: np.ndarray,
+        *,
+        step: float,
+    ) -> None:
+        self._blocks, self._kept, self._step = blocks, kept, step
+        self._made_at = made_at
+        self._made = block_sparsities(blocks, made_at)
+        self._wanted = block_sparsities(blocks, allocation)
+
+    def at(self, allocation: np.ndarray) -> "PrunedSlopes":
+        """The weights of another allocation, near the one that they were made of."""
+        return PrunedSlopes(
+            self._blocks, self._kept, self._made_at, allocation, step=self._step
+        )
 
     def identity(self) -> list[object]:
         """What makes two of them equal (`fingerprint.digest`)."""
-        return [self._kept]
+        return [self._kept, self._made, self._wanted, self._step]
 
     def weights(self, index: int) -> Weights:
         """As of `MaskedSlopes`."""
@@ -199,12 +241,17 @@ class PrunedSlopes:
         """Nothing is left to do."""
 
     def _weight(self, index: int, name: str) -> torch.Tensor:
-        return self._kept[index][name][0]
+        made, wanted = self._made[index][name], self._wanted[index][name]
+        own, less, more = self._kept[index][name]
+        low, high = band(made, self._step)
+        other, way = (less, low - made) if wanted < made else (more, high - made)
+        share = min(FARTHEST, (wanted - made) / way) if way else 0.0
+        return own if share == 0.0 else torch.lerp(own, other, share)
 
-    def along(self, index: int, name: str, gradient: torch.Tensor) -> float:
+    def change(self, index: int, name: str) -> torch.Tensor | None:
         """As of `MaskedSlopes`."""
         _, less, more = self._kept[index][name]
-        return _along(gradient, less.to(gradient.device), more.to(gradient.device))
+        return _difference(less, more)
 
 
 class Observed:

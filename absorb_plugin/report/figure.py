@@ -1,134 +1,206 @@
-"""The figure of a run: drift over depth, ratio per block, base and final sparsity."""
+"""Charts as a PNG, by matplotlib. Nothing else imports it."""
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-__all__ = ["draw"]
+from absorb_plugin.report.charts import (
+    BarChart,
+    Chart,
+    HeatMap,
+    Line,
+    LineChart,
+    four_digits,
+)
+from absorb_plugin.report.write import write_or_warn
 
-BASE, FINAL, UNIFORM = "#8a8f98", "#1f5fbf", "#c9ccd1"
+__all__ = ["draw", "save_figure"]
+
+# Blue and orange are told apart by almost everybody.
+BELOW, ABOVE, ABSENT = "#1f5fbf", "#d9730d", "#e3e6ea"
+SHADE = "#8a8f98"
+STYLES: dict[str, dict[str, Any]] = {
+    "final": {"color": "#1f5fbf", "linewidth": 1.5},
+    "depth": {"color": "#1f5fbf", "linewidth": 1.0},
+    "base": {"color": "#8a6d1d", "linewidth": 1.5, "linestyle": "--"},
+    "realised": {"color": "#0b7a6b", "linestyle": "", "markerfacecolor": "none"},
+    "rule": {"color": SHADE, "linewidth": 1.0, "linestyle": ":"},
+}
+WIDE, NARROW = 9.0, 4.4  # inches
+COLUMN_NAMES = 12
 
 
-def draw(profile: dict[str, Any]) -> bytes:
+def save_figure(
+    path: Path, charts: Sequence[Chart], title: str, columns: int = 1
+) -> None:
+    """Draw and write; what goes wrong is a warning, since numbers matter more."""
+    write_or_warn(path, lambda: draw(charts, title, columns))
+
+
+def draw(charts: Sequence[Chart], title: str, columns: int = 1) -> bytes:
     """
-    :param profile: from `Report.profile`
+    :param columns: charts side by side
     :return: a PNG
     """
-    measured = profile["noise"] is not None
-    searched = profile["search"] is not None and profile["search"]["rounds"]
-    panels = 1 + 2 * measured + bool(searched)
-    figure = Figure(figsize=(9, 2.9 * panels), layout="constrained")
-    axes = list(np.atleast_1d(figure.subplots(panels, 1)))
-    _sparsity(axes.pop(0), profile)
-    if measured:
-        _ratio(axes.pop(0), profile)
-        _drift(axes.pop(0), profile)
-    if searched:
-        _search(axes.pop(0), profile)
-    model = profile["model"]["name_or_path"] or profile["model"]["class"]
-    figure.suptitle(
-        f"{model.rstrip('/').split('/')[-1]}: {profile['settings']['allocator']} + "
-        f"absorption ({profile['settings']['signal']}), {profile['pruner']} at "
-        f"{profile['budget']:.0%}"
+    columns = min(columns, len(charts))
+    rows = [charts[i : i + columns] for i in range(0, len(charts), columns)]
+    heights = [max(map(_height, row)) for row in rows]
+    figure = Figure(
+        figsize=(WIDE if columns == 1 else NARROW * columns, sum(heights)),
+        layout="constrained",
     )
+    axes = figure.subplots(
+        len(rows), columns, squeeze=False, height_ratios=heights
+    ).flatten()
+    for ax, chart in zip(axes, charts):
+        _chart(ax, chart)
+    for ax in axes[len(charts) :]:
+        ax.remove()
+    figure.suptitle(title, parse_math=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
 
 
-def _column(profile: dict[str, Any], key: str) -> np.ndarray:
-    return _floats([block[key] for block in profile["blocks"]])
+def _height(chart: Chart) -> float:
+    if isinstance(chart, BarChart):
+        return 1.2 + 0.4 * len(chart.names)
+    if isinstance(chart, HeatMap):
+        return 1.4 + 0.26 * len(chart.rows)
+    return 2.9
 
 
-def _floats(values: Sequence[float | None]) -> np.ndarray:
+def _chart(ax: Axes, chart: Chart) -> None:
+    if isinstance(chart, LineChart):
+        _lines(ax, chart)
+    elif isinstance(chart, BarChart):
+        _bars(ax, chart)
+    else:
+        _heat_map(ax, chart)
+    ax.set_title(chart.title, parse_math=False)
+    ax.set_xlabel(chart.x_label, parse_math=False)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _lines(ax: Axes, chart: LineChart) -> None:
+    for line in chart.lines:
+        _line(ax, line)
+    if chart.band is not None:
+        band = chart.band
+        ax.axvspan(
+            band.low, band.high, color=SHADE, alpha=0.2, linewidth=0, label=band.name
+        )
+    ax.set(xscale=_scale(chart.log_x), yscale=_scale(chart.log_y))
+    if chart.y_limits is not None:
+        ax.set_ylim(*chart.y_limits)
+    if chart.log_y:
+        _numbers_between_decades(ax.yaxis)
+    ax.set_ylabel(chart.y_label, parse_math=False)
+    ax.margins(x=0.02)
+    if all(isinstance(x, int) for line in chart.lines for x in line.x):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))  # blocks
+    if ax.get_legend_handles_labels()[1]:
+        box = ax.legend(framealpha=0.75, edgecolor="none", fontsize="small")
+        _plain(box.get_texts())
+
+
+def _scale(log: bool) -> str:
+    return "log" if log else "linear"
+
+
+def _numbers_between_decades(axis: Axis) -> None:
+    """A short logarithmic axis may hold one power of ten or none."""
+    low, high = axis.get_view_interval()
+    if high < 100 * low:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
+
+
+def _line(ax: Axes, line: Line) -> None:
+    style = STYLES[line.style] | {"alpha": line.opacity}
+    y = _numbers(line.y)
+    ax.errorbar(
+        line.x,
+        y,
+        np.nan_to_num(_numbers(line.errors)) if line.errors else None,
+        marker="o" if line.dots else "",
+        markersize=4,
+        label=line.name or "_",  # matplotlib lists no name that begins so
+        **style,
+    )
+    if line.ring is not None:
+        _ring(ax, line.x[line.ring], y[line.ring], style["color"])
+
+
+def _ring(ax: Axes, x: float, y: float, colour: str) -> None:
+    ax.plot(x, y, "o", markersize=10, markerfacecolor="none", color=colour)
+
+
+def _numbers(values: Sequence[float | None]) -> np.ndarray:
     return np.array([np.nan if v is None else v for v in values], dtype=float)
 
 
-def _sparsity(ax: Axes, profile: dict[str, Any]) -> None:
-    blocks = np.arange(len(profile["blocks"]))
-    ax.axhline(profile["budget"], color=UNIFORM, linewidth=1, label="budget")
-    base, final = _column(profile, "base_sparsity"), _column(profile, "sparsity")
-    ax.plot(blocks, base, "o-", color=BASE, markersize=4, label="base allocation")
-    ax.plot(blocks, final, "o-", color=FINAL, markersize=4, label="corrected")
-    ax.set(xlabel="block", ylabel="sparsity", title="Sparsity per block")
-    ax.legend(frameon=False, ncols=3)
-    _tidy(ax)
+def _bars(ax: Axes, chart: BarChart) -> None:
+    values, rows = _numbers(chart.values), np.arange(len(chart.names))
+    errors = np.nan_to_num(_numbers(chart.errors)) if chart.errors else None
+    if chart.points:
+        style = STYLES["final"] | {"linestyle": ""}
+        ax.errorbar(values, rows, xerr=errors, marker="o", **style)
+    else:
+        ax.barh(rows, values, xerr=errors, color=BELOW, height=0.6)
+    if chart.ring is not None:
+        _ring(ax, values[chart.ring], chart.ring, BELOW)
+    ends = values if errors is None else values + errors
+    for row in np.flatnonzero(np.isfinite(values)):
+        _value(ax, values[row], ends[row], int(row))
+    ax.set(xscale=_scale(chart.log), ylim=(len(rows) - 0.5, -0.5))
+    ax.set_yticks(rows, chart.names, parse_math=False)
+    ax.margins(x=0.25)
 
 
-def _ratio(ax: Axes, profile: dict[str, Any]) -> None:
-    ratio, error = _column(profile, "ratio"), _column(profile, "ratio_error")
-    blocks = np.arange(len(ratio))
-    ax.axhline(1.0, color=UNIFORM, linewidth=1)
-    ax.errorbar(
-        blocks, ratio, np.nan_to_num(error), fmt="o-", color=FINAL, markersize=4
+def _value(ax: Axes, value: float, end: float, row: int) -> None:
+    """The number after the end of its bar."""
+    ax.annotate(
+        four_digits(value),
+        (end, row),
+        xytext=(8, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize="small",
     )
-    eta = profile["noise"]["magnitude"]
-    ax.set(
-        xlabel="block behind which noise is put",
-        ylabel="ratio $r$",
-        title=f"Above 1 the rest of the network amplifies, below absorbs (η = {eta})",
+
+
+def _heat_map(ax: Axes, chart: HeatMap) -> None:
+    reach = chart.reach or 1.0
+    colours = LinearSegmentedColormap.from_list("", [BELOW, "white", ABOVE])
+    image = ax.imshow(
+        [
+            _numbers([None if c is None else c.value for c in row])
+            for row in chart.cells
+        ],
+        aspect="auto",
+        cmap=colours.with_extremes(bad=ABSENT),
+        norm=Normalize(chart.middle - reach, chart.middle + reach),
     )
-    _tidy(ax)
+    ax.set_yticks(range(len(chart.rows)), chart.rows, parse_math=False)
+    step = -(-len(chart.columns) // COLUMN_NAMES)
+    shown = range(0, len(chart.columns), step)
+    ax.set_xticks(shown, [chart.columns[i] for i in shown], parse_math=False)
+    bar = ax.figure.colorbar(image, ax=ax, pad=0.01)
+    bar.ax.set_title(f"{chart.middle_name} white", fontsize="small", parse_math=False)
 
 
-def _drift(ax: Axes, profile: dict[str, Any]) -> None:
-    rows = [block["drift"] for block in profile["blocks"]]
-    shades = 0.25 + 0.75 * np.arange(len(rows)) / max(1, len(rows) - 1)
-    for row, shade in zip(rows, shades, strict=True):
-        ax.plot(_floats(row), color=FINAL, alpha=float(shade), linewidth=1)
-    floor = _floats(profile["noise"]["floor"])
-    ax.plot(floor, "--", color=BASE, linewidth=1, label="rounding floor")
-    ax.legend(frameon=False)
-    ax.set(
-        yscale="log",
-        xlabel="block $k$",
-        ylabel="drift $R_{l→k}$",
-        title="Drift over depth, one line per block of injection (later: darker)",
-    )
-    _tidy(ax)
-
-
-def _search(ax: Axes, profile: dict[str, Any]) -> None:
-    search = profile["search"]
-    for number, entry in enumerate(search["rounds"]):
-        (line,) = ax.plot(
-            entry["strengths"],
-            _floats(entry["losses"]),
-            "o-",
-            markersize=4,
-            label=f"round {number + 1}",
-        )
-        at = entry["strengths"].index(entry["chosen"])
-        ax.plot(
-            entry["chosen"],
-            entry["losses"][at],
-            "o",
-            markersize=10,
-            markerfacecolor="none",
-            color=line.get_color(),
-        )
-    for name, style in (("base", "-"), ("uniform", ":")):
-        if search[f"{name}_loss"] is not None:
-            ax.axhline(
-                search[f"{name}_loss"],
-                color=BASE,
-                linewidth=1,
-                linestyle=style,
-                label=name,
-            )
-    ax.set(
-        xlabel="strength β",
-        ylabel="held-out loss [nats]",
-        title="Search for the strength (circled: taken)",
-    )
-    ax.legend(frameon=False, ncols=5)
-    _tidy(ax)
-
-
-def _tidy(ax: Axes) -> None:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.margins(x=0.02)
+def _plain(texts: Sequence[Text]) -> None:
+    """A `$` in a name is a dollar."""
+    for text in texts:
+        text.set_parse_math(False)

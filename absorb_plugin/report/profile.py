@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,29 +12,39 @@ import torch
 from loguru import logger
 from transformers import PreTrainedModel
 
-from absorb_plugin.allocate import Allocation
+from absorb_plugin.allocation import Allocation
 from absorb_plugin.blocks import linear_parameters
-from absorb_plugin.calibration import Batch, token_mask
-from absorb_plugin.files import json_numbers, replace_file
+from absorb_plugin.calibration import Batch, sample_key, token_mask
+from absorb_plugin.devices import dtype_of
+from absorb_plugin.files import json_numbers
+from absorb_plugin.groups import named
 from absorb_plugin.pruners.adapter import PrunerAdapter, user_fields
 from absorb_plugin.report.figure import draw
 from absorb_plugin.report.page import render
+from absorb_plugin.report.profile_charts import profile_charts
+from absorb_plugin.report.words import model_name, run_title
+from absorb_plugin.report.write import write_or_warn
+from absorb_plugin.search.descent import Step
+from absorb_plugin.search.line_search import Round, SearchResult
+from absorb_plugin.search.quality import Quality
+from absorb_plugin.signals.noise import NoiseProfile
 
 if TYPE_CHECKING:
     from absorb_plugin.modifier import AbsorptionAllocationModifier
 
 __all__ = ["SCHEMA_VERSION", "Report"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PACKAGES = ("absorb-plugin", "llmcompressor", "compressed-tensors", "transformers")
 
 
 class Report:
     """
-    Profile and figure of one pruning modifier's allocation.
+    Profile, figure and page of one pruning modifier's allocation.
 
     :param settings: the modifier that made it
-    :param peer: the pruning modifier that it was made for
+    :param recipe: as the user wrote it, YAML
+    :param pruner: the pruning modifier that it was made for
     :param batches: the calibration batches
     :param number: which of the recipe's pruning modifiers it is; the first writes
         profile.json, the second profile_2.json
@@ -45,32 +55,27 @@ class Report:
         settings: "AbsorptionAllocationModifier",
         recipe: str,
         model: PreTrainedModel,
-        peer: PrunerAdapter,
+        pruner: PrunerAdapter,
         allocation: Allocation,
         batches: Sequence[Batch],
         number: int = 0,
     ) -> None:
         self._settings, self._recipe, self._model = settings, recipe, model
-        self._peer, self._allocation = peer, allocation
-        self._samples = sum(len(batch["input_ids"]) for batch in batches)
-        self._tokens = sum(int(token_mask(batch).sum()) for batch in batches)
-        self._longest = max(batch["input_ids"].shape[-1] for batch in batches)
+        self._pruner, self._allocation = pruner, allocation
+        self._calibration = calibration_entry(batches)
         self._suffix = "" if number == 0 else f"_{number + 1}"
-        self._realised: dict[str, float] = {}
-        self._linear_realised: dict[str, float] = {}
+        self._zeros: dict[str, int] = {}
+        self._zeros_lost: float | None = None
 
-    def measure_realised(self) -> None:
-        """Count the zeros that the pruning modifier left in every block."""
-        for index in self._allocation.blocks.prunable:
-            block = self._allocation.blocks.blocks[index]
-            zeros = {
-                name: int((linear.weight.detach() == 0).sum())
-                for name, linear in block.linears.items()
-            }
-            self._realised[block.name] = sum(zeros.values()) / block.parameters
-            for name, count in zeros.items():
-                share = count / linear_parameters(block.linears[name])
-                self._linear_realised[block.full_name(name)] = share
+    def measure_realised(self, zeros_lost: float | None = None) -> None:
+        """
+        Count the zeros that are left in every Linear.
+
+        :param zeros_lost: share of the zeros that pruning made which others filled
+        """
+        self._zeros_lost = zeros_lost
+        for name, linear in self._allocation.blocks.linears().items():
+            self._zeros[name] = int((linear.weight.detach() == 0).sum())
         self._log()
 
     def profile(self) -> dict[str, Any]:
@@ -78,162 +83,246 @@ class Report:
         The profile as plain data, see docs/profile.md. NaN and what was not measured
         are None.
         """
-        allocation, settings = self._allocation, self._settings
-        absorption, search = allocation.noise, allocation.search
-        targets = allocation.linear_sparsities()
-        sparsities = allocation.block_means(allocation.sparsity)
-        bases = allocation.block_means(allocation.base.sparsity)
-        directions = allocation.block_means(allocation.direction)
-        parameters = allocation.blocks.parameters
-        realised = None
-        if self._realised:
-            counts = list(self._realised.values()) @ parameters
-            realised = float(counts / parameters.sum())
-        profile: dict[str, Any] = {
+        allocation = self._allocation
+        return {
             "schema_version": SCHEMA_VERSION,
-            "model": {
-                "class": type(self._model).__name__,
-                "name_or_path": getattr(self._model, "name_or_path", ""),
-                "dtype": str(self._model.dtype).removeprefix("torch."),
-            },
-            "pruner": self._peer.name,
-            "calibration": {
-                "samples": self._samples,
-                "tokens": self._tokens,
-                "longest": self._longest,
-            },
-            "recipe": self._recipe,
-            "command": command_line(),
-            "settings": user_fields(settings),
-            "noise": None,
-            "search": None,
-            "confirmed": None,
+            "model": model_entry(self._model),
+            "pruner": self._pruner.name,
+            "level": allocation.level,
+            "calibration": self._calibration,
             "samples": [
                 {"use": one.use, "samples": len(one.samples), "tokens": one.tokens}
                 for one in allocation.samples
             ],
-            "level": allocation.level,
+            "recipe": self._recipe,
+            "command": command_line(),
+            "settings": user_fields(self._settings),
+            "noise": noise_entry(allocation),
+            "search": search_entry(allocation.search),
+            "confirmed": confirmed_entry(allocation, self._pruner.pruner.name),
+            "quality": quality_entry(allocation.quality),
             "budget": allocation.budget.sparsity,
             "achieved": allocation.achieved(),
-            "realised": realised,
+            "realised": self._realised(list(allocation.blocks.linears())),
+            "zeros_lost": self._zeros_lost,
             "unseen_linears": None
             if allocation.unseen is None
             else list(allocation.unseen),
-            "blocks": [],
-            "versions": {"torch": torch.__version__}
-            | {package: version(package) for package in PACKAGES},
+            "blocks": self._blocks(),
+            "versions": versions(),
         }
-        if absorption is not None:
-            noise = allocation.noise_settings
-            profile["noise"] = {
-                "magnitude": noise.magnitude,
-                "dtype": noise.dtype,
-                "floor": json_numbers(absorption.floor),
-                "seed": noise.seed,
-                "samples": absorption.samples,
-                "tokens": absorption.tokens,
-                "spared_positions": {
-                    allocation.blocks.blocks[index].name: positions
-                    for index, positions in absorption.spared.items()
-                },
-            }
-        if search is not None:
-            profile["search"] = {
-                "start": search.start,
-                "base_loss": json_numbers([search.base_loss])[0],
-                "uniform_loss": json_numbers([search.uniform_loss])[0],
-                "loss": json_numbers([search.loss])[0],
-                "rounds": [
-                    {
-                        "direction": entry.direction.tolist(),
-                        "strengths": entry.strengths,
-                        "losses": json_numbers(entry.losses),
-                        "chosen": entry.chosen,
-                    }
-                    for entry in search.rounds
-                ],
-            }
-        if (confirmed := allocation.confirmed) is not None:
-            profile["confirmed"] = {
-                "judge": self._peer.pruner.name,
-                "losses": dict(
-                    zip(
-                        confirmed.losses,
-                        json_numbers(confirmed.losses.values()),
-                        strict=True,
-                    )
-                ),
-                "chosen": confirmed.chosen,
-                "gain": json_numbers([confirmed.gain])[0],
-                "standard_error": json_numbers([confirmed.standard_error])[0],
-            }
+
+    def _realised(self, names: Sequence[str]) -> float | None:
+        """Share of zeros in the Linears named, None before they were counted."""
+        if not self._zeros:
+            return None
+        linears = self._allocation.blocks.linears()
+        weights = sum(linear_parameters(linears[name]) for name in names)
+        return sum(self._zeros[name] for name in names) / weights
+
+    def _blocks(self) -> list[dict[str, Any]]:
+        """What was decided, measured and counted of every block and its Linears."""
+        allocation, linears = self._allocation, self._linears()
+        means = {
+            "base_sparsity": allocation.block_means(allocation.base.sparsity),
+            "direction": allocation.block_means(allocation.direction),
+            "sparsity": allocation.block_means(allocation.sparsity),
+        }
+        entries = []
         for row, index in enumerate(allocation.blocks.prunable):
             block = allocation.blocks.blocks[index]
-            entry: dict[str, Any] = {
-                "name": block.name,
-                "parameters": block.parameters,
-                "base_metric": float(allocation.base.metric[row]),
-                "base_sparsity": float(bases[row]),
-                "drift": None,
-                "realignment": None,
-                "ratio": None,
-                "ratio_error": None,
-                "direction": float(directions[row]),
-                "sparsity": float(sparsities[row]),
-                "realised_sparsity": self._realised.get(block.name),
-                "linears": {},
+            full = {name: block.full_name(name) for name in block.linears}
+            entries.append(
+                {"name": block.name, "parameters": block.parameters}
+                | {"base_metric": float(allocation.base.metric[row])}
+                | {key: float(values[row]) for key, values in means.items()}
+                | noise_row(allocation.noise, row)
+                | {"realised_sparsity": self._realised(list(full.values()))}
+                | {"linears": {name: linears[long] for name, long in full.items()}}
+            )
+        return entries
+
+    def _linears(self) -> dict[str, dict[str, Any]]:
+        """Full name of every prunable Linear -> what is known of it."""
+        allocation = self._allocation
+        base = named(allocation.blocks, allocation.base.sparsity)
+        targets = allocation.linear_sparsities()
+        metrics = allocation.base.linear_metrics
+        return {
+            name: {
+                "parameters": linear_parameters(linear),
+                "base_sparsity": base[name],
+                "sparsity": targets[name],
+                "realised_sparsity": self._realised([name]),
             }
-            if absorption is not None:
-                entry |= {
-                    "drift": json_numbers(absorption.drift[row]),
-                    "realignment": json_numbers(absorption.realignment[row]),
-                    "ratio": float(absorption.ratio[row]),
-                    "ratio_error": json_numbers([absorption.ratio_error[row]])[0],
-                }
-            for name, linear in block.linears.items():
-                full = block.full_name(name)
-                entry["linears"][name] = {
-                    "parameters": linear_parameters(linear),
-                    "sparsity": targets[full],
-                    "realised_sparsity": self._linear_realised.get(full),
-                }
-                if full in allocation.base.linear_metrics:
-                    metric = float(allocation.base.linear_metrics[full])
-                    entry["linears"][name]["metric"] = metric
-            profile["blocks"].append(entry)
-        return profile
+            | ({"metric": float(metrics[name])} if name in metrics else {})
+            for name, linear in allocation.blocks.linears().items()
+        }
 
     def write(self, directory: str | None) -> None:
         """
-        Write profile.json, profile.png and report.html, whole or not at all. Where that
-        fails, a warning: hours of pruning must not be lost for want of room for a
-        report.
+        Write profile.json, profile.png and report.html, each whole or not at all. What
+        cannot be written or drawn is a warning.
         """
         if directory is None:
             return
-        folder = Path(directory)
-        profile = self.profile()
-        text = json.dumps(profile, indent=1, allow_nan=False)
+        folder, profile = Path(directory), self.profile()
         name = f"profile{self._suffix}"
-        try:
-            replace_file(folder / f"{name}.json", text.encode())
-            replace_file(folder / f"{name}.png", draw(profile))
-            page = render(profile, name).encode()
-            replace_file(folder / f"report{self._suffix}.html", page)
-        except OSError as error:
-            logger.warning(
-                f"report_dir: the report could not be written to {directory} "
-                f"({error.strerror or error}); the run goes on without it. Make room, "
-                "or name another directory"
-            )
+        write_or_warn(folder / f"{name}.json", lambda: as_json(profile))
+        write_or_warn(folder / f"{name}.png", lambda: draw_profile(profile))
+        write_or_warn(
+            folder / f"report{self._suffix}.html",
+            lambda: render(profile, name).encode(),
+        )
 
     def _log(self) -> None:
         profile = self.profile()
+        realised = [block["realised_sparsity"] for block in profile["blocks"]]
         logger.info(
-            f"{self._peer.name}: sparsity {profile['realised']:.4f} realised, "
+            f"{self._pruner.name}: sparsity {profile['realised']:.4f} realised, "
             f"{profile['budget']:.4f} asked for; blocks "
-            f"{min(self._realised.values()):.3f} … {max(self._realised.values()):.3f}"
+            f"{min(realised):.3f} … {max(realised):.3f}"
         )
+
+
+def as_json(profile: Mapping[str, Any]) -> bytes:
+    return json.dumps(profile, indent=1, allow_nan=False).encode()
+
+
+def draw_profile(profile: Mapping[str, Any]) -> bytes:
+    """:return: a PNG"""
+    return draw(profile_charts(profile), f"{model_name(profile)}: {run_title(profile)}")
+
+
+def model_entry(model: PreTrainedModel) -> dict[str, str]:
+    return {
+        "class": type(model).__name__,
+        "name_or_path": getattr(model, "name_or_path", ""),
+        "dtype": str(dtype_of(model)).removeprefix("torch."),
+    }
+
+
+def calibration_entry(batches: Sequence[Batch]) -> dict[str, int]:
+    return {
+        "samples": sum(len(batch["input_ids"]) for batch in batches),
+        "tokens": sum(int(token_mask(batch).sum()) for batch in batches),
+        "longest": max(batch["input_ids"].shape[-1] for batch in batches),
+    }
+
+
+def versions() -> dict[str, str]:
+    return {"torch": torch.__version__} | {name: version(name) for name in PACKAGES}
+
+
+def noise_entry(allocation: Allocation) -> dict[str, Any] | None:
+    """What holds for the noise probe as a whole."""
+    noise, settings = allocation.noise, allocation.noise_settings
+    if noise is None:
+        return None
+    names = [block.name for block in allocation.blocks.blocks]
+    return {
+        "magnitude": settings.magnitude,
+        "dtype": settings.dtype,
+        "floor": json_numbers(noise.floor),
+        "seed": settings.seed,
+        "samples": noise.samples,
+        "tokens": noise.tokens,
+        "spared_positions": {names[i]: found for i, found in noise.spared.items()},
+    }
+
+
+def noise_row(noise: NoiseProfile | None, row: int) -> dict[str, Any]:
+    """What the noise probe found of one block."""
+    keys = ("drift", "realignment", "ratio", "ratio_error")
+    if noise is None:
+        return dict.fromkeys(keys)
+    return {
+        "drift": json_numbers(noise.drift[row]),
+        "realignment": json_numbers(noise.realignment[row]),
+        "ratio": json_number(noise.ratio[row]),
+        "ratio_error": json_number(noise.ratio_error[row]),
+    }
+
+
+def json_number(value: float) -> float | None:
+    return json_numbers([value])[0]
+
+
+def search_entry(search: SearchResult | None) -> dict[str, Any] | None:
+    if search is None:
+        return None
+    return {
+        "start": search.start,
+        "base_loss": json_number(search.base_loss),
+        "uniform_loss": json_number(search.uniform_loss),
+        "loss": json_number(search.loss),
+        "rounds": [round_entry(entry) for entry in search.rounds],
+        "steps": [step_entry(step) for step in search.steps],
+        "judged": [
+            {"steps": steps, "loss": json_number(loss)}
+            for steps, loss in search.judged.items()
+        ],
+        "taken": search.taken,
+    }
+
+
+def quality_entry(quality: Quality | None) -> dict[str, Any] | None:
+    if quality is None:
+        return None
+    return {
+        "max_loss_increase": quality.bound,
+        "found": quality.found.sparsity,
+        "curve": [
+            {
+                "sparsity": point.sparsity,
+                "loss_increase": json_number(point.increase),
+                "standard_error": json_number(point.error),
+            }
+            for point in sorted(quality.points, key=lambda point: point.sparsity)
+        ],
+    }
+
+
+def step_entry(step: Step) -> dict[str, Any]:
+    return {
+        "loss": json_number(step.loss),
+        "length": step.length,
+        "largest": step.largest,
+    }
+
+
+def round_entry(entry: Round) -> dict[str, Any]:
+    return {
+        "direction": entry.direction.tolist(),
+        "strengths": entry.strengths,
+        "losses": json_numbers(entry.losses),
+        "chosen": entry.chosen,
+    }
+
+
+def confirmed_entry(allocation: Allocation, judge: str) -> dict[str, Any] | None:
+    """
+    What the pruner's own arithmetic made of the outcome, and of others.
+
+    :param judge: name of the pruner
+    """
+    confirmed = allocation.confirmed
+    if confirmed is None:
+        return None
+    keys = {
+        one.use: {sample_key(sample) for sample in one.samples}
+        for one in allocation.samples
+    }
+    return {
+        "judge": judge,
+        "losses": {n: json_number(loss) for n, loss in confirmed.losses.items()},
+        "chosen": confirmed.chosen,
+        "gain": json_number(confirmed.gain),
+        "standard_error": json_number(confirmed.standard_error),
+        # a bound on the loss is kept on the samples that confirm
+        "chose_nothing": allocation.quality is None
+        and keys["confirm"].isdisjoint(keys["search"]),
+    }
 
 
 def command_line() -> str | None:

@@ -1,40 +1,62 @@
-"""Line charts as inline SVG; the page's CSS styles them, so they follow its theme."""
+"""Charts as inline SVG; the page's CSS styles them, so they follow its theme."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from html import escape
 
-__all__ = ["Line", "chart", "legend", "number"]
+from absorb_plugin.report.charts import (
+    Band,
+    BarChart,
+    Chart,
+    HeatMap,
+    Line,
+    LineChart,
+    four_digits,
+    number,
+)
+
+__all__ = ["draw", "legend"]
 
 WIDTH, HEIGHT = 480, 270
 LEFT, RIGHT, TOP, BOTTOM = 64, 10, 12, 42
+# Names of bars and rows: so wide is a character on a phone, so many are shown.
+CHARACTER, LONGEST = 8, 20
+BAR_HEIGHT, CELL_HEIGHT, SCALE_HEIGHT = 30, 22, 40
+SCALE_STEPS = 20
+COLUMN_NAMES = 8
 
 
-@dataclass(frozen=True)
-class Line:
-    """
-    :param name: in the legend; "" for none
-    :param style: CSS class of the page
-    :param x: ascending
-    :param y: None for a gap
-    :param errors: half lengths of error bars
-    :param dots: draw the points, with their values as tooltips
-    :param ring: index of a point to circle
-    """
+def draw(chart: Chart) -> str:
+    """:return: an `<svg>` element"""
+    if isinstance(chart, LineChart):
+        return _line_chart(chart)
+    if isinstance(chart, BarChart):
+        return _bar_chart(chart)
+    return _heat_map(chart)
 
-    name: str
-    style: str
-    x: Sequence[float]
-    y: Sequence[float | None]
-    errors: Sequence[float | None] = ()
-    dots: bool = True
-    ring: int | None = None
-    opacity: float = 1.0
+
+def legend(chart: LineChart) -> str:
+    """:return: a list of the lines that have a name; "" if none has"""
+    dot = '<circle cx="13" cy="5" r="3"/>'
+    items = "".join(
+        f'<li><svg viewBox="0 0 26 10" aria-hidden="true"><g class="{line.style}" '
+        f'opacity="{line.opacity:.2f}"><path d="M1 5H25"/>{dot if line.dots else ""}'
+        f"</g></svg>{escape(line.name)}</li>"
+        for line in chart.lines
+        if line.name
+    )
+    if chart.band is not None:
+        box = '<rect class="band" width="26" height="10"/>'
+        items += (
+            f'<li><svg viewBox="0 0 26 10" aria-hidden="true">{box}</svg>'
+            f"{escape(chart.band.name)}</li>"
+        )
+    return f'<ul class="legend">{items}</ul>' if items else ""
 
 
 class _Scale:
-    """Data -> pixels along one axis."""
+    """Data -> units of the drawing, along one axis."""
 
     def __init__(
         self, values: Sequence[float], start: float, end: float, log: bool = False
@@ -67,78 +89,92 @@ def _round_steps(low: float, high: float) -> list[float]:
     return [tick * step for tick in range(first, last + 1)]
 
 
-def chart(
-    lines: Sequence[Line], label: str, x_label: str, y_label: str, log: bool = False
-) -> str:
-    """
-    :param label: what the chart shows, for those who cannot see it
-    :param log: logarithmic y axis; values of 0 or below are gaps there
-    :return: an `<svg>` element
-    """
-    lines = [_drawable(line, log) for line in lines]
-    x_values = [x for line in lines for x in line.x]
-    y_values = [
-        edge
-        for line in lines
-        for y, error in zip(line.y, _errors(line))
-        if y is not None
-        for edge in ((y - error, y + error) if not log else (y,))
-    ]
-    x = _Scale(x_values, LEFT, WIDTH - RIGHT)
-    y = _Scale(y_values or [1.0], HEIGHT - BOTTOM, TOP, log)
-    parts = [*_axes(x, y, x_label, y_label), *(_line(line, x, y) for line in lines)]
+def _svg(chart: Chart, height: float, parts: Iterator[str]) -> str:
+    """What the chart shows is its label, for those who cannot see it."""
+    label = escape(f"{chart.title}, over {chart.x_label}")
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
+        f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{label}">'
         f"{''.join(parts)}</svg>"
     )
 
 
-def legend(lines: Sequence[Line]) -> str:
-    """:return: a list of the lines that have a name; "" if none has"""
-    dot = '<circle cx="13" cy="5" r="3"/>'
-    items = "".join(
-        f'<li><svg viewBox="0 0 26 10" aria-hidden="true"><g class="{line.style}" '
-        f'opacity="{line.opacity:.2f}"><path d="M1 5H25"/>{dot if line.dots else ""}'
-        f"</g></svg>{escape(line.name)}</li>"
-        for line in lines
-        if line.name
+def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _line_chart(chart: LineChart) -> str:
+    lines = [_drawable(line, chart) for line in chart.lines]
+    x_values = [x for line in lines for x in line.x]
+    x = _Scale(x_values, LEFT, WIDTH - RIGHT, chart.log_x)
+    y_values = chart.y_limits or list(_heights(lines, chart.log_y)) or [1.0]
+    y = _Scale(y_values, HEIGHT - BOTTOM, TOP, chart.log_y)
+    return _svg(chart, HEIGHT, _line_parts(chart, lines, x, y))
+
+
+def _line_parts(
+    chart: LineChart, lines: Sequence[Line], x: _Scale, y: _Scale
+) -> Iterator[str]:
+    if chart.band is not None:
+        yield _band(chart.band, x)
+    yield '<g class="axis">'
+    yield from _y_axis(y, chart.y_label)
+    yield from _x_axis(x, HEIGHT - BOTTOM, chart.x_label, LEFT)
+    yield "</g>"
+    yield from (_line(line, x, y) for line in lines)
+
+
+def _drawable(line: Line, chart: LineChart) -> Line:
+    """Gaps where a logarithmic axis has no place."""
+    points = zip(line.x, line.y, strict=True)
+    return replace(
+        line,
+        y=[
+            None
+            if y is None or (chart.log_y and y <= 0) or (chart.log_x and x <= 0)
+            else y
+            for x, y in points
+        ],
     )
-    return f'<ul class="legend">{items}</ul>' if items else ""
 
 
-def _drawable(line: Line, log: bool) -> Line:
-    if not log:
-        return line
-    y = [value if value is not None and value > 0 else None for value in line.y]
-    return Line(**{**line.__dict__, "y": y})
+def _heights(lines: Sequence[Line], log: bool) -> Iterator[float]:
+    """All that the y axis must show, ends of error bars included."""
+    for line in lines:
+        for y, error in zip(line.y, _errors(line.errors, len(line.y))):
+            if y is not None:
+                yield from (y,) if log else (y - error, y + error)
 
 
-def _errors(line: Line) -> list[float]:
-    return [error or 0.0 for error in line.errors] or [0.0] * len(line.y)
+def _errors(errors: Sequence[float | None], count: int) -> list[float]:
+    return [error or 0.0 for error in errors] or [0.0] * count
 
 
-def _axes(x: _Scale, y: _Scale, x_label: str, y_label: str) -> list[str]:
-    parts = ['<g class="axis">']
+def _band(band: Band, x: _Scale) -> str:
+    left = max(LEFT, x(band.low))
+    width = max(0.0, min(WIDTH - RIGHT, x(band.high)) - left)
+    return (
+        f'<rect class="band" x="{left:.1f}" y="{TOP}" width="{width:.1f}" '
+        f'height="{HEIGHT - TOP - BOTTOM}"/>'
+    )
+
+
+def _y_axis(y: _Scale, label: str) -> Iterator[str]:
     for tick in y.ticks():
         at = y(tick)
-        parts.append(
-            f'<path d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>'
-            f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">'
-            f"{number(tick)}</text>"
-        )
-    for tick in x.ticks():
-        parts.append(
-            f'<text x="{x(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">'
-            f"{number(tick)}</text>"
-        )
+        yield f'<path d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>'
+        yield _text(LEFT - 6, at + 4, number(tick), "end")
     middle = (TOP + HEIGHT - BOTTOM) / 2
-    parts.append(
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">'
-        f"{escape(x_label)}</text>"
-        f'<text transform="translate(12 {middle}) rotate(-90)" text-anchor="middle">'
-        f"{escape(y_label)}</text></g>"
+    yield (
+        f'<text transform="translate(15 {middle}) rotate(-90)" text-anchor="middle">'
+        f"{escape(label)}</text>"
     )
-    return parts
+
+
+def _x_axis(x: _Scale, y: float, label: str, left: float) -> Iterator[str]:
+    """:param y: where the axis lies"""
+    for tick in x.ticks():
+        yield _text(x(tick), y + 16, number(tick))
+    yield _text((left + WIDTH - RIGHT) / 2, y + BOTTOM - 6, label)
 
 
 def _line(line: Line, x: _Scale, y: _Scale) -> str:
@@ -146,41 +182,157 @@ def _line(line: Line, x: _Scale, y: _Scale) -> str:
         None if value is None else (x(at), y(value))
         for at, value in zip(line.x, line.y, strict=True)
     ]
+    marks = _path(points)
+    errors = _errors(line.errors, len(points))
+    for index, (point, value) in enumerate(zip(points, line.y, strict=True)):
+        if point is None or value is None:
+            continue
+        if errors[index] and (not y.log or value > errors[index]):
+            low, high = y(value - errors[index]), y(value + errors[index])
+            marks += f'<path class="error" d="M{point[0]:.1f} {low:.1f}V{high:.1f}"/>'
+        if index == line.ring:
+            marks += _ring(*point)
+        if line.dots:
+            note = f"{line.name} {number(line.x[index])}: {value:.4g}"
+            marks += _dot(*point, note)
+    return f'<g class="{line.style}" opacity="{line.opacity:.2f}">{marks}</g>'
+
+
+def _path(points: Sequence[tuple[float, float] | None]) -> str:
+    """The pen is lifted at a gap."""
     path, pen = "", "M"
     for point in points:
         if point is not None:
             path += f"{pen}{point[0]:.1f} {point[1]:.1f}"
         pen = "M" if point is None else "L"
-    marks = f'<path d="{path}"/>' if path else ""
-    for index, (point, error) in enumerate(zip(points, _errors(line))):
-        if point is None:
-            continue
-        value = line.y[index]
-        assert value is not None
-        if error:
-            marks += (
-                f'<path class="error" d="M{point[0]:.1f} {y(value - error):.1f}'
-                f'V{y(value + error):.1f}"/>'
-            )
-        if index == line.ring:
-            marks += (
-                f'<circle class="ring" cx="{point[0]:.1f}" cy="{point[1]:.1f}" r="8"/>'
-            )
-        if line.dots:
-            marks += (
-                f'<circle cx="{point[0]:.1f}" cy="{point[1]:.1f}" r="3"><title>'
-                f"{escape(line.name)} {number(line.x[index])}: {value:.4g}"
-                "</title></circle>"
-            )
-    return f'<g class="{line.style}" opacity="{line.opacity:.2f}">{marks}</g>'
+    return f'<path d="{path}"/>' if path else ""
 
 
-def number(value: float) -> str:
-    """Three digits, and no more zeros than needed."""
-    if abs(value) < 1e-12:
-        return "0"
-    text = f"{value:.3g}"
-    if abs(value) < 1e-3:
-        mantissa, exponent = f"{value:.2e}".split("e")
-        text = f"{float(mantissa):g}e{int(exponent)}"
-    return text.replace("-", "−")
+def _ring(x: float, y: float) -> str:
+    return f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="8"/>'
+
+
+def _dot(x: float, y: float, note: str) -> str:
+    return (
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{escape(note)}</title>'
+        "</circle>"
+    )
+
+
+def _names_width(names: Sequence[str]) -> float:
+    return 8 + CHARACTER * min(LONGEST, max(map(len, names)))
+
+
+def _short(name: str) -> str:
+    """The end of a name tells it apart."""
+    return name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}"
+
+
+def _bar_chart(chart: BarChart) -> str:
+    left = _names_width(chart.names)
+    errors = _errors(chart.errors, len(chart.values))
+    edges = [
+        edge
+        for value, error in zip(chart.values, errors)
+        if value is not None
+        for edge in ((value - error, value + error) if not chart.log else (value,))
+    ]
+    if not chart.points:
+        edges.append(0.0)
+    # room for the number after the longest bar
+    x = _Scale(edges or [1.0], left + 12, WIDTH - RIGHT - 60, chart.log)
+    height = TOP + BAR_HEIGHT * len(chart.names) + BOTTOM
+    return _svg(chart, height, _bar_parts(chart, x, left))
+
+
+def _bar_parts(chart: BarChart, x: _Scale, left: float) -> Iterator[str]:
+    yield '<g class="axis">'
+    yield from _x_axis(x, TOP + BAR_HEIGHT * len(chart.names), chart.x_label, left)
+    yield "</g>"
+    errors = _errors(chart.errors, len(chart.values))
+    for row, (name, value) in enumerate(zip(chart.names, chart.values, strict=True)):
+        y = TOP + BAR_HEIGHT * (row + 0.5)
+        yield _text(left, y + 4, _short(name), "end")
+        if value is not None:
+            yield _bar(chart, x, y, row, value, errors[row])
+
+
+def _bar(
+    chart: BarChart, x: _Scale, y: float, row: int, value: float, error: float
+) -> str:
+    end = x(value)
+    marks = "" if chart.points else _bar_of_zero(x(0.0), end, y)
+    if error and (not chart.log or value > error):
+        low, high = x(value - error), x(value + error)
+        marks += f'<path class="error" d="M{low:.1f} {y:.1f}H{high:.1f}"/>'
+    if row == chart.ring:
+        marks += _ring(end, y)
+    if chart.points:
+        marks += _dot(end, y, f"{chart.names[row]}: {four_digits(value)}")
+    right = max(end, x(value + error)) + 12
+    written = _text(right, y + 4, four_digits(value), "start")
+    return f'<g class="final">{marks}</g>{written}'
+
+
+def _bar_of_zero(zero: float, end: float, y: float) -> str:
+    left, width = min(zero, end), abs(end - zero)
+    return f'<rect x="{left:.1f}" y="{y - 9:.1f}" width="{width:.1f}" height="18"/>'
+
+
+def _heat_map(chart: HeatMap) -> str:
+    height = TOP + CELL_HEIGHT * len(chart.rows) + BOTTOM + SCALE_HEIGHT
+    return _svg(chart, height, _heat_parts(chart))
+
+
+def _heat_parts(chart: HeatMap) -> Iterator[str]:
+    left = _names_width(chart.rows)
+    width = (WIDTH - RIGHT - left) / len(chart.columns)
+    for row, (name, cells) in enumerate(zip(chart.rows, chart.cells, strict=True)):
+        y = TOP + CELL_HEIGHT * row
+        yield _text(left - 6, y + CELL_HEIGHT / 2 + 5, _short(name), "end")
+        for column, cell in enumerate(cells):
+            if cell is not None:
+                box = _box(left + column * width, y, width, CELL_HEIGHT)
+                yield _cell(chart, cell.value, box, cell.note)
+    bottom = TOP + CELL_HEIGHT * len(chart.rows)
+    yield from _column_names(chart, left, width, bottom)
+    yield from _colour_scale(chart, left, bottom + BOTTOM)
+
+
+def _box(x: float, y: float, width: float, height: float) -> str:
+    return f'x="{x:.2f}" y="{y:.1f}" width="{width:.2f}" height="{height:g}"'
+
+
+def _cell(chart: HeatMap, value: float, box: str, note: str = "") -> str:
+    """The side of the middle is the colour, the distance its opacity."""
+    distance = value - chart.middle
+    side = "above" if distance > 0 else "below"
+    opacity = min(1.0, abs(distance) / (chart.reach or 1.0))
+    title = f"<title>{escape(note)}</title>" if note else ""
+    return (
+        f'<rect class="cell {side}" {box} fill-opacity="{opacity:.3f}">{title}</rect>'
+    )
+
+
+def _column_names(
+    chart: HeatMap, left: float, width: float, bottom: float
+) -> Iterator[str]:
+    count = len(chart.columns)
+    step = next(s for s in (1, 2, 5, 10, 20, 50, count) if count / s <= COLUMN_NAMES)
+    for column in range(0, count, step):
+        x = left + (column + 0.5) * width
+        yield _text(x, bottom + 16, _short(chart.columns[column]))
+    yield _text((left + WIDTH - RIGHT) / 2, bottom + BOTTOM - 6, chart.x_label)
+
+
+def _colour_scale(chart: HeatMap, left: float, top: float) -> Iterator[str]:
+    """A strip from full colour to full colour, with its ends and middle named."""
+    right = WIDTH - RIGHT
+    width = (right - left) / (SCALE_STEPS + 1)
+    for step in range(SCALE_STEPS + 1):
+        value = chart.middle + chart.reach * (2 * step / SCALE_STEPS - 1)
+        yield _cell(chart, value, _box(left + step * width, top, width, 10))
+    y = top + 26
+    yield _text(left, y, number(chart.middle - chart.reach), "start")
+    yield _text((left + right) / 2, y, f"{chart.middle_name} {number(chart.middle)}")
+    yield _text(right, y, number(chart.middle + chart.reach), "end")

@@ -1,8 +1,11 @@
 """The budget: how many weights may go in all, and how far a single Linear may."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
+
+from absorb_plugin.search.present import PresentZeros
 
 __all__ = ["Budget", "check_budget", "meet_budget"]
 
@@ -20,12 +23,14 @@ class Budget:
     :param sparsity: S: Σ p·s = S·Σ p must hold
     :param low: least sparsity of every Linear, shape (Linears,)
     :param high: largest sparsity of every Linear, shape (Linears,)
+    :param present: zeros that are there already and count; None where there are none
     """
 
     sizes: np.ndarray
     sparsity: float
     low: np.ndarray
     high: np.ndarray
+    present: PresentZeros | None = None
 
     @classmethod
     def of(cls, sizes: np.ndarray, sparsity: float, max_sparsity: float) -> "Budget":
@@ -43,20 +48,52 @@ class Budget:
             np.full(shape, float(max_sparsity)),
         )
 
+    def within(self, low: np.ndarray, high: np.ndarray) -> "Budget":
+        """
+        With bounds of every Linear, of shape (Linears,), beside those it has.
+
+        :raises ValueError: if they leave the budget out of reach
+        """
+        narrow = replace(
+            self, low=np.maximum(self.low, low), high=np.minimum(self.high, high)
+        )
+        narrow.uniform()
+        return narrow
+
+    def above(self, low: np.ndarray, present: PresentZeros) -> "Budget":
+        """
+        The same for a model that has zeros already.
+
+        :param low: least sparsity of every Linear; one beyond the cap lifts that
+        :raises ValueError: if there are more zeros than the budget
+        """
+        high = np.maximum(self.high, low)
+        budget = replace(self, low=low, high=high, present=present)
+        budget.uniform()  # says if it is out of reach
+        return budget
+
     def at(self, sparsity: float) -> "Budget":
         """The same Linears and bounds under another S."""
         return replace(self, sparsity=sparsity)
 
     def meet(self, wished: np.ndarray) -> np.ndarray:
         """The wish, shifted and clipped so that the budget is met (`meet_budget`)."""
-        return meet_budget(wished, self.sizes, self.sparsity, self.high, self.low)
+        final = None if self.present is None else self.present.final
+        return meet_budget(
+            wished, self.sizes, self.sparsity, self.high, self.low, final
+        )
 
     def uniform(self) -> np.ndarray:
         """S for every Linear, as far as the bounds let it."""
         return self.meet(np.full(self.sizes.shape, self.sparsity))
 
+    def achieved(self, sparsities: np.ndarray) -> float:
+        """Share of all weights that are zero in the end."""
+        present = self.present
+        return self.mean(sparsities if present is None else present.final(sparsities))
+
     def mean(self, sparsities: np.ndarray) -> float:
-        """Share of all weights that `sparsities` prune."""
+        """Mean over all weights of one number per Linear."""
         return float(self.sizes @ sparsities / self.sizes.sum())
 
 
@@ -80,6 +117,7 @@ def meet_budget(
     sparsity: float,
     high: np.ndarray | float = 1.0,
     low: np.ndarray | float = 0.0,
+    final: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> np.ndarray:
     """
     Shift all by one number, clip, and so meet Σ p·s = S·Σ p.
@@ -92,6 +130,8 @@ def meet_budget(
     :param sparsity: global target S
     :param high: upper bound of every s, one for all or shape (N,)
     :param low: lower bound, likewise
+    :param final: shares of zeros in the end, not falling in any s, of which the mean is
+        taken; None for s itself
     :return: s in [low, high], weighted mean within 1e-9 of S, shape (N,)
     :raises ValueError: on non-finite input, no weights, or a budget that the bounds
         leave out of reach
@@ -111,7 +151,8 @@ def meet_budget(
     low, high = (
         np.broadcast_to(np.asarray(x, dtype=float), wished.shape) for x in (low, high)
     )
-    _check_bounds(weights, sparsity, low, high)
+    count = (lambda x: x) if final is None else final
+    _check_bounds(weights, sparsity, count(low), count(high))
 
     # Beyond the bounds nothing but the clipping survives; clamping the range keeps the
     # bisection exact for absurd inputs such as 1e300.
@@ -123,12 +164,12 @@ def meet_budget(
 
     least, most = -float(wished.max()), float(high.max()) - float(wished.min())
     shift = sparsity - float(weights @ wished)
-    if abs(float(weights @ shifted(shift)) - sparsity) > 1e-13:
+    if abs(float(weights @ count(shifted(shift))) - sparsity) > 1e-13:
         while True:
             shift = 0.5 * (least + most)
             if shift in (least, most):
                 break
-            if float(weights @ shifted(shift)) < sparsity:
+            if float(weights @ count(shifted(shift))) < sparsity:
                 least = shift
             else:
                 most = shift

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-__all__ = ["corrected", "direction_from_ratio", "direction_from_response"]
+__all__ = ["corrected", "direction_from_ratio", "direction_from_response", "winsorised"]
 
 
 def direction_from_ratio(ratio: np.ndarray) -> np.ndarray:
@@ -30,8 +30,17 @@ def direction_from_response(response: np.ndarray) -> np.ndarray:
     """
     Δ = −(g − mean g), g winsorised at its 5 % and 95 % quantiles.
 
-    :param response: drop of loss g per weight when a group is pruned less, (groups,)
-    :return: Δ, shape (groups,): negative for those whose relief helps most
+    :param response: slope of the loss per weight, or what a group's relief brings, (G,)
+    :return: Δ, shape (G,): negative for those whose relief helps most
+    """
+    g = winsorised(response)
+    return -(g - g.mean())
+
+
+def winsorised(response: np.ndarray) -> np.ndarray:
+    """
+    Clipped at the 5 % and 95 % quantiles.
+
     :raises ValueError: if a response is not finite
     """
     response = np.asarray(response, dtype=np.float64)
@@ -41,8 +50,7 @@ def direction_from_response(response: np.ndarray) -> np.ndarray:
             "must be finite: check the weights after the blocks (final norm, lm_head) "
             "and the dtype (float16 overflows in some models, use bfloat16)"
         )
-    g = np.clip(response, *np.quantile(response, [0.05, 0.95]))
-    return -(g - g.mean())
+    return np.clip(response, *np.quantile(response, [0.05, 0.95]))
 
 
 def corrected(base: np.ndarray, direction: np.ndarray, strength: float) -> np.ndarray:

@@ -1,18 +1,28 @@
 """
-A line search along the correction, judged on held-out calibration text: never worse
-there than the base allocation or than uniform.
+The search for the correction, judged on held-out calibration text: never worse there
+than the base allocation or than uniform.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.search.correction import corrected
+from absorb_plugin.search.descent import LENGTHS, Slopes, Spreading, Step, descend
 from absorb_plugin.search.standard_error import standard_error
 
-__all__ = ["Judge", "Losses", "Measure", "Round", "SearchResult", "gain", "line_search"]
+__all__ = [
+    "Judge",
+    "Losses",
+    "Measure",
+    "Round",
+    "SearchResult",
+    "descent_search",
+    "gain",
+    "line_search",
+]
 
 # The negative side is there because a signal can point the wrong way: the noise ratio
 # does on some models. Whether it does shows in the first round, so later ones leave it
@@ -21,6 +31,8 @@ __all__ = ["Judge", "Losses", "Measure", "Round", "SearchResult", "gain", "line_
 STRENGTHS = (-0.05, 0.05, 0.1, 0.2)
 # Losses closer than this, in nats per token, are a tie: the smaller strength wins.
 TIE = 1e-3
+# Points of a descent's path that are judged.
+PARTS = 3
 
 # Sums of cross-entropy (candidates, samples), and predicted tokens (samples,).
 Losses = tuple[np.ndarray, np.ndarray]
@@ -53,7 +65,12 @@ class SearchResult:
     :param start: "base", or "uniform" where uniform scored better
     :param base_loss: held-out cross-entropy of the base allocation, nats per token
     :param uniform_loss: the same of the uniform allocation
-    :param loss: the same of the outcome of all rounds
+    :param loss: the same of the outcome
+    :param direction: Δ of the first round or step, shape (N,)
+    :param rounds: of a line search
+    :param steps: of a descent
+    :param judged: number of steps -> held-out loss of the allocation after them
+    :param taken: number of steps of a descent that were taken
     """
 
     sparsity: np.ndarray
@@ -61,7 +78,11 @@ class SearchResult:
     base_loss: float
     uniform_loss: float
     loss: float
+    direction: np.ndarray
     rounds: list[Round] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    judged: dict[int, float] = field(default_factory=dict)
+    taken: int = 0
 
 
 def line_search(
@@ -78,11 +99,8 @@ def line_search(
     :param judge: the loss of allocations on held-out samples
     :param rounds: at most so many; the search stops when a round chooses 0
     """
-    uniform = budget.uniform()
-    sums, tokens = judge([base, uniform])
-    base_loss, uniform_loss = _means(sums, tokens)
-    start = "uniform" if uniform_loss < base_loss else "base"
-    current, own = (uniform, sums[1]) if start == "uniform" else (base, sums[0])
+    found, own, tokens = _started(base, budget, judge)
+    current = found.sparsity
     done: list[Round] = []
     scale = 1.0
     for number in range(rounds):
@@ -101,7 +119,86 @@ def line_search(
         if taken < max(strengths):
             scale /= 2
     loss = float(own.sum() / tokens.sum())
-    return SearchResult(current, start, base_loss, uniform_loss, loss, done)
+    first = done[0].direction
+    return replace(found, sparsity=current, loss=loss, direction=first, rounds=done)
+
+
+def descent_search(
+    base: np.ndarray,
+    budget: Budget,
+    measure: Callable[[np.ndarray], Slopes],
+    judge: Judge,
+    *,
+    groups: Spreading,
+    rounds: int,
+    lengths: tuple[float, float] = LENGTHS,
+    judge_path: bool = True,
+) -> SearchResult:
+    """
+    Descend from the better of base and uniform; of some points of the path the best on
+    held-out samples is taken, if it beats the start by more than a standard error.
+
+    :param measure: the slopes of every group under an allocation
+    :param groups: spreads one number per group over the Linears
+    :param rounds: steps of the descent
+    :param lengths: of its first and last step
+    :param judge_path: whether points of it are judged; else its end is taken, where
+        the judge knows less than the slopes
+    """
+    found, own, tokens = _started(base, budget, judge)
+    descent = descend(
+        found.sparsity, budget, measure, groups, rounds=rounds, lengths=lengths
+    )
+    made = len(descent.steps)
+    if not judge_path:
+        return replace(
+            found,
+            sparsity=descent.path[-1],
+            loss=float("nan"),
+            direction=descent.direction,
+            steps=descent.steps,
+            judged={0: found.loss},
+            taken=made,
+        )
+    points = sorted({made * part // PARTS for part in range(1, PARTS + 1)} - {0})
+    judged = {0: found.loss}
+    best, best_sums = 0, own
+    if points:
+        sums, tokens = judge([descent.path[point] for point in points])
+        means = _means(sums, tokens)
+        judged |= dict(zip(points, means, strict=True))
+        least = int(np.argmin(means))
+        won, error = gain(own, sums[least], tokens)
+        if won > TIE and not won <= error:
+            best, best_sums = points[least], sums[least]
+    return replace(
+        found,
+        sparsity=descent.path[best],
+        loss=float(best_sums.sum() / tokens.sum()),
+        direction=descent.direction,
+        steps=descent.steps,
+        judged=judged,
+        taken=best,
+    )
+
+
+def _started(
+    base: np.ndarray, budget: Budget, judge: Judge
+) -> tuple[SearchResult, np.ndarray, np.ndarray]:
+    """The better of base and uniform, its loss sums, and tokens, per sample."""
+    uniform = budget.uniform()
+    sums, tokens = judge([base, uniform])
+    base_loss, uniform_loss = _means(sums, tokens)
+    better = uniform_loss < base_loss
+    found = SearchResult(
+        uniform if better else base,
+        "uniform" if better else "base",
+        base_loss,
+        uniform_loss,
+        uniform_loss if better else base_loss,
+        np.zeros_like(base),
+    )
+    return found, sums[1] if better else sums[0], tokens
 
 
 def gain(own: np.ndarray, other: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from absorb_plugin.blocks import BlockMap
-from absorb_plugin.calibration import SampleSplit
 from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.groups import Groups
 from absorb_plugin.pruners.base import Pruner
 from absorb_plugin.pruners.weights import MaskedWeights
+from absorb_plugin.sample_split import SampleSplit
+from absorb_plugin.search.correction import direction_from_response
+from absorb_plugin.search.descent import LENGTHS, Slopes
 
 __all__ = ["Setting", "Signal"]
 
@@ -31,6 +33,9 @@ class Setting:
     :param runner: runs probes
     :param pruner: that will prune
     :param statistics: full name of a Linear -> a_j of the dense network
+    :param quantiles: of the scores by which weights are masked, found out once for all
+        rounds (`MaskedWeights`)
+    :param known: signal -> what it has measured, of those that measure once
     """
 
     blocks: BlockMap
@@ -39,11 +44,15 @@ class Setting:
     runner: ProbeRunner
     pruner: Pruner
     statistics: Mapping[str, torch.Tensor]
+    quantiles: dict[str, torch.Tensor] = field(default_factory=dict)
+    known: dict[Signal, Any] = field(default_factory=dict)
 
     @property
     def masks(self) -> MaskedWeights:
-        """Masked weights, ranked anew."""
-        return MaskedWeights(self.blocks, self.pruner.masks, self.statistics)
+        """Masked weights, with thresholds of their own."""
+        return MaskedWeights(
+            self.blocks, self.pruner.masks, self.statistics, self.quantiles
+        )
 
 
 class Signal(BaseModel):
@@ -53,22 +62,36 @@ class Signal(BaseModel):
 
     Class attributes:
         name: how recipes call it
+        lengths: of the first and last step of a descent (`search.descent`)
         by_loss: whether it needs tokens to predict, and the inputs' statistics
-        once: whether it says the same of every allocation, so that one round will do
+        prunes: whether it needs samples to prune by
+        once: whether it says the same of every allocation, and gives a direction only
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: ClassVar[str]
+    lengths: ClassVar[tuple[float, float]] = LENGTHS
     by_loss: ClassVar[bool] = True
+    prunes: ClassVar[bool] = False
     once: ClassVar[bool] = False
+    differentiates: ClassVar[bool] = False
 
-    def measure(self, setting: Setting, allocation: np.ndarray) -> np.ndarray:
+    def measurer(self, setting: Setting) -> Callable[[np.ndarray], Slopes]:
         """
-        :param allocation: under which the network runs, one sparsity per Linear
-        :return: Δ of every group, negative for those that are to be pruned less
+        Of a signal that is not `once`: what takes an allocation, one sparsity per
+        Linear, and gives the slopes of every group under it. One serves a whole
+        descent.
         """
         raise NotImplementedError
+
+    def direction(self, setting: Setting, allocation: np.ndarray) -> np.ndarray:
+        """Δ of every group, negative for those that are to be pruned less."""
+        return direction_from_response(self.measurer(setting)(allocation).mean)
+
+    def rounds(self, most: int) -> int:
+        """Of a descent, where `effort` allows so many."""
+        return most
 
     @classmethod
     def made_with(cls, arguments: Mapping[str, object]) -> Signal:

@@ -11,9 +11,15 @@ within ±δ of the threshold: restoring a masked weight changes the loss by abou
 +g_ij·w_ij, masking a kept one by about −g_ij·w_ij, and the second-order terms of the
 two have opposite signs. For SparseGPT it contains how the weights that remain make up
 for the others. It costs four block passes per block (forward, recomputation, backward).
+
+∂loss/∂W̃ is never made: with x what enters the Linear and y' the gradient of what leaves
+it, the slope is Σ over tokens of y'·(dW̃/ds x), which is known for each sample, and so
+is its standard error.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
@@ -32,11 +38,12 @@ from absorb_plugin.forward.loss import check_predicted, loss_gradient
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.groups import Groups, linear_names
 from absorb_plugin.pruners.weights import MaskedSlopes, PrunedSlopes
-from absorb_plugin.search.correction import direction_from_response
+from absorb_plugin.search.descent import Slopes
+from absorb_plugin.search.standard_error import standard_error
 from absorb_plugin.signals.base import Setting, Signal
 from absorb_plugin.signals.pruned_model import PrunedModel
 
-__all__ = ["Gradient", "GradientProbe", "PrunerGradient"]
+__all__ = ["Gradient", "GradientProbe", "LinearSlopes", "PrunerGradient"]
 
 
 class GradientProbe(Probe):
@@ -47,27 +54,31 @@ class GradientProbe(Probe):
     :param source: the weights under which the network runs, and how they change
     """
 
-    state = ("_slopes", "_tokens", "_loss")
+    state = ("_slopes", "_tokens", "_losses", "_mixed")
 
     def __init__(self, blocks: BlockMap, source: MaskedSlopes | PrunedSlopes) -> None:
         self._blocks, self._source = blocks, source
         self._rows = {name: row for row, name in enumerate(linear_names(blocks))}
         self._in_force = ExitStack()
-        self._slopes: list[np.ndarray] = []
+        # one entry per sample
+        self._slopes: list[np.ndarray] = []  # ∂(sum of losses)/∂s, (Linears,)
         self._tokens: list[int] = []
-        self._loss = 0.0
+        self._losses: list[float] = []
+        # Linears whose tokens are of no known sample: experts
+        self._mixed: set[int] = set()
 
     @property
     def needs(self) -> Needs:
         # inputs of all blocks, and two gradients
         return Needs(
             trajectories=len(self._blocks) + 2,
-            pruned=True,
+            pruned=3,
             backward=True,
             kept_weights=self._source.kept_weights,
         )
 
     def start(self, batch: Batch) -> None:
+        self._current = np.zeros((len(batch["input_ids"]), len(self._rows)))
         self._visits: list[tuple[torch.Tensor, RunBlock]] = []
 
     def enter(self, index: int, block: Module) -> None:
@@ -86,29 +97,26 @@ class GradientProbe(Probe):
 
     def finish(self, batch: Batch, head: OutputHead) -> None:
         losses, gradient = loss_gradient(head, batch, self._last)
-        self._slopes.append(np.zeros(len(self._rows)))
         for index in reversed(range(len(self._visits))):
             before, run = self._visits.pop()
             with disable_offloading():
                 gradient = self._backward(index, before, run, gradient)
-        self._tokens.append(sum(count for _, count in losses))
-        self._loss += sum(total for total, _ in losses)
-        del self._last
+        self._slopes += list(self._current)
+        self._losses += [total for total, _ in losses]
+        self._tokens += [count for _, count in losses]
+        del self._last, self._current
 
     def close(self) -> None:
         self._in_force.close()
 
-    def result(self) -> np.ndarray:
-        """∂loss/∂s of every prunable Linear, nats per token, shape (Linears,)."""
-        slopes = distributed.gather_shares(self._slopes)
-        tokens = sum(distributed.gather(sum(self._tokens)))
-        return np.sum(slopes, axis=0) / check_predicted(tokens)
-
-    def loss(self) -> float:
-        """Cross-entropy under the allocation itself, nats per token."""
-        return sum(distributed.gather(self._loss)) / sum(
-            distributed.gather(sum(self._tokens))
-        )
+    def result(self) -> "LinearSlopes":
+        """Means over all samples."""
+        slopes = np.array(distributed.gather_shares(self._slopes))
+        tokens = np.array(distributed.gather_shares(self._tokens), dtype=np.float64)
+        mixed = sorted(set().union(*distributed.gather(self._mixed)))
+        total = check_predicted(int(tokens.sum()))
+        loss = sum(distributed.gather_shares(self._losses)) / total
+        return LinearSlopes(slopes, tokens, mixed, loss)
 
     def _backward(
         self, index: int, before: torch.Tensor, run: RunBlock, gradient: torch.Tensor
@@ -122,9 +130,48 @@ class GradientProbe(Probe):
             (found,) = torch.autograd.grad(run(source), source, gradient)
         return found
 
-    def _add_slope(self, index: int, name: str, gradient: torch.Tensor) -> None:
+    def _add_slope(
+        self, index: int, name: str, x: torch.Tensor, gradient: torch.Tensor
+    ) -> None:
+        change = self._source.change(index, name)
+        if change is None:
+            return
         row = self._rows[self._blocks.blocks[index].full_name(name)]
-        self._slopes[-1][row] += self._source.along(index, name, gradient)
+        moved = x.matmul(change.to(x.device).t())
+        by_token = (gradient.float() * moved.float()).sum(dim=-1, dtype=torch.float64)
+        samples = len(self._current)
+        if x.dim() == 3 and len(x) == samples:
+            self._current[:, row] += by_token.sum(dim=1).cpu().numpy()
+        else:
+            self._current[:, row] += float(by_token.sum()) / samples
+            self._mixed.add(row)
+
+
+@dataclass(frozen=True)
+class LinearSlopes:
+    """
+    :param slopes: ∂(sum of losses)/∂s per sample and Linear, shape (samples, Linears)
+    :param tokens: predicted tokens per sample, shape (samples,)
+    :param mixed: columns whose tokens are of no known sample, so without an error
+    :param loss: cross-entropy under the allocation itself, nats per token
+    """
+
+    slopes: np.ndarray
+    tokens: np.ndarray
+    mixed: list[int]
+    loss: float
+
+    def mean(self) -> np.ndarray:
+        """∂loss/∂s of every Linear, nats per token, shape (Linears,)."""
+        return self.slopes.sum(axis=0) / self.tokens.sum()
+
+    def of_groups(self, groups: Groups) -> Slopes:
+        """Per group, and per share of all weights."""
+        share = groups.group_sizes / groups.group_sizes.sum()
+        by_group = np.array([groups.total(one) for one in self.slopes])
+        error = standard_error(by_group, self.tokens[:, None]) / share
+        error[groups.of[self.mixed]] = np.nan
+        return Slopes(groups.total(self.mean()) / share, error, self.loss)
 
 
 class Gradient(Signal):
@@ -135,14 +182,16 @@ class Gradient(Signal):
     """
 
     name: ClassVar[str] = "gradient"
+    differentiates: ClassVar[bool] = True
 
     step: float = Field(default=0.05, gt=0, lt=1)
 
-    def measure(self, setting: Setting, allocation: np.ndarray) -> np.ndarray:
-        slopes = MaskedSlopes(setting.blocks, setting.masks, allocation, self.step)
-        probe = GradientProbe(setting.blocks, slopes)
-        found = setting.runner.run("Loss slope", setting.samples.next_signal(), probe)
-        return direction_from_slopes(setting.groups, found)
+    def measurer(self, setting: Setting) -> Callable[[np.ndarray], Slopes]:
+        return partial(self._slopes, setting)
+
+    def _slopes(self, setting: Setting, allocation: np.ndarray) -> Slopes:
+        source = MaskedSlopes(setting.blocks, setting.masks, allocation, self.step)
+        return _slopes(setting, source)
 
 
 class PrunerGradient(Gradient):
@@ -150,23 +199,49 @@ class PrunerGradient(Gradient):
     The slope through the pruner itself.
 
     :param step: δ: half the distance of the two sparsities whose weights are compared
+    :param refresh: rounds after which the pruner makes the weights anew; in between
+        they are interpolated
     """
 
     name: ClassVar[str] = "pruner"
+    prunes: ClassVar[bool] = True
+    lengths: ClassVar[tuple[float, float]] = (0.05, 0.02)
 
-    def measure(self, setting: Setting, allocation: np.ndarray) -> np.ndarray:
-        model = PrunedModel(setting.blocks, setting.pruner, allocation, self.step)
-        slopes = setting.runner.run("Pruned model", setting.samples.pruning, model)
-        probe = GradientProbe(setting.blocks, slopes)
-        found = setting.runner.run("Loss slope", setting.samples.next_signal(), probe)
-        return direction_from_slopes(setting.groups, found)
+    refresh: int = Field(default=3, ge=1)
+
+    def measurer(self, setting: Setting) -> Callable[[np.ndarray], Slopes]:
+        return _PrunerSlopes(setting, self).measure
+
+    def rounds(self, most: int) -> int:
+        return max(1, most * 3 // 4)
 
 
-def direction_from_slopes(groups: Groups, slopes: np.ndarray) -> np.ndarray:
-    """
-    Δ of every group, from the slope of its weights: the budget is one of weights, so a
-    small group that helps as much helps more.
+class _PrunerSlopes:
+    """The slopes of one descent through the pruner's weights."""
 
-    :param slopes: ∂loss/∂s of every Linear, shape (N,)
-    """
-    return direction_from_response(groups.total(slopes) / groups.group_sizes)
+    def __init__(self, setting: Setting, signal: PrunerGradient) -> None:
+        self._setting, self._signal = setting, signal
+        self._made: PrunedSlopes | None = None
+        self._age = 0
+
+    def measure(self, allocation: np.ndarray) -> Slopes:
+        if self._made is None or self._age == self._signal.refresh:
+            self._made, self._age = None, 0  # let go before the new ones are made
+            self._made = self._prune(allocation)
+        self._age += 1
+        return _slopes(self._setting, self._made.at(allocation))
+
+    def _prune(self, allocation: np.ndarray) -> PrunedSlopes:
+        setting = self._setting
+        model = PrunedModel(
+            setting.blocks, setting.pruner, allocation, self._signal.step
+        )
+        samples = setting.samples.next_pruning()
+        what = f"Pruning as {setting.pruner.name} does"
+        return setting.runner.run(what, samples, model)
+
+
+def _slopes(setting: Setting, source: MaskedSlopes | PrunedSlopes) -> Slopes:
+    probe = GradientProbe(setting.blocks, source)
+    found = setting.runner.run("Loss slope", setting.samples.next_signal(), probe)
+    return found.of_groups(setting.groups)

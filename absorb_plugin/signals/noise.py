@@ -377,13 +377,18 @@ class Noise(Signal):
     seed: int = Field(default=0, ge=0, lt=2**63)
     sink_tokens: Literal["perturb", "spare", "auto"] = "auto"
 
-    def measure(self, setting: Setting, allocation: np.ndarray) -> np.ndarray:
-        profile = self.profile(setting, setting.samples.in_turn())
-        direction = direction_from_ratio(profile.ratio)
-        names = [block.name for block in setting.blocks.blocks if block.linears]
+    def direction(self, setting: Setting, allocation: np.ndarray) -> np.ndarray:
+        profile = self.measured(setting)
         by_block = Groups.at("block", setting.blocks)
-        assert by_block.names == tuple(names)
-        return setting.groups.mean(by_block.spread(direction))
+        by_linear = by_block.spread(direction_from_ratio(profile.ratio))
+        return setting.groups.mean(by_linear)
+
+    def measured(self, setting: Setting) -> NoiseProfile:
+        """The profile that the direction is of; it costs as much as all the rest."""
+        if self not in setting.known:
+            profile = self.profile(setting, setting.samples.in_turn())
+            setting.known[self] = profile
+        return setting.known[self]
 
     def profile(self, setting: Setting, samples: Sequence[dict]) -> NoiseProfile:
         """What the probe measures on some samples; also for the report."""

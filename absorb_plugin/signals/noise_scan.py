@@ -6,18 +6,22 @@ All η share one forward, so they are compared on the same samples under the sam
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel
+from torch.nn import Module
 
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.calibration import join_samples, samples_of
+from absorb_plugin.devices import computing_on_one_device, dtype_of
 from absorb_plugin.files import json_numbers
+from absorb_plugin.forward.memory import limit_by_machine
 from absorb_plugin.forward.run import run_probes
+from absorb_plugin.language_model import language_model
 from absorb_plugin.signals.noise import NoiseProbe, NoiseProfile
+from absorb_plugin.torch_state import plain_torch
 
 __all__ = ["NoiseScan", "as_dict", "scan_noise"]
 
@@ -49,15 +53,16 @@ class NoiseScan:
         return [eta for eta, profile in pairs if profile.below_floor(eta)]
 
 
+@plain_torch()
 def scan_noise(
-    model: PreTrainedModel,
+    model: Module,
     samples: Dataset,
     magnitudes: Sequence[float],
     *,
     seed: int = 0,
     sink_tokens: str = "auto",
     noise_dtype: str = "model",
-    probe_memory: int = 4 * 2**30,
+    probe_memory: int | Literal["auto"] = "auto",
 ) -> NoiseScan:
     """
     :param model: the dense model; its weights are not touched
@@ -66,7 +71,7 @@ def scan_noise(
     :param seed: of the noise
     :param sink_tokens: as of `Noise`
     :param noise_dtype: its `dtype`
-    :param probe_memory: bytes that the hidden states may take
+    :param probe_memory: as in `AbsorptionAllocationModifier`
     """
     blocks = find_blocks(model)
     batches = join_samples(samples_of(samples))
@@ -74,15 +79,20 @@ def scan_noise(
         NoiseProbe(blocks.prunable, len(blocks), eta, seed, sink_tokens, noise_dtype)
         for eta in magnitudes
     ]
-    run_probes(
-        model,
-        blocks,
-        batches,
-        probes,
-        memory=probe_memory,
-        description=f"Noise of {len(probes)} magnitudes",
+    with computing_on_one_device(model):
+        if probe_memory == "auto":
+            probe_memory = limit_by_machine(model, blocks.modules)
+        run_probes(
+            model,
+            blocks,
+            batches,
+            probes,
+            memory=probe_memory,
+            description=f"Noise of {len(probes)} magnitudes",
+        )
+    dtype = (
+        torch.float32 if noise_dtype == "float32" else dtype_of(language_model(model))
     )
-    dtype = torch.float32 if noise_dtype == "float32" else model.dtype
     return NoiseScan(
         [blocks.blocks[index].name for index in blocks.prunable],
         list(magnitudes),

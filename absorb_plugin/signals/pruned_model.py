@@ -38,6 +38,7 @@ class PrunedModel(Probe):
         self, blocks: BlockMap, pruner: Pruner, allocation: np.ndarray, step: float
     ) -> None:
         self._blocks, self._pruner, self._step = blocks, pruner, step
+        self._allocation = allocation
         self._sparsities = block_sparsities(blocks, allocation)
         self._in_force = ExitStack()
         self._kept: dict[int, dict[str, list[torch.Tensor]]] = {}
@@ -46,7 +47,7 @@ class PrunedModel(Probe):
     def needs(self) -> Needs:
         return Needs(
             trajectories=1,
-            pruned=True,
+            pruned=PrunedSlopes.kept_weights,
             hessians=self._pruner.hessians,
             kept_weights=PrunedSlopes.kept_weights,
             single_batch=True,
@@ -83,7 +84,8 @@ class PrunedModel(Probe):
 
     def result(self) -> PrunedSlopes:
         """The pruned weights, where the model's own lie."""
-        return PrunedSlopes(self._kept)
+        made_at = self._allocation
+        return PrunedSlopes(self._blocks, self._kept, made_at, made_at, step=self._step)
 
 
 def _given(weight: torch.Tensor) -> torch.Tensor:

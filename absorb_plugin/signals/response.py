@@ -12,9 +12,10 @@ less. All trajectories share the prefix of the first; with one group per block t
 L(L+1)/2 block passes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -31,7 +32,7 @@ from absorb_plugin.forward.loss import check_predicted, score_states
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.groups import Groups
 from absorb_plugin.pruners.weights import MaskedWeights, block_sparsities
-from absorb_plugin.search.correction import direction_from_response
+from absorb_plugin.search.descent import Slopes
 from absorb_plugin.search.standard_error import standard_error
 from absorb_plugin.signals.base import Setting, Signal
 
@@ -87,7 +88,7 @@ class ResponseProbe(Probe):
 
     @property
     def needs(self) -> Needs:
-        return Needs(trajectories=self._groups, pruned=True)
+        return Needs(trajectories=self._groups, pruned=2)
 
     def start(self, batch: Batch) -> None:
         self._relaxed: dict[int, torch.Tensor] = {}
@@ -168,12 +169,17 @@ class ResponseSignal(Signal):
 
     step: float = Field(default=0.1, gt=0, lt=1)
 
-    def measure(self, setting: Setting, allocation: np.ndarray) -> np.ndarray:
+    def measurer(self, setting: Setting) -> Callable[[np.ndarray], Slopes]:
+        return partial(self._slopes, setting)
+
+    def _slopes(self, setting: Setting, allocation: np.ndarray) -> Slopes:
         probe = ResponseProbe(
             setting.blocks, setting.groups, setting.masks, allocation, self.step
         )
         samples = setting.samples.next_signal()
         found = setting.runner.run("Response probe", samples, probe)
-        # per weight: the budget is one of weights, and groups differ in size
-        size = setting.groups.group_sizes / setting.groups.group_sizes.mean()
-        return direction_from_response(found.response / size)
+        sizes = setting.groups.group_sizes
+        change = self.step * sizes / sizes.sum()
+        return Slopes(
+            found.response / change, found.response_error / change, found.loss
+        )

@@ -1,235 +1,473 @@
 """
-What the allocation costs on large models, worked out, not measured.
+What the allocation costs on large models, against the pruning itself.
 
-    python integration/benchmarks/cost_model.py [--gpus 1 8] [--samples 8] [--json]
+    python integration/benchmarks/cost_model.py [--models 8B 70B] [--gpus 1 8] [--json]
 
-Prints the tables of docs/scaling.md: for every station of the defaults the passes of a
-block over a token, the floating-point operations, the bytes moved from host memory to
-a GPU where the model is offloaded, and the memory beside the model. The formulas are
-those of docs/scaling.md; memory comes from the package's own `Footprint`.
+Prints the tables of docs/scaling.md. The schedule is that of `allocate` itself, which
+runs with its forwards left out; every forward is then traced on blocks of full shape
+without memory (gpu_trace.py), and times follow from stated rates. Worked out, not
+measured: read every time as good to a factor of 2.
 """
 
 import argparse
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
+from gpu_trace import RATES, Cost, tracing
+from llmcompressor.modifiers.pruning.sparsegpt import sgpt_sparsify
+from llmcompressor.modifiers.pruning.wanda import wanda_sparsify
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from absorb_plugin.memory import Footprint, footprint
+from absorb_plugin import allocate as method
+from absorb_plugin.allocators.base_allocation import base_allocation
+from absorb_plugin.allocators.owl import Owl
+from absorb_plugin.blocks import BlockMap, find_blocks
+from absorb_plugin.calibration import JOINED, Batch
+from absorb_plugin.forward import memory
+from absorb_plugin.forward.inputs import InputStatistics
+from absorb_plugin.forward.memory import footprint
+from absorb_plugin.forward.probe import Needs, Probe
+from absorb_plugin.forward.run import run_probes
+from absorb_plugin.forward.runner import ProbeRunner
+from absorb_plugin.judges import MaskedLoss, PrunedLoss
+from absorb_plugin.pruners import PRUNERS, Pruner
+from absorb_plugin.pruners.thresholds import LEVELS
+from absorb_plugin.pruners.weights import MaskedSlopes, MaskedWeights
+from absorb_plugin.search.budget import Budget
+from absorb_plugin.settings import AllocationSettings
+from absorb_plugin.signals.gradient import GradientProbe, LinearSlopes
 
-ELEMENT = 2  # bytes of a bfloat16
-MEMORY = 4 * 2**30  # sweep_memory's default
-ROUNDS = 4
-CANDIDATES = 4  # strengths of a round
-JOINED = 8  # samples that a sweep joins to a batch at most
+GIB = 2**30
 CONFIGS = {
-    "8B": dict(hidden=4096, inner=14336, layers=32, heads=32, kv=8, vocab=128256),
-    "70B": dict(hidden=8192, inner=28672, layers=80, heads=64, kv=8, vocab=128256),
-    "405B": dict(hidden=16384, inner=53248, layers=126, heads=128, kv=8, vocab=128256),
+    "8B": dict(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    ),
+    "70B": dict(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    ),
 }
-
-
-@dataclass(frozen=True)
-class Size:
-    """
-    :param block: weights of one block's Linears
-    :param head: weights of the output head
-    :param groups: (in_features, out_features) of the Linears that share an input
-    """
-
-    layers: int
-    block: int
-    head: int
-    groups: tuple[tuple[int, int], ...]
-
-    @classmethod
-    def of(cls, hidden, inner, layers, heads, kv, vocab) -> "Size":
-        projections = int(hidden * (1 + 2 * kv / heads))
-        groups = (
-            (hidden, projections),
-            (hidden, hidden),
-            (hidden, 2 * inner),
-            (inner, hidden),
-        )
-        return cls(layers, sum(i * o for i, o in groups), hidden * vocab, groups)
-
-    def pruning(self, tokens: int) -> float:
-        """
-        FLOP of SparseGPT on all blocks: per input the Hessian of the tokens, its
-        Cholesky factor and that factor's inverse, then each column's error taken up by
-        the columns behind it.
-        """
-        return self.layers * sum(
-            2.0 * tokens * i * i + (1 / 3 + 1) * i**3 + float(i) * i * o
-            for i, o in self.groups
-        )
+FREE = 72 * GIB  # of an H100 with nothing but a block on it
+S = 0.6
 
 
 @dataclass(frozen=True)
 class Station:
     """
-    One sweep.
+    One kind of run of the method.
 
-    :param passes: block passes per token, over all blocks; a backward pass is two
-    :param scored: trajectories that the output head turns into logits
-    :param visits: how often a block is onloaded per batch
+    :param runs: how often
+    :param samples: of one run
+    :param tokens: of a sample
+    :param candidates: allocations that are judged at once
+    :param pruning: samples that weights are pruned by, among `samples`
     """
 
     name: str
+    probe: str
+    needs: Needs
+    runs: int
     samples: int
     tokens: int
-    passes: float
-    scored: int
-    visits: int
-    trajectories: int
-    masked: bool = False
-    differentiates: bool = False
-    widens: bool = False
-    compensates: bool = False
-    undivided: bool = False
+    candidates: int = 0
+    pruning: int = 0
 
 
-def stations(layers: int, samples: int, tokens: int, probe: int) -> list[Station]:
-    """The stations of the defaults, each with all its rounds' runs counted once."""
-    return [
-        Station("statistics", 16, tokens, layers, 0, 1, 0),
-        Station(
-            "signal, a round", samples, probe, 4 * layers, 3, 2, layers + 2, True, True
-        ),
-        Station(
-            "candidates, a round",
-            samples,
-            probe,
-            CANDIDATES * layers,
-            CANDIDATES,
+class Recorder(ProbeRunner):
+    """Notes what is to run, and answers something."""
+
+    def __init__(self, *args: Any) -> None:
+        self.cache = None
+        self.stations: list[Station] = []
+        Recorder.last = self
+
+    def run(self, what: str, samples: Sequence[dict], probe: Probe) -> Any:
+        candidates = len(getattr(probe, "_candidates", ()))
+        station = Station(
+            what,
+            type(probe).__name__,
+            probe.needs,
             1,
-            CANDIDATES - 1,
-            True,
-        ),
-        # calibrates by as many samples again, and passes every block twice; the model's
-        # own pass carries one of the two allocations
-        Station(
-            "rehearsal of base and outcome",
-            2 * samples,
-            probe,
-            4 * layers,
-            1,
-            1,
-            2,
-            True,
-            compensates=True,
-            undivided=True,
-        ),
-        Station(
-            "noise, for the report",
-            1,
-            probe,
-            layers * (layers + 1) / 2 + layers - 1,
-            0,
-            1,
-            layers + 2,
-            widens=True,
-        ),
-        Station(
-            "response instead of the signal",
-            samples,
-            probe,
-            layers * (layers + 3) / 2,
-            layers + 1,
-            1,
-            layers,
-            True,
-        ),
-    ]
+            len(samples),
+            max(sample["input_ids"].shape[1] for sample in samples),
+            candidates,
+            getattr(probe, "_calibrating", 0),
+        )
+        self.stations.append(station)
+        return _answer(probe, len(samples), candidates)
 
 
-def memory_of(fields: dict, station: Station) -> Footprint:
-    """The package's own figure, on a model without memory."""
+def _answer(probe: Probe, samples: int, candidates: int) -> Any:
+    """Every candidate beats the one before, so that nothing is left out."""
+    if isinstance(probe, InputStatistics):
+        return {
+            k: torch.ones(v.in_features) for k, v in probe._blocks.linears().items()
+        }
+    if isinstance(probe, GradientProbe):
+        slopes = np.random.default_rng(0).normal(size=(samples, len(probe._rows)))
+        return LinearSlopes(slopes, np.full(samples, 100.0), [], 3.0)
+    losses = 300.0 - 20 * np.arange(candidates)[:, None] * np.ones((1, samples))
+    return losses, np.full(samples, 100.0)
+
+
+def schedule(pruner: Pruner, widest: int, samples: int, tokens: int) -> list[Station]:
+    """What `allocate` runs at its defaults, equal runs counted together."""
     config = LlamaConfig(
-        hidden_size=fields["hidden"],
-        intermediate_size=fields["inner"],
-        num_hidden_layers=1,
-        num_attention_heads=fields["heads"],
-        num_key_value_heads=fields["kv"],
-        vocab_size=fields["vocab"],
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=8,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        vocab_size=64,
+        max_position_embeddings=tokens,
     )
+    model = LlamaForCausalLM(config)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 64, (samples, tokens), generator=generator)
+    batches = [{"input_ids": row[None]} for row in ids]
+    with (
+        patch.object(method, "ProbeRunner", Recorder),
+        patch.object(method, "widest", return_value=widest),
+    ):
+        method.allocate(
+            model,
+            find_blocks(model),
+            batches,
+            sparsity=S,
+            pruner=pruner,
+            settings=AllocationSettings(allocator="uniform"),
+        )
+    found: dict[tuple, Station] = {}
+    for station in Recorder.last.stations:
+        key = (station.name, station.samples, station.candidates)
+        runs = found[key].runs + 1 if key in found else 1
+        found[key] = replace(station, runs=runs)
+    return list(found.values())
+
+
+def build(name: str, layers: int) -> LlamaForCausalLM:
+    fields = CONFIGS[name] | {"num_hidden_layers": layers}
+    config = LlamaConfig(**fields, attn_implementation="eager")
+    config.max_position_embeddings = 8192
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    # no float32 copies of weights: this is for a GPU
-    with patch("absorb_plugin.memory.bfloat16_is_slow", return_value=False):
-        return footprint(model, model.model.layers, [station], MEMORY)
+        return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
-def costs(fields: dict, station: Station, gpus: int) -> dict:
-    size = Size.of(**fields)
-    need = memory_of(fields, station)
-    if station.undivided:  # one batch, on every GPU the same
-        mine = together = station.samples
-    else:
-        mine = math.ceil(station.samples / gpus)
-        together = min(JOINED, mine, need.samples(station.tokens, MEMORY))
+def make_probe(station: Station, blocks: BlockMap, pruner: Pruner) -> Probe:
+    sums = {
+        name: torch.ones(linear.in_features, device="meta")
+        for name, linear in blocks.linears().items()
+    }
+    # ranked by an earlier station
+    quantiles = {
+        name: torch.zeros(linear.out_features, LEVELS + 1)
+        for name, linear in blocks.linears().items()
+    }
+    count = len(sums)
+    # unequal, for equal sparsities would share their thresholds
+    flats = [np.full(count, S + 0.01 * i) for i in range(station.candidates)]
+    if station.probe == "InputStatistics":
+        return InputStatistics(blocks)
+    if station.probe == "GradientProbe":
+        masks = MaskedWeights(blocks, pruner.masks, sums, quantiles)
+        flat = np.full(count, S)
+        return GradientProbe(blocks, MaskedSlopes(blocks, masks, flat, 0.05))
+    if station.probe == "PrunedLoss":
+        return PrunedLoss(blocks, pruner, flats, station.pruning)
+    assert station.probe == "MaskedLoss", station.probe
+    return MaskedLoss(blocks, pruner.masks, sums, flats, quantiles)
+
+
+def traced(
+    name: str,
+    layers: int,
+    station: Station,
+    pruner: Pruner,
+    together: int,
+    batches: int,
+) -> Cost:
+    """Of so many batches through a model of so many blocks."""
+    model = build(name, layers)
+    blocks = find_blocks(model)
+    probe = make_probe(station, blocks, pruner)
+    ids = torch.ones(together, station.tokens, dtype=torch.long, device="meta")
+    data: list[Batch] = [{"input_ids": ids} for _ in range(batches)]
+    with tracing(dict(model.named_parameters()), dict(model.named_buffers())) as cost:
+        run_probes(model, blocks, data, [probe], memory=None)
+    return cost
+
+
+def station_cost(
+    name: str, station: Station, pruner: Pruner, gpus: int
+) -> dict[str, Any]:
+    """Of all runs of a station on one of the GPUs."""
+    model = build(name, CONFIGS[name]["num_hidden_layers"])
+    blocks = find_blocks(model)
+    limit = memory._power_of_two(FREE * memory.SHARE, memory.MOST)
+    need = footprint(model, blocks.modules, [station.needs], limit)
+    whole = station.needs.single_batch
+    mine = station.samples if whole else math.ceil(station.samples / gpus)
+    together = mine if whole else min(JOINED, mine, need.samples(station.tokens, limit))
     batches = math.ceil(mine / together)
-    tokens = mine * station.tokens
-    flops = 2.0 * tokens * (station.passes * size.block + station.scored * size.head)
-    if station.compensates:
-        flops += station.trajectories * size.pruning(tokens // 2)
+    together = math.ceil(mine / batches)
+    cost = _extrapolated(name, station, pruner, together, batches)
+    moved = _moved(name, station, batches)
+    took = need.fixed + together * need.sample(station.tokens)
     return {
         "station": station.name,
-        "gpus": gpus,
-        "tokens": tokens,
-        "block_passes": station.passes,
+        "runs": station.runs,
+        "samples": mine,
+        "tokens": station.tokens,
         "batches": batches,
-        "flops": flops,
-        # the embedding is as large as the head
-        "moved": ELEMENT
-        * float(batches)
-        * (
-            station.visits * size.layers * size.block
-            + (3 if station.scored else 1) * size.head
-        ),
-        "memory": need.fixed + together * need.sample(station.tokens),
+        "moved": station.runs * moved,
+        "bus seconds": station.runs * moved / RATES.bus,
+        "statement": took,
+        **_scaled(cost, station.runs),
     }
 
 
-def table(rows: list[dict]) -> str:
-    lines = [
-        "| model | GPUs | station | tokens a GPU | block passes a token | batches "
-        "| PFLOP a GPU | GB moved to a GPU, offloaded | GiB beside the model |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+def _extrapolated(
+    name: str, station: Station, pruner: Pruner, together: int, batches: int
+) -> Cost:
+    """Linear in blocks, and in batches after the first, which ranks the weights."""
+    layers = CONFIGS[name]["num_hidden_layers"]
+    total = Cost()
+    firsts = {n: traced(name, n, station, pruner, together, 1) for n in (1, 2)}
+    total = _along(firsts, layers)
+    if batches > 1:
+        pairs = {n: traced(name, n, station, pruner, together, 2) for n in (1, 2)}
+        total = total.plus(_along(pairs, layers).plus(total, -1), batches - 1)
+    return total
+
+
+def _along(found: dict[int, Cost], layers: int) -> Cost:
+    return found[1].plus(found[2].plus(found[1], -1), layers - 1)
+
+
+def _moved(name: str, station: Station, batches: int) -> int:
+    """Bytes over the bus where the model is offloaded: blocks, embedding, head."""
+    size = shape(name)
+    visits = 2 if station.needs.backward else 1
+    heads = 2 if station.probe == "InputStatistics" else 3
+    return (
+        2 * batches * (visits * size["layers"] * size["block"] + heads * size["head"])
+    )
+
+
+@cache
+def shape(name: str) -> dict[str, int]:
+    model = build(name, 1)
+    linears = find_blocks(model).linears().values()
+    return {
+        "layers": CONFIGS[name]["num_hidden_layers"],
+        "block": sum(x.in_features * x.out_features for x in linears),
+        "head": model.lm_head.in_features * model.lm_head.out_features,
+        "widest": max(x.in_features for x in linears),
+    }
+
+
+def allocator_cost(name: str) -> dict[str, Any]:
+    """OWL, which reads every weight twice."""
+    costs = {}
+    for layers in (1, 2):
+        model = build(name, layers)
+        blocks = find_blocks(model)
+        sums = {
+            k: torch.ones(v.in_features, device="meta")
+            for k, v in blocks.linears().items()
+        }
+        sizes = np.array([x.weight.numel() for x in blocks.linears().values()])
+        with tracing(dict(model.named_parameters())) as costs[layers]:
+            base_allocation(Owl(), blocks, sums, Budget.of(sizes, S, 0.95))
+    size = shape(name)
+    moved = 2 * 2 * size["layers"] * size["block"]
+    return {
+        "station": "OWL",
+        "runs": 1,
+        "samples": 0,
+        "tokens": 0,
+        "batches": 0,
+        "moved": moved,
+        "bus seconds": moved / RATES.bus,
+        "statement": 0,
+        **_scaled(_along(costs, size["layers"]), 1),
+    }
+
+
+def ranking_cost(name: str, pruner: Pruner) -> dict[str, Any]:
+    """Of all weights, once, while a station has them on the device."""
+    (block,) = build(name, 1).model.layers
+    linears = [x for x in block.modules() if isinstance(x, torch.nn.Linear)]
+    with tracing(dict(block.named_parameters())) as cost, torch.no_grad():
+        for linear in linears:
+            observed = torch.ones(linear.in_features, device="meta")
+            pruner.masks.quantiles(linear.weight, observed)
+    return {
+        "station": "ranking",
+        "runs": 1,
+        "samples": 0,
+        "tokens": 0,
+        "batches": 0,
+        "moved": 0,
+        "bus seconds": 0.0,
+        "statement": 0,
+        **_scaled(cost, shape(name)["layers"]),
+    }
+
+
+def pruner_cost(name: str, pruner: str, samples: int, tokens: int) -> dict[str, Any]:
+    """llm-compressor's own work: two passes of all samples, observing, pruning."""
+    model = build(name, 1)
+    (block,) = model.model.layers
+    with tracing(dict(model.named_parameters())) as forward:
+        ids = torch.ones(1, tokens, dtype=torch.long, device="meta")
+        with torch.no_grad():
+            model.model(input_ids=ids)
+    observe, prune = Cost(), Cost()
+    for module in (m for m in block.modules() if isinstance(m, torch.nn.Linear)):
+        x = torch.ones(1, tokens, module.in_features, device="meta").bfloat16()
+        with (
+            tracing(dict(module.named_parameters()), {"x": x}) as cost,
+            torch.no_grad(),
+        ):
+            if pruner == "sparsegpt":
+                seen, _ = sgpt_sparsify.accumulate_hessian(
+                    x, module, sgpt_sparsify.make_empty_hessian(module), 0
+                )
+            else:
+                seen, _ = wanda_sparsify.accumulate_row_scalars(
+                    x, module, wanda_sparsify.make_empty_row_scalars(module), 0
+                )
+        observe = observe.plus(cost)
+        with tracing(dict(module.named_parameters())) as cost, torch.no_grad():
+            _prune(pruner, module, seen)
+        prune = prune.plus(cost)
+    size = shape(name)
+    each = forward.plus(forward).plus(observe)
+    total = Cost().plus(prune.plus(each, samples), size["layers"])
+    moved = 2 * 2 * size["layers"] * size["block"]
+    return {
+        "station": f"{pruner} itself",
+        "runs": 1,
+        "samples": samples,
+        "tokens": tokens,
+        "batches": samples,
+        "moved": moved,
+        "bus seconds": moved / RATES.bus,
+        "statement": 0,
+        **_scaled(total, 1),
+    }
+
+
+def _prune(pruner: str, module: torch.nn.Linear, seen: torch.Tensor) -> None:
+    if pruner == "wanda":
+        wanda_sparsify.sparsify_weight(module, {module: seen}, S, 0, 0)
+    else:
+        sgpt_sparsify.sparsify_weight(module, {module: seen}, S, 0, 0, 128, 0.01, False)
+
+
+def _scaled(cost: Cost, times: float) -> dict[str, Any]:
+    return {
+        "seconds": {k: v * times for k, v in cost.seconds.items()},
+        "count": {k: v * times for k, v in cost.count.items()},
+        "peak": cost.peak,
+    }
+
+
+def model_rows(
+    name: str, pruner: str, gpus: int, samples: int, tokens: int
+) -> list[dict[str, Any]]:
+    kind = PRUNERS[pruner]()
+    stations = schedule(kind, shape(name)["widest"], samples, tokens)
+    rows = [station_cost(name, station, kind, gpus) for station in stations]
+    rows[1:1] = [allocator_cost(name), ranking_cost(name, kind)]
     for row in rows:
-        lines.append(
-            f"| {row['model']} | {row['gpus']} | {row['station']} "
-            f"| {row['tokens']:,} | {row['block_passes']:,.0f} | {row['batches']} | "
-            f"{row['flops'] / 1e15:,.2f} | {row['moved'] / 1e9:,.0f} | "
-            f"{row['memory'] / 2**30:.1f} |"
-        )
-    return "\n".join(lines)
+        row |= {"model": name, "pruner": pruner, "gpus": gpus}
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--models", nargs="+", default=list(CONFIGS), choices=CONFIGS)
+    parser.add_argument("--pruners", nargs="+", default=["wanda", "sparsegpt"])
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--samples", type=int, default=8, help="of signal and held-out")
-    parser.add_argument("--seq-len", type=int, default=2048, help="for the statistics")
-    parser.add_argument("--probe-tokens", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=512, help="of calibration")
+    parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    rows = [
-        {"model": name, **costs(fields, station, gpus)}
-        for name, fields in CONFIGS.items()
-        for gpus in options.gpus
-        for station in stations(
-            fields["layers"], options.samples, options.seq_len, options.probe_tokens
-        )
+    result = []
+    for name in options.models:
+        for pruner in options.pruners:
+            itself = pruner_cost(name, pruner, options.samples, options.seq_len)
+            for gpus in options.gpus:
+                rows = model_rows(name, pruner, gpus, options.samples, options.seq_len)
+                result.append({"rows": rows, "itself": itself, "gpus": gpus})
+    print(json.dumps(result, indent=1) if options.json else tables(result))
+
+
+def tables(result: list[dict[str, Any]]) -> str:
+    return "\n\n".join(_table(**part) for part in result)
+
+
+def _table(rows: list[dict[str, Any]], itself: dict[str, Any], gpus: int) -> str:
+    first = rows[0]
+    pruning = _seconds(itself) / gpus
+    lines = [
+        f"{first['model']}, {first['pruner']}, {gpus} GPU{'s' * (gpus > 1)}:",
+        "",
+        "| station | runs | samples a GPU | batches | resident, s | onloads, s "
+        "| products, factors, traffic, sorts, launches, s | GiB live | GiB stated |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    print(json.dumps(rows, indent=1) if options.json else table(rows))
+    for row in rows:
+        parts = row["seconds"]
+        sorts = parts.get("sorts", 0) + parts.get("selections", 0)
+        split = [
+            *(parts.get(key, 0) for key in ("products", "factors", "traffic")),
+            sorts,
+            parts.get("launches", 0),
+        ]
+        lines.append(
+            f"| {row['station']} | {row['runs']} | {row['samples']} × {row['tokens']} "
+            f"| {row['batches']} | {sum(parts.values()):.1f} "
+            f"| {row['bus seconds']:.1f} | {', '.join(f'{x:.1f}' for x in split)} "
+            f"| {row['peak'] / GIB:.1f} | {row['statement'] / GIB:.1f} |"
+        )
+    whole = sum(map(_seconds, rows))
+    resident = sum(sum(row["seconds"].values()) for row in rows)
+    lines.append("")
+    lines.append(
+        f"Allocation {whole:.0f} s offloaded, {resident:.0f} s resident; "
+        f"{first['pruner']} itself, {itself['samples']} × {itself['tokens']} tokens: "
+        f"{pruning:.0f} s; share {whole / pruning:.0%} offloaded"
+    )
+    return "\n".join(lines)
+
+
+def _seconds(row: dict[str, Any]) -> float:
+    """Weights come one after the other with the work: nothing overlaps."""
+    return sum(row["seconds"].values()) + row["bus seconds"]
 
 
 if __name__ == "__main__":
-    main()
+    with ExitStack():
+        main()

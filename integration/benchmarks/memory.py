@@ -1,14 +1,14 @@
 """
-Resident memory that every station takes beside the model, against `sweep_memory`.
+Resident memory that every probe takes beside the model, against `probe_memory`.
 
     python integration/benchmarks/memory.py [--memory 1.5] [--samples 4] [--tokens 32] \
-        [--stations statistics noise response gradient candidates rehearsal] \
+        [--probes statistics noise response gradient masked pruned pruned_model] \
         [--dtype bfloat16]
 
-Each station runs in a process of its own on a LLaMA of 1.1 billion random weights (22
+Each probe runs in a process of its own on a LLaMA of 1.1 billion random weights (22
 blocks of hidden size 2,048, vocabulary 32,000). The peak is what the kernel saw: VmHWM,
-reset before the station starts, less VmRSS at that time. Linux only. Prints a line of
-JSON per station. For the sake of time the noise probe and the response start behind
+reset before the probe starts, less VmRSS at that time. Linux only. Prints a line of
+JSON per probe. For the sake of time the noise probe and the response start after
 four of the blocks, so they carry four trajectories.
 """
 
@@ -20,13 +20,14 @@ import sys
 import time
 from pathlib import Path
 
-STATIONS = (
+PROBES = (
     "statistics",
     "noise",
     "response",
     "gradient",
-    "candidates",
-    "rehearsal",
+    "masked",
+    "pruned",
+    "pruned_model",
 )
 GIB = 2**30
 
@@ -73,15 +74,18 @@ def measure(options: argparse.Namespace) -> dict:
     import numpy as np
     import torch
 
-    from absorb_plugin.absorption import NoiseProbe
     from absorb_plugin.blocks import find_blocks
-    from absorb_plugin.compensation import Compensation
-    from absorb_plugin.gradient import GradientProbe
-    from absorb_plugin.memory import footprint
-    from absorb_plugin.rehearsal import Rehearsal
-    from absorb_plugin.response import CandidateScores, ResponseProbe
-    from absorb_plugin.statistics import InputStatistics
-    from absorb_plugin.sweep import sweep
+    from absorb_plugin.forward.inputs import InputStatistics
+    from absorb_plugin.forward.memory import footprint
+    from absorb_plugin.forward.run import run_probes
+    from absorb_plugin.groups import Groups
+    from absorb_plugin.judges import MaskedLoss, PrunedLoss
+    from absorb_plugin.pruners import SparseGPT, Wanda
+    from absorb_plugin.pruners.weights import MaskedSlopes, MaskedWeights
+    from absorb_plugin.signals.gradient import GradientProbe
+    from absorb_plugin.signals.noise import NoiseProbe
+    from absorb_plugin.signals.pruned_model import PrunedModel
+    from absorb_plugin.signals.response import ResponseProbe
 
     torch.manual_seed(0)
     model = random_llama(getattr(torch, options.dtype), options.layers)
@@ -92,32 +96,30 @@ def measure(options: argparse.Namespace) -> dict:
     names = [n for i in few for n in blocks.linears() if f".{i}." in n]
     some = blocks.restrict(names)
     sums = {n: torch.rand(x.in_features) + 0.1 for n, x in blocks.linears().items()}
-    flat = np.full(count, 0.5)
-    station = {
+    flat, half = np.full(len(blocks.linears()), 0.5), np.full(len(names), 0.5)
+    masks = MaskedWeights(some, Wanda(), sums)
+    slopes = MaskedSlopes(blocks, MaskedWeights(blocks, Wanda(), sums), flat, 0.05)
+    probe = {
         "statistics": lambda: InputStatistics(blocks),
         "noise": lambda: NoiseProbe(few, count, 1e-2, 0),
-        "response": lambda: ResponseProbe(some, sums, flat[: len(few)], 0.1),
-        "gradient": lambda: GradientProbe(blocks, sums, flat, 0.05),
-        "candidates": lambda: CandidateScores(blocks, sums, [flat] * 2),
-        "rehearsal": lambda: Rehearsal(blocks, sums, [flat] * 2, Compensation(), 2),
-    }[options.stations[0]]()
+        "response": lambda: ResponseProbe(
+            some, Groups.at("block", some), masks, half, 0.1
+        ),
+        "gradient": lambda: GradientProbe(blocks, slopes),
+        "masked": lambda: MaskedLoss(blocks, Wanda(), sums, [flat] * 2),
+        "pruned": lambda: PrunedLoss(blocks, SparseGPT(), [flat] * 2, 2),
+        "pruned_model": lambda: PrunedModel(blocks, SparseGPT(), flat, 0.05),
+    }[options.probes[0]]()
     ids = torch.randint(3, 32000, (options.samples, options.tokens))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     limit = int(options.memory * GIB)
-    need = footprint(model, blocks.modules, [station], limit)
+    need = footprint(model, blocks.modules, [probe], limit)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM = VmRSS
     before, begin = status("VmRSS"), time.perf_counter()
-    sweep(
-        model,
-        blocks.modules,
-        [block.name for block in blocks.blocks],
-        [batch],
-        [station],
-        memory=limit,
-    )
+    run_probes(model, blocks, [batch], [probe], memory=limit)
     return {
-        "station": options.stations[0],
+        "probe": options.probes[0],
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": options.dtype,
         "samples": options.samples,
@@ -135,8 +137,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--stations", nargs="+", default=STATIONS, choices=STATIONS)
-    parser.add_argument("--memory", type=float, default=1.5, help="sweep_memory, GiB")
+    parser.add_argument("--probes", nargs="+", default=PROBES, choices=PROBES)
+    parser.add_argument("--memory", type=float, default=1.5, help="probe_memory, GiB")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--layers", type=int, default=22)
@@ -146,8 +148,8 @@ def main() -> None:
     if options.here:
         print(json.dumps(measure(options)))
         return
-    for station in options.stations:
-        command = [sys.executable, __file__, "--here", "--stations", station]
+    for probe in options.probes:
+        command = [sys.executable, __file__, "--here", "--probes", probe]
         for name in ("memory", "samples", "tokens", "layers", "dtype"):
             command += [f"--{name}", str(getattr(options, name))]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)

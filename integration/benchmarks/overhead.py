@@ -5,7 +5,7 @@ What the allocation costs beside the `oneshot` it serves, in one run.
         [--pruner sparsegpt] [--samples 128] [--seq-len 512] [--dtype float32] \
         [--layers N] [--allocation-only] [--out results.jsonl]
 
-Prints one JSON object, and appends it to `--out`: seconds of every station of the
+Prints one JSON object, and appends it to `--out`: seconds of every probe of the
 allocation, of the allocation, and of the whole `oneshot`; its share in the whole, and
 in what pruning takes without it; and the most memory that the allocation and the
 pruning took beside what there was before, on the accelerator, or, without one, resident
@@ -25,10 +25,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from absorb_plugin import AbsorptionAllocationModifier
-from absorb_plugin.allocation import Calibration
+from absorb_plugin import AbsorptionAllocationModifier, allocate
 from absorb_plugin.evaluation.oneshot import prune
 from absorb_plugin.evaluation.text import calibration_samples, read_text
+from absorb_plugin.forward.runner import ProbeRunner
 
 from memory import GIB, status  # isort: skip
 from quality import PRUNERS  # isort: skip
@@ -58,8 +58,8 @@ class Done(Exception):
     """The allocation is made."""
 
 
-def timed(owner: type, name: str, label: Callable[..., str]) -> None:
-    """Add up the time spent in a method, by what its arguments say it is."""
+def timed(owner: object, name: str, label: Callable[..., str]) -> None:
+    """Add up the time spent in a function, by what its arguments say it is."""
     method = getattr(owner, name)
 
     @functools.wraps(method)
@@ -90,18 +90,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
 
-    timed(Calibration, "_sweep", lambda self, samples, passenger, what: what.lower())
-    timed(AbsorptionAllocationModifier, "allocate", lambda *args: "allocate")
-    allocate = AbsorptionAllocationModifier.allocate
+    timed(ProbeRunner, "run", lambda self, what, *rest: what.lower())
+    timed(allocate, "allocate", lambda *args: "allocate")
+    timed_allocate = allocate.allocate
 
     def watched(*args, **kwargs):
         with peak("allocation_gib"):
-            allocation = allocate(*args, **kwargs)
+            allocation = timed_allocate(*args, **kwargs)
         if options.allocation_only:
             raise Done
         return allocation
 
-    AbsorptionAllocationModifier.allocate = watched
+    allocate.allocate = watched
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     samples = calibration_samples(
         read_text(options.text), tokenizer, options.samples, options.seq_len, 0

@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import absorb_plugin.fingerprint as fingerprint
 from absorb_plugin import AbsorptionAllocationModifier
-from absorb_plugin.allocation import Allocation, allocate_model
+from absorb_plugin.allocate import Allocation
 from absorb_plugin.blocks import find_blocks
+from absorb_plugin.evaluation.allocation import allocate_model
 from absorb_plugin.evaluation.text import calibration_samples, read_text
 
 
@@ -63,7 +64,7 @@ def main() -> None:
     text = read_text(options.text)
     data = calibration_samples(text, tokenizer, options.samples, options.seq_len, 0)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    # behind the forward: a mask replaces that of a Linear, never that of a block
+    # after the forward: a mask replaces that of a Linear, never that of a block
     counts = Counts()
     for block in find_blocks(model).modules:
         block.register_forward_hook(lambda *_: counts.count())

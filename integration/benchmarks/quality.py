@@ -15,9 +15,12 @@ not repeated. `--table` prints the Markdown tables of files of results and runs 
 Methods: `dense`; `uniform`; `atp`, the depth-only ramp at the best of a few β, chosen
 on the very text that it is judged by, which favours it; `base`, the allocator alone;
 `paper`, the noise ratio at η = 1e-2 with noise on every token and strength 0.1; `ours`,
-the defaults of the modifier; `masks`, the same without the rehearsal of SparseGPT, and
-`gradient`, `response` and `noise`, with that signal (not in the table, but in the
-results).
+the defaults of the modifier. Not in the table, but in the results: `masks`, ours
+without the last comparison; `gradient`, `pruner`, `response` and `noise`, ours with
+that signal; `block`, `part` and `linear`, with that level; `quick` and `thorough`, with
+that effort; `random`, ours with a random direction of the same length and the judge;
+`evolution`, an evolutionary search per Linear in the manner of EvoPress by KL
+divergence, from uniform, at as many tokens as ours (`controls.py`).
 
 `--tasks` adds zero-shot accuracies (task files as of `absorb eval`) and a table of
 them; runs whose line lacks a task, or has it with another `--limit`, are repeated.
@@ -34,11 +37,22 @@ from pathlib import Path
 from statistics import geometric_mean, mean, stdev
 
 import torch
+from controls import RandomSlopes, by_name, evolve, tokens_of
+from datasets import Dataset
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from loguru import logger
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from absorb_plugin import AbsorptionAllocationModifier
+from absorb_plugin.blocks import find_blocks
+from absorb_plugin.calibration import samples_of
+from absorb_plugin.cpu import keep_freed_memory
+from absorb_plugin.evaluation.documents import read_text
 from absorb_plugin.evaluation.oneshot import prune
 from absorb_plugin.evaluation.perplexity import linear_sparsity, perplexity
 from absorb_plugin.evaluation.tasks import (
@@ -47,11 +61,14 @@ from absorb_plugin.evaluation.tasks import (
     evaluate_tasks,
     read_tasks,
 )
-from absorb_plugin.evaluation.text import (
-    calibration_samples,
-    evaluation_windows,
-    read_text,
-)
+from absorb_plugin.evaluation.text import calibration_samples, evaluation_windows
+from absorb_plugin.forward.inputs import InputStatistics
+from absorb_plugin.forward.runner import ProbeRunner
+from absorb_plugin.groups import linear_sizes
+from absorb_plugin.sample_split import SampleSplit
+from absorb_plugin.search.budget import Budget
+from absorb_plugin.settings import AllocationSettings
+from absorb_plugin.signals import SIGNALS
 
 PRUNERS = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}
 ATP_BETAS = (0.0025, 0.005, 0.01)
@@ -70,16 +87,52 @@ def allocation(
         )
     settings: dict = {
         "base": {"strength": 0},
-        "paper": {"signal": "noise", "strength": 0.1, "sink_tokens": "perturb"},
+        "paper": {
+            "signal": "noise",
+            "signal_args": {"sink_tokens": "perturb"},
+            "strength": 0.1,
+        },
         "ours": {},
-        "masks": {"rehearsal_samples": 0},
+        "masks": {"confirm_samples": 0},
         "gradient": {"signal": "gradient"},
         "response": {"signal": "response"},
         "noise": {"signal": "noise"},
+        "pruner": {"signal": "pruner"},
+        "block": {"level": "block"},
+        "part": {"level": "part"},
+        "linear": {"level": "linear"},
+        "quick": {"effort": "quick"},
+        "thorough": {"effort": "thorough"},
+        "random": {"signal": "random"},
     }[method]
     if cache is not None and method != "base":
         settings["profile_cache"] = str(cache)
     return AbsorptionAllocationModifier(allocator=allocator, **settings)
+
+
+def evolved(
+    cell: dict, model: PreTrainedModel, samples: Dataset
+) -> tuple[list[str], list[float]]:
+    """Names of the Linears and their sparsities, by the evolutionary search."""
+    settings = AllocationSettings()
+    effort, blocks = settings.measuring(), find_blocks(model)
+    split = SampleSplit(samples_of(samples), effort, judged=True, by_loss=True)
+    runner = ProbeRunner(model, blocks, settings.probe_memory)
+    watch = InputStatistics(blocks)
+    sums = runner.run("Input statistics", split.statistics, watch)
+    chosen = split.next_signal()
+    budget = Budget.of(linear_sizes(blocks), cell["sparsity"], settings.max_sparsity)
+    found = evolve(
+        model,
+        blocks,
+        sums,
+        [sample["input_ids"] for sample in chosen],
+        budget,
+        tokens=tokens_of(effort),
+        seed=cell["seed"],
+    )
+    by_linear = by_name(blocks, found)
+    return list(by_linear), list(by_linear.values())
 
 
 def run(
@@ -102,10 +155,13 @@ def run(
     if cell["method"] == "dense":
         pruned = model.eval()
     else:
-        modifier = allocation(cell["method"], cell["allocator"], options.cache)
-        pruner = PRUNERS[cell["pruner"]](
-            sparsity=cell["sparsity"], targets=["Linear"], ignore=["re:.*lm_head"]
-        )
+        fields = {"sparsity": cell["sparsity"], "targets": ["Linear"]}
+        modifier = None
+        if cell["method"] == "evolution":
+            fields["targets"], fields["sparsity"] = evolved(cell, model, samples)
+        else:
+            modifier = allocation(cell["method"], cell["allocator"], options.cache)
+        pruner = PRUNERS[cell["pruner"]](**fields, ignore=["re:.*lm_head"])
         recipe = [pruner] if modifier is None else [modifier, pruner]
         pruned = prune(model, tokenizer, recipe, samples, seed=cell["seed"])
     seconds = time.perf_counter() - begin
@@ -140,7 +196,8 @@ def cells(options: argparse.Namespace) -> list[dict]:
         for sparsity in options.sparsities:
             for pruner in options.pruners:
                 for method in methods:
-                    free = method == "uniform" or method.startswith("atp:")
+                    free = method in ("uniform", "evolution")
+                    free |= method.startswith("atp:")
                     for allocator in ["-"] if free else options.allocators:
                         result.append(
                             fixed
@@ -349,6 +406,8 @@ def main() -> None:
         for line in path.read_text().splitlines()
     ]
     if not options.table:
+        keep_freed_memory()
+        SIGNALS["random"] = RandomSlopes
         logging.disable(logging.WARNING)
         logger.remove()
         logger.add(sys.stderr, level="WARNING")

@@ -25,7 +25,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from absorb_plugin.evaluation.text import read_text
+from absorb_plugin.evaluation.documents import read_text
 
 BLOCKS, WIDTH, TOKENS, BATCH = 8, 128, 128, 16
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.cli import absorb, error_of
+from transformers import AutoModelForCausalLM
 
 from absorb_plugin.plugins import allocators
 
@@ -41,25 +42,24 @@ def allocate(model_dir, text_file):
 
 
 def check(found: dict[str, Any], allocator: str, sparsity: float) -> None:
-    """The shape, the budget, and that a block is the sum of its Linears."""
-    assert set(found) == {"allocator", "sparsity", "achieved", "blocks"}
-    assert (found["allocator"], found["sparsity"]) == (allocator, sparsity)
+    """The shape, the budget, and that a block is the mean of its Linears."""
+    named = {"allocator": allocator, "pruner": "wanda", "sparsity": sparsity}
+    assert {**found, **named} == found
+    assert set(found) == {*named, "level", "achieved", "blocks"}
     assert found["achieved"] == pytest.approx(sparsity, abs=1e-6)
     blocks = found["blocks"]
     assert [block["name"] for block in blocks] == BLOCKS
     for block in blocks:
-        keys = {"name", "parameters", "metric", "base", "sparsity"}
-        assert set(block) - {"linears"} == keys
+        keys = {"name", "parameters", "metric", "base_sparsity", "sparsity", "linears"}
+        assert set(block) == keys
         assert block["parameters"] == sum(SIZES.values())
-        if "linears" in block:
-            assert list(block["linears"]) == list(SIZES)
-            for linear in block["linears"].values():
-                assert set(linear) == {"metric", "sparsity"}
-            targets = [linear["sparsity"] for linear in block["linears"].values()]
+        assert list(block["linears"]) == list(SIZES)
+        for key in ("base_sparsity", "sparsity"):
+            targets = [linear[key] for linear in block["linears"].values()]
             mean = np.average(targets, weights=list(SIZES.values()))
-            assert block["sparsity"] == pytest.approx(mean, abs=1e-6)
-    assert np.mean([block["base"] for block in blocks]) == pytest.approx(sparsity)
-    assert np.mean([block["sparsity"] for block in blocks]) == pytest.approx(sparsity)
+            assert block[key] == pytest.approx(mean, abs=1e-6)
+    assert np.mean(column(found, "base_sparsity")) == pytest.approx(sparsity)
+    assert np.mean(column(found, "sparsity")) == pytest.approx(sparsity)
 
 
 def column(found: dict[str, Any], key: str) -> list[float]:
@@ -101,14 +101,14 @@ def test_allocators_for_people():
 @pytest.mark.parametrize("allocator", BUILTINS)
 def test_without_correction_the_base_is_the_answer(allocate, allocator):
     found = allocate(allocator, "--no-correction")
-    assert column(found, "sparsity") == column(found, "base")
-    assert (len(set(column(found, "base"))) == 1) == (allocator == "uniform")
-    per_linear = allocator == "alpha_pruning"
-    assert all(("linears" in block) == per_linear for block in found["blocks"])
-    if per_linear:
-        for block in found["blocks"]:
-            alphas = [linear["metric"] for linear in block["linears"].values()]
+    assert column(found, "sparsity") == column(found, "base_sparsity")
+    assert (len(set(column(found, "base_sparsity"))) == 1) == (allocator == "uniform")
+    for block in found["blocks"]:
+        alphas = [linear.get("metric") for linear in block["linears"].values()]
+        if allocator == "alpha_pruning":
             assert block["metric"] == pytest.approx(np.mean(alphas))
+        else:
+            assert set(alphas) == {None}
 
 
 def test_deterministic_in_the_seed(allocate):
@@ -133,12 +133,12 @@ def test_granularity_linear(allocate, allocator, correction):
 
 def test_arguments_of_the_allocator(allocate):
     def base(allocator: str, *options: object) -> list[float]:
-        return column(allocate(allocator, "--no-correction", *options), "base")
+        return column(allocate(allocator, "--no-correction", *options), "base_sparsity")
 
     def metric(allocator: str, *options: object) -> list[float]:
         return column(allocate(allocator, "--no-correction", *options), "metric")
 
-    assert base("owl", "--set", "lmbda=0") == [0.6, 0.6]
+    assert base("owl", "--set", "lmbda=0") == pytest.approx([0.6, 0.6])
     assert np.ptp(base("owl", "--set", "lmbda=0.1", "--set", "m=2")) > 0
     assert metric("owl", "--set", "m=2")[0] > metric("owl", "--set", "m=3")[0]
     mid = metric("alpha_pruning", "--set", "variant=mid")
@@ -181,3 +181,45 @@ def test_a_window_longer_than_the_model(model_dir, text_file):
     options = ["--allocator", "owl", "--sparsity", 0.6, "--seq-len", 65]
     line = error_of("allocate", model_dir, *options, "--text", text_file)
     assert "longer than the model's 64 positions" in line
+
+
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
+def test_ratios_for_others(model_dir, text_file, tmp_path, pruner):
+    """llm-compressor alone makes of the recipe what was allocated."""
+    recipe, ratios = tmp_path / "recipe.yaml", tmp_path / "ratios.json"
+    result = absorb(
+        "allocate", model_dir, "--allocator", "owl", "--sparsity", 0.6, "--text",
+        text_file, *SMALL, "--json", "--pruner", pruner, "--granularity", "linear",
+        "--no-correction", "--recipe-out", recipe, "--ratios-out", ratios,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    saved = json.loads(ratios.read_text())
+    assert saved["model"] == str(model_dir) and saved["data"] == str(text_file)
+    assert saved["settings"]["allocator"] == "owl" and saved["pruner"] == pruner
+    assert saved["achieved"] == pytest.approx(0.6, abs=1e-6)
+    linears = saved["linears"]
+    told = json.loads(result.stdout)["blocks"]
+    assert list(linears.values()) == [
+        linear["sparsity"] for block in told for linear in block["linears"].values()
+    ]
+    assert len(set(linears.values())) > 2
+
+    assert "AbsorptionAllocation" not in recipe.read_text()
+    out = tmp_path / "pruned"
+    arguments = ["--recipe", recipe, "--text", text_file, *SMALL, "--out", out]
+    pruned = absorb("prune", model_dir, *arguments)
+    assert pruned.exit_code == 0, pruned.output
+    model = AutoModelForCausalLM.from_pretrained(out)
+    for name, sparsity in linears.items():
+        weight = model.get_submodule(name).weight
+        # a whole number of columns in every row
+        assert float((weight == 0).float().mean()) == pytest.approx(sparsity, abs=0.03)
+
+
+@pytest.mark.parametrize("option", ["--recipe-out", "--ratios-out"])
+def test_files_that_cannot_be_written(text_file, tmp_path, option):
+    line = error_of(
+        "allocate", "./none", "--allocator", "owl", "--sparsity", 0.6, "--text",
+        text_file, option, tmp_path / "no" / "file",
+    )  # fmt: skip
+    assert option in line and "is no directory" in line

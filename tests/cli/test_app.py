@@ -7,6 +7,8 @@ import sys
 import pytest
 from helpers.cli import absorb
 
+from absorb_plugin.cli.frame import one_line
+
 
 @pytest.mark.parametrize("name", ["prune", "eval", "demo"])
 def test_help(name):
@@ -41,3 +43,11 @@ def test_help_is_answered_without_the_heavy_imports():
     command = [sys.executable, "-c", HELP]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_fields_become_options():
+    error = ValueError(
+        "seq_len=65, text_column or overwrite=True; /seq_len/b, seq_lens"
+    )
+    told = "--seq-len 65, --text-column or --overwrite; /seq_len/b, seq_lens"
+    assert one_line(error) == told

@@ -5,8 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-import runs
-import tiny
+from helpers import runs, tiny
 from helpers.cli import absorb, error_of
 
 

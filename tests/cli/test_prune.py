@@ -1,10 +1,13 @@
 """`absorb prune`."""
 
 import json
+import shutil
 
 import pytest
 import torch
+import yaml
 from helpers.cli import absorb, error_of, files_in
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from absorb_plugin.evaluation.compare import read_runs
@@ -58,7 +61,7 @@ def test_prune_refuses_a_directory_in_use(
         "prune", "no-such-model", "--recipe", wanda_recipe, "--text", text_file, *SMALL,
         "--out",
     ]  # fmt: skip
-    assert "is not empty" in error_of(*arguments, tmp_path)
+    assert "choose another, or --overwrite" in error_of(*arguments, tmp_path)
     assert "no saved model" in error_of(*arguments, tmp_path, "--overwrite")
     assert "is a file" in error_of(*arguments, tmp_path / "notes.txt")
     assert files_in(tmp_path) == {"notes.txt"}
@@ -128,3 +131,146 @@ def test_a_report_inside_the_new_model_stays(
         assert run.sparsity == pytest.approx(0.5, abs=0.02)
         assert not (out / "stale.txt").exists()
         (out / "stale.txt").write_text("of the run before")
+
+
+# --- without a recipe file ---------------------------------------------------------
+
+
+@pytest.fixture
+def prune(model_dir, text_file, tmp_path):
+    def run(*options: object, model=model_dir, out: str = "out"):
+        return [
+            *("prune", model, "--text", text_file, "--samples", 8, "--seq-len", 16),
+            *("--out", tmp_path / out, *options),
+        ]
+
+    return run
+
+
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
+def test_a_sparsity_is_a_recipe(prune, tmp_path, pruner):
+    options = ["--sparsity", 0.6, "--pruner", pruner, "--effort", "quick", "--json"]
+    result = absorb(*prune(*options))
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["sparsity"] == pytest.approx(0.6, abs=0.03)
+    made = (tmp_path / "out" / "absorb_recipe.yaml").read_text()
+    assert made in result.stderr
+    modifiers = yaml.safe_load(made)["prune_stage"]["prune_modifiers"]
+    ours = modifiers.pop("AbsorptionAllocationModifier")
+    assert ours == {"allocator": "owl", "effort": "quick"}
+    (fields,) = modifiers.values()
+    assert fields["sparsity"] == 0.6 and fields["ignore"] == ["re:.*lm_head"]
+    # the recipe that was made makes the same model
+    recipe = tmp_path / "out" / "absorb_recipe.yaml"
+    again = absorb(*prune("--recipe", recipe, out="again"))
+    assert again.exit_code == 0, again.output
+    first, second = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("out", "again")
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_quality_is_a_recipe(prune, tmp_path):
+    options = ["--max-loss-increase", 2.0, "--pruner", "wanda", "--effort", "quick"]
+    result = absorb(*prune(*options))
+    assert result.exit_code == 0, result.output
+    made = yaml.safe_load((tmp_path / "out" / "absorb_recipe.yaml").read_text())
+    modifiers = made["prune_stage"]["prune_modifiers"]
+    assert modifiers["AbsorptionAllocationModifier"]["max_loss_increase"] == 2.0
+    assert modifiers["WandaPruningModifier"]["sparsity"] == 0.9
+
+
+@pytest.mark.parametrize("quantize", ["w8a8", "w4a16", "fp8"])
+def test_quantised_after_pruning(prune, tmp_path, quantize):
+    options = ["--sparsity", 0.5, "--pruner", "wanda", "--effort", "quick"]
+    result = absorb(*prune(*options, "--quantize", quantize, "--json"))
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["sparsity"] == pytest.approx(0.5, abs=0.03)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    (group,) = config["quantization_config"]["config_groups"].values()
+    assert group["weights"]["num_bits"] == (4 if quantize == "w4a16" else 8)
+    if quantize == "w4a16":  # the model is 32 and 64 columns wide
+        assert group["weights"]["group_size"] == 32
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "Give --sparsity, --max-loss-increase or --recipe"),
+        (["--pruner", "wanda"], "Give --sparsity, --max-loss-increase or --recipe"),
+        (["--sparsity", 1.0], "sparsity=1.0 must be in [0, 1)"),
+        (["--sparsity", 0.97], "cannot be met with max_sparsity=0.95"),
+        (["--max-loss-increase", 0], "max_loss_increase"),
+        (["--sparsity", 0.5, "--allocator", "owls"], "allocator='owls' is unknown"),
+    ],
+)
+def test_wishes_are_checked_first(prune, options, message):
+    assert message in error_of(*prune(*options, model="./no-such-model"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--sparsity", 0.5),
+        ("--max-loss-increase", 0.1),
+        ("--pruner", "wanda"),
+        ("--allocator", "owl"),
+        ("--effort", "quick"),
+        ("--quantize", "w8a8"),
+    ],
+)
+def test_a_recipe_excludes_wishes(prune, wanda_recipe, option, value):
+    line = error_of(*prune("--recipe", wanda_recipe, option, value, model="./none"))
+    assert "--recipe" in line and f"{option} {value}" in line
+    assert "give one of the two" in line
+
+
+def test_an_allocator_of_a_recipe_is_checked_first(prune, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "s_stage:\n  p_modifiers:\n"
+        "    AbsorptionAllocationModifier: {allocator: owls}\n"
+        "    WandaPruningModifier: {sparsity: 0.5, targets: [Linear]}\n"
+    )
+    line = error_of(*prune("--recipe", path, model="./no-such-model"))
+    assert "recipe.yaml: allocator='owls' is unknown" in line
+
+
+def test_a_modifier_without_fields(prune, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("s_stage:\n  p_modifiers:\n    AbsorptionAllocationModifier:\n")
+    line = error_of(*prune("--recipe", path))
+    assert "write `AbsorptionAllocationModifier: {}`" in line
+
+
+def test_a_recipe_is_the_file_that_was_named(prune, wanda_recipe, tmp_path):
+    (tmp_path / "r1.yaml").write_text("another: file")
+    (tmp_path / "r[1].yaml").write_bytes(b"\xef\xbb\xbf" + wanda_recipe.read_bytes())
+    result = absorb(*prune("--recipe", tmp_path / "r[1].yaml"))
+    assert result.exit_code == 0, result.output
+
+
+# --- what is only read, and what could not be saved --------------------------------
+
+
+def test_out_is_the_model(model_dir, text_file, wanda_recipe, tmp_path):
+    arguments = ["--recipe", wanda_recipe, "--text", text_file, *SMALL, "--overwrite"]
+    (tmp_path / "link").symlink_to(model_dir)
+    before = (model_dir / "model.safetensors").read_bytes()
+    for out in (model_dir, tmp_path / "link"):
+        line = error_of("prune", model_dir, *arguments, "--out", out)
+        assert "is the model itself, and that is only read" in line
+    assert (model_dir / "model.safetensors").read_bytes() == before
+
+
+def test_what_cannot_be_saved_is_refused_first(
+    model_dir, text_file, wanda_recipe, tmp_path
+):
+    folder = tmp_path / "model"
+    shutil.copytree(model_dir, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.9}))
+    arguments = ["--recipe", wanda_recipe, "--text", text_file, *SMALL]
+    result = absorb("prune", folder, *arguments, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "will not save generation_config.json" in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from accelerate import cpu_offload
 from compressed_tensors.offload import set_onload_device
+from helpers import tiny
 from helpers.words import make_tokenizer, words
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 

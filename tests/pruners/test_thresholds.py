@@ -5,11 +5,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from absorb_plugin.forward import chunks
+from absorb_plugin.forward.chunks import row_chunks
 from absorb_plugin.pruners import thresholds
 from absorb_plugin.pruners.thresholds import (
     global_threshold,
-    row_chunks,
+    row_quantiles,
     row_thresholds,
+    thresholds_between,
 )
 
 
@@ -22,7 +25,7 @@ def scores(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 def rows_at_a_time(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[None]:
-    monkeypatch.setattr(thresholds, "CHUNK_BYTES", 4 * 11 * request.param)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 4 * 11 * request.param)
     yield
 
 
@@ -77,11 +80,41 @@ def test_rank_out_of_range(rank: int) -> None:
 
 
 def test_chunks_cover_all_rows_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thresholds, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 100)
     rows = [list(range(7))[chunk] for chunk in row_chunks(scores(7, 10))]
     assert rows == [[0, 1], [2, 3], [4, 5], [6]]
 
 
 def test_a_row_longer_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thresholds, "CHUNK_BYTES", 8)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 8)
     assert len(list(row_chunks(scores(3, 10)))) == 3
+
+
+@pytest.mark.parametrize("columns", [7, 64, 100, 1000])
+@pytest.mark.usefixtures("rows_at_a_time")
+def test_between_quantiles_the_same_is_found(columns: int) -> None:
+    given = scores(5, columns)
+    known = row_quantiles(given)
+    counts = [0, 1, columns // 3, columns // 2, columns - 1, columns]
+    found = thresholds_between(given, known, counts)
+    assert torch.equal(found, row_thresholds(given, counts))
+
+
+def test_equal_scores_on_both_sides_of_a_quantile() -> None:
+    given = scores(6, 500).mul(40).round()  # a few values, again and again
+    counts = list(range(0, 501, 7))
+    found = thresholds_between(given, row_quantiles(given), counts)
+    assert torch.equal(found, row_thresholds(given, counts))
+
+
+def test_rows_are_not_ranked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, seen = scores(4, 6400), []
+    known, smallest = row_quantiles(given), thresholds._smallest
+
+    def note(these: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
+        seen.append(these.shape[1])
+        return smallest(these, counts)
+
+    monkeypatch.setattr(thresholds, "_smallest", note)
+    thresholds_between(given, known, [1234, 3210])
+    assert seen == [100, 100]

@@ -1,0 +1,105 @@
+"""What the recipe's fields come to for a model, and what to warn of."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from loguru import logger
+
+from absorb_plugin.blocks import BlockMap
+from absorb_plugin.calibration import Batch, token_mask
+from absorb_plugin.forward.inputs import unseen_linears
+from absorb_plugin.groups import linear_sizes
+from absorb_plugin.limits import bounds_of
+from absorb_plugin.pruners import MaskPruner, Pruner
+from absorb_plugin.search.budget import Budget
+from absorb_plugin.settings import AllocationSettings
+from absorb_plugin.signals import SIGNALS, Signal
+
+__all__ = [
+    "budget_of",
+    "choose_level",
+    "choose_signal",
+    "needs_loss",
+    "unseen",
+    "warn_of_few_tokens",
+    "widest",
+]
+
+# Up to so many blocks the response of each takes no more passes than the gradient.
+RESPONSE_BLOCKS = 6
+
+
+def choose_signal(
+    settings: AllocationSettings, blocks: BlockMap, pruner: Pruner
+) -> Signal:
+    """
+    :raises ValueError: naming a signal or an argument that there is not
+    """
+    name = settings.signal
+    if name == "auto":
+        few = choose_level(settings) == "block" and len(blocks) <= RESPONSE_BLOCKS
+        name = "response" if few else "gradient"
+        if not isinstance(pruner, MaskPruner):  # masks do not know what it repairs
+            name = "pruner"
+    if name not in SIGNALS:
+        raise ValueError(f"signal={name!r}: choose auto or one of {list(SIGNALS)}")
+    return SIGNALS[name].made_with(settings.signal_args)
+
+
+def needs_loss(settings: AllocationSettings, signal: Signal) -> bool:
+    """Whether next-token loss is measured."""
+    if settings.strength == "auto":
+        return True
+    return settings.strength != 0 and signal.by_loss
+
+
+def choose_level(settings: AllocationSettings) -> str:
+    """What `level: auto` stands for: what won in docs/benchmarks.md."""
+    return "linear" if settings.level == "auto" else settings.level
+
+
+def budget_of(
+    blocks: BlockMap, sparsity: float, settings: AllocationSettings
+) -> Budget:
+    """
+    :raises ValueError: if max_sparsity and limits leave it out of reach
+    """
+    low, high = bounds_of(blocks, settings.limits, settings.max_sparsity)
+    cap = Budget.of(linear_sizes(blocks), sparsity, settings.max_sparsity)
+    return cap.within(low, high)
+
+
+def warn_of_few_tokens(
+    pruner: Pruner, blocks: BlockMap, batches: Sequence[Batch]
+) -> None:
+    """A Hessian of too few tokens makes a pruner that uses it worse than masks."""
+    tokens = sum(int(token_mask(batch).sum()) for batch in batches)
+    wanted = pruner.tokens_per_column * widest(blocks)
+    if tokens < wanted:
+        logger.warning(
+            f"{pruner.modifier.__name__} prunes by {tokens} calibration tokens, and "
+            f"the widest Linear has {widest(blocks)} columns: with fewer than {wanted} "
+            "tokens it can be worse than Wanda. Raise num_calibration_samples or "
+            "max_seq_length"
+        )
+
+
+def widest(blocks: BlockMap) -> int:
+    """Columns of the widest Linear that will be pruned."""
+    return max(linear.in_features for linear in blocks.linears().values())
+
+
+def unseen(blocks: BlockMap, statistics: Mapping[str, torch.Tensor]) -> list[str]:
+    """Linears that saw no token, of which a warning tells."""
+    found = unseen_linears(blocks, statistics)
+    if found:
+        logger.warning(
+            f"{len(found)} of {len(blocks.linears())} Linears saw no token of the "
+            f"statistics' calibration samples ({found[0]} …): "
+            "experts that were never chosen, or Linears that the block does not "
+            "call. If the pruner has no token for them either, the latter stay "
+            "dense, and of the former Wanda zeroes the first columns and "
+            "SparseGPT every weight. For experts use more samples, or "
+            "oneshot(moe_calibrate_all_experts=True); profile.json lists them"
+        )
+    return found

@@ -1,0 +1,90 @@
+"""Where a model computes, and where its weights lie."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from compressed_tensors.offload import (
+    disable_onloading,
+    get_execution_device,
+    set_onload_device,
+)
+from compressed_tensors.offload.cache import OffloadCache
+from compressed_tensors.offload.convert import from_accelerate
+from llmcompressor.utils.dev import get_main_device
+from torch.nn import Module
+from transformers import PreTrainedModel
+
+__all__ = ["computing_on_one_device", "dtype_of", "empty_cache", "free_memory"]
+
+
+@contextmanager
+def computing_on_one_device(model: Module) -> Iterator[None]:
+    """
+    Within the context a model computes on one device, with its weights where they lie,
+    as under `oneshot`. Where it is spread over several devices, or offloaded to the CPU
+    or to disk, each weight is onloaded while it is used.
+
+    A model of compressed-tensors computes where it did when the context is left.
+    Accelerate's hooks are replaced by those of compressed-tensors for good. A model
+    that is whole on one device stays as it is.
+    """
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        from_accelerate(model)
+    before = _onload_devices(model)
+    try:
+        if len(_compute_devices(model)) > 1:
+            set_onload_device(model, get_main_device())
+        yield
+    finally:
+        for module, device in before.items():
+            _onload_to(module, device)
+
+
+def dtype_of(model: PreTrainedModel) -> torch.dtype:
+    """As `model.dtype`, which would onload a weight for it."""
+    with disable_onloading():
+        return model.dtype
+
+
+def free_memory(device: torch.device) -> int | None:
+    """
+    Bytes that the driver has, and that torch holds without using them; None if torch
+    cannot tell (before 2.9).
+
+    :param device: an accelerator
+    """
+    if not hasattr(torch.accelerator, "get_memory_info"):
+        return None
+    free, _ = torch.accelerator.get_memory_info(device)
+    reserved = torch.accelerator.memory_reserved(device)
+    return free + reserved - torch.accelerator.memory_allocated(device)
+
+
+def empty_cache() -> None:
+    """Give back what torch holds of the accelerator's memory without using it."""
+    there = torch.accelerator.is_available()
+    if there and hasattr(torch.accelerator, "empty_cache"):
+        torch.accelerator.empty_cache()
+
+
+def _compute_devices(model: Module) -> set[torch.device]:
+    return {
+        torch.device(get_execution_device(module))
+        for module in model.modules()
+        if len(module._parameters)
+    }
+
+
+def _onload_devices(model: Module) -> dict[Module, torch.device]:
+    return {
+        module: module._parameters.onload_device
+        for module in model.modules()
+        if isinstance(module._parameters, OffloadCache)
+    }
+
+
+def _onload_to(module: Module, device: torch.device) -> None:
+    for tensors in (module._parameters, module._buffers):
+        if isinstance(tensors, OffloadCache):
+            tensors.onload_device = device

@@ -1,0 +1,136 @@
+"""Recipes as text: from a few wishes, or from an allocation that is known."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import yaml
+from transformers import PreTrainedModel
+
+from absorb_plugin.pruners import PRUNERS
+from absorb_plugin.search.budget import check_budget
+from absorb_plugin.settings import AllocationSettings
+
+__all__ = ["QUANTIZATIONS", "RecipeWishes", "native_recipe"]
+
+# Name -> scheme of llm-compressor. All of them keep zeros.
+QUANTIZATIONS = {"w8a8": "W8A8", "w4a16": "W4A16", "fp8": "FP8_DYNAMIC"}
+# Columns that share a scale in 4 bits, the scheme's own size first.
+GROUP_SIZES = (128, 64, 32)
+# The largest budget where only a quality is asked for: the loss is the nearer bound.
+LARGEST = 0.9
+
+
+@dataclass(frozen=True)
+class RecipeWishes:
+    """
+    :param sparsity: the budget, or the largest one where `max_loss_increase` is given
+    :param max_loss_increase: as in `AbsorptionAllocationModifier`
+    :param pruner: name of a pruner
+    :param allocator: name of a base allocator
+    :param effort: as in `AbsorptionAllocationModifier`
+    :param quantize: one of QUANTIZATIONS, or None
+    """
+
+    sparsity: float | None = None
+    max_loss_increase: float | None = None
+    pruner: str = "sparsegpt"
+    allocator: str = "owl"
+    effort: str = "standard"
+    quantize: str | None = None
+
+    def check(self) -> None:
+        """
+        :raises ValueError: if neither a sparsity nor a quality is asked for, or one
+            that cannot be
+        """
+        if self.sparsity is None and self.max_loss_increase is None:
+            raise ValueError("neither sparsity nor max_loss_increase is given")
+        settings = AllocationSettings(**self._fields())
+        settings.base_allocator()
+        check_budget(self._budget(), settings.max_sparsity)
+
+    def text(self, model: PreTrainedModel) -> str:
+        """
+        :param model: that will be pruned, with or without its weights
+        :return: YAML
+        :raises ValueError: if its Linears cannot be quantised so
+        """
+        head = _head(model)
+        fields = {
+            "sparsity": self._budget(),
+            "targets": ["Linear"],
+            "ignore": [f"re:.*{re.escape(head)}"] if head else [],
+        }
+        stage: dict[str, Any] = {
+            "prune_modifiers": {
+                "AbsorptionAllocationModifier": self._fields(),
+                PRUNERS[self.pruner].modifier.__name__: fields,
+            }
+        }
+        if self.quantize is not None:
+            fields = {**self._scheme(model, head), "ignore": [head] if head else []}
+            stage["quantize_modifiers"] = {"QuantizationModifier": fields}
+        return _yaml(stage)
+
+    def _fields(self) -> dict[str, Any]:
+        fields = {"allocator": self.allocator, "effort": self.effort}
+        if self.max_loss_increase is None:
+            return fields
+        return {**fields, "max_loss_increase": self.max_loss_increase}
+
+    def _budget(self) -> float:
+        return LARGEST if self.sparsity is None else self.sparsity
+
+    def _scheme(self, model: PreTrainedModel, head: str | None) -> dict[str, Any]:
+        assert self.quantize is not None
+        scheme = {"scheme": QUANTIZATIONS[self.quantize], "targets": ["Linear"]}
+        if self.quantize != "w4a16":
+            return scheme
+        size = _group_size(model, head)
+        if size == GROUP_SIZES[0]:
+            return scheme
+        weights = {"num_bits": 4, "type": "int", "strategy": "group"}
+        group = {"targets": ["Linear"], "weights": {**weights, "group_size": size}}
+        return {"config_groups": {"group_0": group}}
+
+
+def native_recipe(sparsities: Mapping[str, float], pruner: str) -> str:
+    """
+    A recipe that llm-compressor follows without this package.
+
+    :param sparsities: full name of a Linear -> its sparsity, in the model's order
+    :param pruner: name of a pruner
+    :return: YAML
+    """
+    fields = {"sparsity": list(sparsities.values()), "targets": list(sparsities)}
+    modifier = PRUNERS[pruner].modifier.__name__
+    return _yaml({"prune_modifiers": {modifier: fields}})
+
+
+def _yaml(stage: Mapping[str, Any]) -> str:
+    return yaml.safe_dump({"prune_stage": stage}, sort_keys=False, allow_unicode=True)
+
+
+def _head(model: PreTrainedModel) -> str | None:
+    """Full name of the output head."""
+    head = model.get_output_embeddings()
+    return next((name for name, x in model.named_modules() if x is head), None)
+
+
+def _group_size(model: PreTrainedModel, head: str | None) -> int:
+    widths = {
+        name: module.in_features
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != head
+    }
+    for size in GROUP_SIZES:
+        if all(width % size == 0 for width in widths.values()):
+            return size
+    name, width = next(x for x in widths.items() if x[1] % GROUP_SIZES[-1])
+    raise ValueError(
+        f"quantize='w4a16': {name} has {width} columns, which groups of "
+        f"{GROUP_SIZES[-1]} do not divide. Take w8a8 or fp8"
+    )

@@ -1,0 +1,223 @@
+"""
+What every probe presumes of a model, checked once before anything is measured: that the
+hidden state passes each block once and in order, that nothing happens between blocks,
+that a block keeps no state from one call to the next, and, where losses are measured,
+that no token sees those after it.
+"""
+
+import re
+from functools import partial
+
+import torch
+from loguru import logger
+from torch.nn import Module
+
+from absorb_plugin.blocks import BlockMap
+from absorb_plugin.calibration import Batch, token_mask
+from absorb_plugin.forward.head import OutputHead
+from absorb_plugin.forward.probe import Needs, Probe, RunBlock
+from absorb_plugin.forward.run import run_probes
+from absorb_plugin.groups import EXPERT
+from absorb_plugin.language_model import REMEDY
+
+__all__ = ["check_forward"]
+
+# Largest relative difference between equal computations, whose parts may be summed in
+# another order. A cache or a second stack makes one of order 1.
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+COARSE = 5e-2
+# Tokens whose hidden states are compared.
+SKETCHED = 4
+
+INSTEAD = "Use strength: 0, which keeps the base allocation and runs no block twice"
+
+
+def check_forward(
+    model: Module, blocks: BlockMap, sample: Batch, *, by_loss: bool
+) -> None:
+    """
+    Two forwards of one sample.
+
+    :param sample: a batch of one
+    :param by_loss: whether next-token losses will be measured
+    :raises ValueError: naming the block and what it does
+    """
+    calls, chain = _LinearCalls(blocks), _ChainCheck(blocks, by_loss)
+    run_probes(model, blocks, [sample, sample], [calls, chain], description="Checking")
+    calls.check()
+
+
+class _LinearCalls(Probe):
+    """How the blocks call the Linears that are to be pruned."""
+
+    def __init__(self, blocks: BlockMap) -> None:
+        self._blocks = blocks
+        self._called: set[str] = set()
+        self._handles: list = []
+
+    def enter(self, index: int, block: Module) -> None:
+        watched = self._blocks.blocks[index]
+        for name, linear in watched.linears.items():
+            note = partial(self._note, watched.full_name(name))
+            self._handles.append(
+                linear.register_forward_pre_hook(note, with_kwargs=True)
+            )
+
+    def leave(
+        self, index: int, before: torch.Tensor, after: torch.Tensor, run: RunBlock
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def check(self) -> None:
+        """Warn of those that are never called: their weight is used past them."""
+        linears = self._blocks.linears()
+        passed = [
+            name
+            for name in linears
+            if name not in self._called and not EXPERT.search(name)
+        ]
+        if passed:
+            short = f"re:.*{re.escape(passed[0].rpartition('.')[2])}"
+            logger.warning(
+                f"{len(passed)} Linears are never called as modules ({passed[0]} …): "
+                "the block uses their weights in another way, so llm-compressor sees "
+                "no input of theirs and leaves them dense, while the sparsity counts "
+                f"them. Name them in `ignore`, as {short!r}"
+            )
+
+    def _note(self, name: str, module: Module, args: tuple, kwargs: dict) -> None:
+        self._called.add(name)
+        if args and isinstance(args[0], torch.Tensor) and args[0].dim() in (2, 3):
+            return
+        told = f"{args[0].dim()} dimensions" if args else f"the keyword {[*kwargs][0]}"
+        short = f"re:.*{re.escape(name.rpartition('.')[2])}"
+        raise ValueError(
+            f"targets: the Linear {name} gets its input with {told}, by which "
+            f"llm-compressor's pruners cannot calibrate it. Name it in `ignore`, as "
+            f"{short!r}"
+        )
+
+
+class _ChainCheck(Probe):
+    """
+    In the first forward a hidden state of its own, the tokens shifted, runs along as
+    those of all probes do; in the second the model's own pass takes it. Both must give
+    the same after every block.
+    """
+
+    def __init__(self, blocks: BlockMap, by_loss: bool) -> None:
+        self._blocks, self._by_loss = blocks, by_loss
+        self._sketches: list[torch.Tensor] = []
+        self._forwards = 0
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(trajectories=2)
+
+    def start(self, batch: Batch) -> None:
+        self._forwards += 1
+        self._order: list[int] = []
+        self._last_token = int(token_mask(batch)[0].nonzero().max())
+        self._shifted: torch.Tensor | None = None
+        self._future: torch.Tensor | None = None
+
+    def enter(self, index: int, block: Module) -> None:
+        self._order.append(index)
+
+    def redirect(self, index: int, before: torch.Tensor) -> torch.Tensor | None:
+        first = self._forwards > 1 and len(self._order) == 1
+        return shifted(before) if first else None
+
+    def leave(
+        self, index: int, before: torch.Tensor, after: torch.Tensor, run: RunBlock
+    ) -> None:
+        if self._forwards > 1:
+            self._compare(index, after)
+            return
+        if self._shifted is None or self._future is None:
+            self._shifted, self._future = shifted(before), self._changed(before)
+        self._shifted, self._future = run(self._shifted), run(self._future)
+        self._sketches.append(sketch(self._shifted))
+        self._after = after
+
+    def finish(self, batch: Batch, head: OutputHead) -> None:
+        if self._forwards > 1:
+            return
+        self._check_order()
+        if self._by_loss:
+            head.logits(batch["input_ids"], self._after, 0, 1)  # says what is missing
+            self._check_future()
+
+    def _changed(self, before: torch.Tensor) -> torch.Tensor:
+        """The same but for the last token."""
+        changed = before.clone()
+        changed[:, self._last_token] = before[:, 0].flip(-1)
+        return changed
+
+    def _check_order(self) -> None:
+        if self._order == list(range(len(self._blocks))):
+            return
+        names = [block.name for block in self._blocks.blocks]
+        skipped = sorted(set(range(len(names))) - set(self._order))
+        if skipped:
+            told = f"does not run block {names[skipped[0]]}"
+        elif len(self._order) > len(names):
+            twice = next(i for i in self._order if self._order.count(i) > 1)
+            told = (
+                f"runs block {names[twice]} {self._order.count(twice)} times in one "
+                "forward"
+            )
+        else:
+            told = "runs its blocks in another order than it holds them"
+        raise ValueError(
+            f"model: it {told}, and absorption is defined for a single chain of "
+            f"blocks. {INSTEAD}"
+        )
+
+    def _check_future(self) -> None:
+        assert self._future is not None
+        earlier = slice(0, self._last_token)
+        difference = relative(self._future[:, earlier], self._after[:, earlier])
+        if difference > tolerance(self._after):
+            raise ValueError(
+                "model: tokens see those after them (an encoder, a diffusion model, a "
+                "prefix), so next-token loss, by which strength='auto' and most "
+                f"signals judge, means nothing there. {REMEDY}"
+            )
+
+    def _compare(self, index: int, after: torch.Tensor) -> None:
+        difference = relative(sketch(after), self._sketches[len(self._order) - 1])
+        if difference > tolerance(after):
+            block = self._blocks.blocks[index]
+            raise ValueError(
+                f"model: block {block.name} ({type(block.module).__name__}) does not "
+                f"give the same when it runs again (difference {difference:.2g}): it, "
+                "or what lies before it, keeps a state such as a cache, draws random "
+                "numbers, or takes something else than the hidden state of the block "
+                f"before. {INSTEAD}"
+            )
+
+
+def shifted(hidden: torch.Tensor) -> torch.Tensor:
+    """Every token with the hidden state of another one."""
+    return hidden.roll(max(1, hidden.shape[1] // 2), dims=1)
+
+
+def sketch(hidden: torch.Tensor) -> torch.Tensor:
+    """A few tokens' hidden states, the last one's among them: float32, on the CPU."""
+    step = max(1, hidden.shape[1] // SKETCHED)
+    return hidden.flip(1)[:, ::step].float().cpu()
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    scale = expected.float().norm().item()
+    return (found.float() - expected.float()).norm().item() / scale if scale else 0.0
+
+
+def tolerance(hidden: torch.Tensor) -> float:
+    return TOLERANCE.get(hidden.dtype, COARSE)

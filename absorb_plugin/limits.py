@@ -1,0 +1,64 @@
+"""Bounds of single Linears, by patterns of their names."""
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+from compressed_tensors.utils import match_name
+
+from absorb_plugin.blocks import BlockMap
+from absorb_plugin.groups import linear_names
+
+__all__ = ["Limits", "bounds_of", "check_limits"]
+
+# name or "re:..." -> least and largest sparsity
+Limits = Mapping[str, tuple[float, float]]
+
+
+def check_limits(limits: Limits) -> None:
+    """:raises ValueError: unless 0 <= low <= high <= 1, and of wrong expressions"""
+    for pattern, (low, high) in limits.items():
+        try:
+            re.compile(pattern.removeprefix("re:") if pattern[:3] == "re:" else "")
+        except re.error as error:
+            raise ValueError(
+                f"limits holds {pattern!r}, which is no regular expression: {error}"
+            ) from error
+        if not 0.0 <= low <= high <= 1.0:
+            raise ValueError(
+                f"limits[{pattern!r}]={[low, high]}: write [low, high] with "
+                "0 <= low <= high <= 1"
+            )
+
+
+def bounds_of(
+    blocks: BlockMap, limits: Limits, max_sparsity: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Where several patterns match a Linear, the narrower bound of each counts.
+
+    :param limits: patterns as in `ignore`: full names, or "re:" and an expression that
+        matches their beginning
+    :return: low and high of every prunable Linear, each of shape (N,)
+    :raises ValueError: naming a pattern that matches no prunable Linear, or Linears for
+        which two patterns leave nothing
+    """
+    names = linear_names(blocks)
+    low, high = np.zeros(len(names)), np.full(len(names), max_sparsity)
+    for pattern, (least, most) in limits.items():
+        matched = np.array([match_name(name, pattern) for name in names])
+        if not matched.any():
+            raise ValueError(
+                f"limits: {pattern!r} matches none of the {len(names)} Linears that "
+                f"are pruned ({names[0]} …). Write a full name, or re: and a regular "
+                "expression"
+            )
+        low[matched] = np.maximum(low[matched], least)
+        high[matched] = np.minimum(high[matched], most)
+    wrong = [name for name, a, b in zip(names, low, high, strict=True) if a > b]
+    if wrong:
+        raise ValueError(
+            f"limits (and max_sparsity={max_sparsity}) leave no sparsity for "
+            f"{wrong[0]}: its least is above its largest"
+        )
+    return low, high

@@ -1,0 +1,98 @@
+"""What the search asks for, measured; all ranks are told the same."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+
+from absorb_plugin import distributed
+from absorb_plugin.calibration import cut_tokens
+from absorb_plugin.judges import MaskedLoss, PrunedLoss
+from absorb_plugin.search.descent import Slopes
+from absorb_plugin.search.line_search import Losses
+from absorb_plugin.settings import AllocationSettings
+from absorb_plugin.signals import Setting, Signal
+from absorb_plugin.signals.noise import Noise, NoiseProfile
+
+__all__ = [
+    "dense_loss",
+    "masked_loss",
+    "measure_direction",
+    "pruned_loss",
+    "report_noise",
+    "slopes_measurer",
+]
+
+# Samples of the noise probe where noise is not the signal: enough for the report.
+REPORT_SAMPLES = 1
+
+
+def slopes_measurer(setting: Setting, signal: Signal) -> Callable[[np.ndarray], Slopes]:
+    """Takes an allocation, gives the slopes of every group; for one descent."""
+    return partial(_same_slopes, signal.measurer(setting))
+
+
+def _same_slopes(
+    measure: Callable[[np.ndarray], Slopes], allocation: np.ndarray
+) -> Slopes:
+    return distributed.from_first(measure(distributed.from_first(allocation)))
+
+
+def measure_direction(
+    setting: Setting, signal: Signal, allocation: np.ndarray
+) -> np.ndarray:
+    """Δ of every Linear, the same on all ranks."""
+    allocation = distributed.from_first(allocation)
+    direction = distributed.from_first(signal.direction(setting, allocation))
+    return setting.groups.spread(direction)
+
+
+def masked_loss(setting: Setting, candidates: Sequence[np.ndarray]) -> Losses:
+    """Losses under masks on the samples of the search, the same on all ranks."""
+    candidates = distributed.from_first(candidates)
+    probe = MaskedLoss(
+        setting.blocks,
+        setting.pruner.masks,
+        setting.statistics,
+        candidates,
+        setting.quantiles,
+    )
+    return finite(setting.runner.run("Held-out loss", setting.samples.search, probe))
+
+
+def pruned_loss(setting: Setting, candidates: Sequence[np.ndarray]) -> Losses:
+    """Losses by the pruner's arithmetic on samples that chose nothing."""
+    candidates, samples = distributed.from_first(candidates), setting.samples
+    pruning = samples.pruning
+    probe = PrunedLoss(setting.blocks, setting.pruner, candidates, len(pruning))
+    what = f"Pruning as {setting.pruner.name} does"
+    return finite(setting.runner.run(what, [*pruning, *samples.confirm], probe))
+
+
+def dense_loss(setting: Setting) -> Losses:
+    """Losses of the dense model on the samples of `pruned_loss`."""
+    nothing = [np.zeros(len(setting.groups.linears))]
+    probe = MaskedLoss(setting.blocks, setting.pruner.masks, {}, nothing)
+    return finite(setting.runner.run("Dense loss", setting.samples.confirm, probe))
+
+
+def finite(losses: Losses) -> Losses:
+    """An overflow is the worst of losses, not none; ranks decide by the first's."""
+    sums, tokens = distributed.from_first(losses)
+    return np.where(np.isnan(sums), np.inf, sums), tokens
+
+
+def report_noise(
+    settings: AllocationSettings, setting: Setting, signal: Signal
+) -> NoiseProfile | None:
+    """The noise probe's profile, where it is the signal or a report wants it."""
+    if settings.strength == 0:
+        return None
+    if isinstance(signal, Noise):
+        return signal.measured(setting)
+    if settings.report_dir is None:
+        return None
+    tokens = settings.measuring().tokens
+    samples = setting.samples.in_turn()[:REPORT_SAMPLES]
+    few = [cut_tokens(sample, tokens) for sample in samples]
+    return Noise().profile(setting, few)

@@ -1,0 +1,65 @@
+"""Float32 that is float32, whatever a script has allowed for speed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+__all__ = ["ieee_float32", "reduced_precision"]
+
+# What computes float32 products, each with a setting of its own since torch 2.9.
+BACKENDS: tuple[Any, ...] = (
+    torch.backends.cuda.matmul,
+    torch.backends.mkldnn.matmul if hasattr(torch.backends.mkldnn, "matmul") else None,
+    getattr(torch.backends.cudnn, "conv", None),
+)
+# What a 16-bit product may be rounded to on its way, by name in torch.backends.
+REDUCED = (
+    "allow_fp16_reduced_precision_reduction",
+    "allow_bf16_reduced_precision_reduction",
+    "allow_fp16_accumulation",
+)
+
+
+@contextmanager
+def ieee_float32() -> Iterator[None]:
+    """
+    Within the context float32 products are neither TF32 nor bfloat16, which
+    `torch.set_float32_matmul_precision("high")` and convolutions by default allow: we
+    invert Hessians and measure rounding against float32. Afterwards all is as it was.
+    """
+    overall, single = _overall(), [_get(backend) for backend in BACKENDS]
+    try:
+        torch.set_float32_matmul_precision("highest")
+        for backend in BACKENDS:
+            _set(backend, "ieee")
+        yield
+    finally:
+        if overall is not None:
+            torch.set_float32_matmul_precision(overall)
+        for backend, precision in zip(BACKENDS, single, strict=True):
+            _set(backend, precision)
+
+
+def reduced_precision() -> dict[str, Any]:
+    """Settings that change the digits of a measurement, for the cache's key."""
+    matmul = torch.backends.cuda.matmul
+    found = {name: str(getattr(matmul, name, None)) for name in REDUCED}
+    return found | {"deterministic": torch.are_deterministic_algorithms_enabled()}
+
+
+def _overall() -> str | None:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch refuses where backends were set one by one
+        return None
+
+
+def _get(backend: Any) -> str | None:
+    return getattr(backend, "fp32_precision", None)
+
+
+def _set(backend: Any, precision: str | None) -> None:
+    if precision is not None and _get(backend) is not None:
+        backend.fp32_precision = precision

@@ -1,0 +1,125 @@
+"""
+What becomes of the zeros that pruning made: later modifiers of a recipe may fill them.
+They are compared with what is there at the end, whatever the modifiers are.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.offload import align_module_device
+from compressed_tensors.quantization import QuantizationStatus
+from compressed_tensors.quantization.lifecycle.forward import forward_quantize
+from compressed_tensors.utils import get_direct_state_dict
+from llmcompressor.core import active_session
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
+from loguru import logger
+from torch.nn import Linear
+
+from absorb_plugin.pruners.adapter import PrunerAdapter
+
+__all__ = ["PrunedZeros", "at_the_end"]
+
+
+class PrunedZeros:
+    """
+    Where a pruning modifier left zeros, one bit per weight on the CPU. Nothing is kept
+    where the recipe holds nothing else that could fill them.
+
+    :param adapter: the pruning modifier
+    """
+
+    def __init__(self, adapter: PrunerAdapter) -> None:
+        self._adapter = adapter
+        self._names = {id(x): name for name, x in adapter.blocks.linears().items()}
+        self._zeros: dict[str, np.ndarray] = {}
+
+    def watch(self) -> None:
+        """From now on note what `compress_modules` of the modifier makes zero."""
+        modifier = self._adapter.modifier
+        if not _others():
+            return
+        compress = partial(self._compress, modifier.compress_modules)
+        # past pydantic, which takes no attribute that is no field
+        object.__setattr__(modifier, "compress_modules", compress)
+
+    def lost(self) -> float | None:
+        """Share of the zeros that are none any more; None if none were noted."""
+        pruned, filled = 0, 0
+        for name, linear in self._adapter.blocks.linears().items():
+            if name in self._zeros:
+                weight = final_weight(linear).detach().cpu()
+                bits = np.unpackbits(self._zeros[name], count=weight.numel())
+                zero = torch.from_numpy(bits).view(weight.shape).bool()
+                pruned += int(zero.count_nonzero())
+                filled += int((weight[zero] != 0).count_nonzero())
+        return filled / pruned if pruned else None
+
+    def warn(self) -> None:
+        """Say how many are lost, if any are."""
+        if not (lost := self.lost()):
+            return
+        logger.warning(
+            f"{lost:.2%} of the zeros that {self._adapter.name} made are filled at the "
+            f"end of the recipe, by {' or '.join(_others())}: the model is less sparse "
+            "than asked for. Put what changes weights before the pruning modifier; "
+            "QuantizationModifier keeps every zero"
+        )
+
+    def _compress(self, original: Callable[[], None]) -> None:
+        modifier = self._adapter.modifier
+        seen = list(modifier._num_samples)
+        original()
+        for module in seen:
+            name = self._names.get(id(module))
+            if name is not None:
+                zero = (module.weight.detach() == 0).cpu().numpy()
+                self._zeros[name] = np.packbits(zero)
+
+
+def final_weight(linear: Linear) -> torch.Tensor:
+    """
+    The weight that is saved: dequantised where a modifier has quantised it.
+    """
+    scheme = getattr(linear, "quantization_scheme", None)
+    if scheme is None or scheme.weights is None:
+        return linear.weight
+    if linear.quantization_status == QuantizationStatus.COMPRESSED:
+        compressor = BaseCompressor.get_value_from_registry(scheme.format.value)
+        return compressor.decompress(get_direct_state_dict(linear), scheme)["weight"]
+    with align_module_device(linear):
+        return forward_quantize(linear, linear.weight, "weight", scheme.weights)
+
+
+def at_the_end(modifier: Modifier, call: Callable[[], None]) -> None:
+    """
+    Call when the last modifier of the recipe has been finalised.
+
+    :param modifier: ours, in whose `on_finalize` this is called
+    """
+    last = active_session().lifecycle.recipe.modifiers[-1]
+    if last is modifier:
+        call()
+        return
+    original = last.finalize
+
+    def finalize(*args: object, **kwargs: object) -> object:
+        last.__dict__.pop("finalize", None)
+        done = original(*args, **kwargs)
+        call()
+        return done
+
+    object.__setattr__(last, "finalize", finalize)
+
+
+def _others() -> list[str]:
+    """Modifiers of the recipe that are no pruners and not ours."""
+    return [
+        type(modifier).__name__
+        for modifier in active_session().lifecycle.recipe.modifiers
+        if not isinstance(modifier, SparsityModifierBase)
+        and not type(modifier).__module__.startswith("absorb_plugin")
+    ]

@@ -1,0 +1,182 @@
+"""Which calibration samples serve what: decided once, and printed in the report."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from absorb_plugin import distributed
+from absorb_plugin.calibration import (
+    Batch,
+    cut_tokens,
+    evenly_spaced,
+    interleaved,
+    sample_key,
+    single_samples,
+    sort_samples,
+    token_mask,
+)
+from absorb_plugin.settings import Effort
+
+__all__ = ["SampleSplit", "SampleUse"]
+
+# Of so many samples there are enough for a share of their own for the last comparison.
+APART = 4
+
+
+@dataclass(frozen=True)
+class SampleUse:
+    """
+    What calibration samples serve.
+
+    :param use: "statistics", "signal", "search", "confirm" or "pruning"
+    :param samples: batches of one
+    """
+
+    use: str
+    samples: list[dict]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are no padding, of all samples."""
+        return sum(int(token_mask(sample).sum()) for sample in self.samples)
+
+
+class SampleSplit:
+    """
+    Samples that judge are held out, at even distances, and serve nothing else: those of
+    the search judge its rounds, those of the confirmation the last comparison. All
+    others measure. Signals and judges see windows from anywhere in a sample, not its
+    beginning, which chat templates and system prompts make alike.
+
+    With fewer than four samples the confirmation shares those of the search.
+
+    Under torch.distributed every rank holds all samples and makes the same choices.
+
+    :param batches: the same on all ranks
+    :param effort: how many samples serve what, and how many of their tokens
+    :param judged: whether allocations are judged, so that samples are held out
+    :param by_loss: whether anything needs a token to predict
+    :param pruning_tokens: that the pruner's own arithmetic should see; None where
+        nothing asks for it
+    :raises ValueError: if samples are to be held out and there is but one
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[Batch],
+        effort: Effort,
+        *,
+        judged: bool,
+        by_loss: bool,
+        pruning_tokens: int | None = None,
+    ) -> None:
+        self._effort, self._rounds, self._prunings = effort, 0, 0
+        self._signal: list[dict] = []  # of the first round
+        samples = sort_samples(single_samples(batches, by_loss))
+        check_alike(samples)
+        self._first = _same_first_token(samples)
+        search, confirm = _held_out(samples, effort) if judged else ([], [])
+        out = {id(sample) for sample in [*search, *confirm]}
+        self._measuring = [sample for sample in samples if id(sample) not in out]
+        self.search = self._windows(search, "search")
+        self.confirm = self._windows(confirm, "confirm") if confirm else self.search
+        self.statistics = evenly_spaced(self._measuring, effort.statistics)
+        self._pruning_tokens = pruning_tokens or 0
+        self.pruning = [] if pruning_tokens is None else self.next_pruning()
+
+    def next_signal(self) -> list[dict]:
+        """Other samples in every round, as far as there are any, and other windows."""
+        count = min(self._effort.signal, len(self._measuring))
+        start, order = self._rounds * count, interleaved(self._measuring)
+        chosen = [order[(start + i) % len(order)] for i in range(count)]
+        self._rounds += 1
+        windows = self._windows(chosen, f"signal {self._rounds}")
+        self._signal = self._signal or windows
+        return windows
+
+    def next_pruning(self) -> list[dict]:
+        """
+        What the pruner's own arithmetic prunes by, other samples every time as far as
+        there are any: windows as the judges see, or whole samples where these have too
+        few tokens.
+        """
+        count = min(self._effort.confirm or self._effort.signal, len(self._measuring))
+        self._prunings += 1
+        windows = self._windows(self._turn(count), f"pruning {self._prunings}")
+        if SampleUse("", windows).tokens >= self._pruning_tokens:
+            return windows
+        each = SampleUse("", self._measuring).tokens / len(self._measuring)
+        wanted = max(count, round(self._pruning_tokens / each))
+        return self._turn(min(wanted, len(self._measuring)))
+
+    def _turn(self, count: int) -> list[dict]:
+        """So many samples, at even distances, of the turn that it is."""
+        start = (self._prunings - 1) % len(self._measuring)
+        order = self._measuring[start:] + self._measuring[:start]
+        return evenly_spaced(order, count)
+
+    def in_turn(self) -> list[dict]:
+        """All that are not held out, whole, the first few spread over the text."""
+        return interleaved(self._measuring)
+
+    def shortest(self) -> dict:
+        """One sample, cut, to try the model on."""
+        return self._windows(self._measuring[-1:], "check")[0]
+
+    def uses(self) -> list[SampleUse]:
+        """For the report; of the signal's samples, those of the first round."""
+        held_out = {"search": self.search, "confirm": self.confirm}
+        measuring = {
+            "statistics": self.statistics,
+            "signal": self._signal,
+            "pruning": self.pruning,
+        }
+        uses = measuring | held_out
+        return [SampleUse(use, samples) for use, samples in uses.items() if samples]
+
+    def _windows(self, samples: Iterable[dict], salt: str) -> list[dict]:
+        length = self._effort.tokens
+        return [cut_tokens(sample, length, salt, self._first) for sample in samples]
+
+
+def _held_out(samples: Sequence[dict], effort: Effort) -> tuple[list[dict], list[dict]]:
+    """Samples of the search and of the confirmation, none in both."""
+    count = len(samples)
+    if count < 2:
+        raise ValueError(
+            "strength='auto' holds calibration samples out to judge by, and there is "
+            "but one: raise num_calibration_samples, or give strength as a number (0.1 "
+            "is a good start)"
+        )
+    if count < APART or not effort.confirm:
+        return evenly_spaced(samples, min(effort.search, count // 2)), []
+    search = min(effort.search, count // 4)
+    confirm = min(effort.confirm, count // 4)
+    chosen = evenly_spaced(samples, search + confirm)
+    # taken in turn: samples are sorted by length, and both shall see all lengths
+    by_turn = {
+        id(chosen[(2 * i + 1) * len(chosen) // (2 * confirm)]) for i in range(confirm)
+    }
+    return (
+        [sample for sample in chosen if id(sample) not in by_turn],
+        [sample for sample in chosen if id(sample) in by_turn],
+    )
+
+
+def _same_first_token(samples: Sequence[Batch]) -> bool:
+    """Whether all samples begin alike, as they do where a tokenizer adds BOS."""
+    firsts = {
+        int(sample["input_ids"][0, int(token_mask(sample)[0].int().argmax())])
+        for sample in samples
+    }
+    return len(samples) > 1 and len(firsts) == 1
+
+
+def check_alike(samples: Sequence[Batch]) -> None:
+    """:raises ValueError: unless all ranks hold the same samples"""
+    mine = [sample_key(sample) for sample in samples]
+    if any(other != mine for other in distributed.gather(mine)):
+        raise ValueError(
+            "the ranks of torch.distributed were given different calibration samples: "
+            "pass what absorb_plugin.calibration.read_batches(loader) returns, which "
+            "collects those of all ranks"
+        )

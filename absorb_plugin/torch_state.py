@@ -1,0 +1,56 @@
+"""Torch as it comes, whatever a script has set around us."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch.nn import Module
+
+__all__ = ["check_differentiable", "plain_torch"]
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """
+    Within the context there is no autocast, no inference mode and no other default
+    dtype or device, so that an allocation is the same wherever it is called from.
+    Deterministic algorithms stay; where torch has none, it warns instead of raising.
+    Afterwards all is as it was. Also a decorator.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for device in {"cpu", _accelerator()}:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(torch.device("cpu"))
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+        if torch.are_deterministic_algorithms_enabled():
+            warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+            stack.callback(
+                torch.use_deterministic_algorithms, True, warn_only=warn_only
+            )
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        yield
+
+
+def check_differentiable(model: Module) -> None:
+    """
+    :raises ValueError: if weights were made in inference mode, which torch does not
+        differentiate through
+    """
+    for name, module in model.named_modules():
+        stored = getattr(module._parameters, "offloaded_values", module._parameters)
+        if any(
+            isinstance(x, torch.Tensor) and x.is_inference() for x in stored.values()
+        ):
+            raise ValueError(
+                f"model: the weights of {name} were made under torch.inference_mode, "
+                "and the slope of the loss cannot be taken through them. Load the "
+                "model outside of it, or use signal: response"
+            )
+
+
+def _accelerator() -> str:
+    found = torch.accelerator.current_accelerator()
+    return "cpu" if found is None else found.type

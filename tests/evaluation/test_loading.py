@@ -1,0 +1,305 @@
+"""Checkpoints as people have them: incomplete, of another kind, larger than memory."""
+
+import gc
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.offload import disable_onloading
+from helpers import tiny
+from helpers.words import make_model, make_tokenizer, words
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    T5Config,
+)
+
+from absorb_plugin.evaluation import loading
+from absorb_plugin.evaluation.loading import (
+    check_length,
+    check_saving,
+    load_config,
+    load_for_pruning,
+    load_model,
+    weight_bytes,
+)
+from absorb_plugin.evaluation.perplexity import linear_sparsity, perplexity
+from absorb_plugin.evaluation.text import evaluation_windows
+
+LOADERS = [load_model, load_for_pruning]
+TINY = {
+    "vocab_size": 63,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+@pytest.fixture
+def folder(model_dir: Path, tmp_path: Path) -> Path:
+    """A copy that may be damaged."""
+    return Path(shutil.copytree(model_dir, tmp_path / "model"))
+
+
+def rewrite(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+# --- what is missing --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_a_checkpoint_without_its_head(load: Callable, tmp_path: Path) -> None:
+    make_model().model.save_pretrained(tmp_path)
+    load_config(str(tmp_path))  # names do not tell: some are wrong
+    told = "has no weights for lm_head.weight .1 in all.*random numbers"
+    with pytest.raises(ValueError, match=told):
+        load(str(tmp_path), "auto")
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_a_checkpoint_that_lacks_a_block(load: Callable, folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: x for name, x in weights.items() if "layers.1." not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers.1.*… .9 in all"):
+        load(str(folder), "auto")
+
+
+@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "opt", "phi3"])
+def test_tied_heads_are_no_missing_weights(
+    load: Callable, architecture: str, tmp_path: Path
+) -> None:
+    model = tiny.make_model(architecture, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    load_config(str(tmp_path))
+    loaded = load(str(tmp_path), "auto")
+    head, embedding = loaded.get_output_embeddings(), loaded.get_input_embeddings()
+    assert head.weight is embedding.weight
+    torch.testing.assert_close(head.weight, model.get_output_embeddings().weight)
+
+
+# --- what is no language model ----------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_classifiers_are_refused(tied: bool, tmp_path: Path) -> None:
+    """Also with tied embeddings, of which a head could be made."""
+    config = LlamaConfig(**TINY, tie_word_embeddings=tied)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    told = "LlamaForSequenceClassification, which does not predict the next token"
+    with pytest.raises(ValueError, match=told):
+        load_config(str(tmp_path))
+
+
+def test_a_base_model_whose_head_would_be_tied(tmp_path: Path) -> None:
+    tiny.make_model("llama", tie_word_embeddings=True).model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="saved as LlamaModel, which does not predict"):
+        load_config(str(tmp_path))
+
+
+def test_encoders_are_refused(folder: Path, tmp_path: Path) -> None:
+    BertForMaskedLM(BertConfig(**TINY)).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match="BertForMaskedLM"):
+        load_config(str(tmp_path / "bert"))
+    T5Config().save_pretrained(folder)
+    with pytest.raises(ValueError, match="'t5' model, of which transformers has none"):
+        load_config(str(folder))
+
+
+# --- files ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_pointer_of_git_lfs(folder: Path, name: str) -> None:
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=f"{name} is a pointer of git-lfs.*pull"):
+        load_config(str(folder))
+
+
+def test_an_adapter(tmp_path: Path) -> None:
+    rows = {"base_model_name_or_path": "org/base", "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match="adapter for org/base.*merge_and_unload"):
+        load_config(str(tmp_path))
+
+
+def test_directories_that_are_no_models(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="has no config.json: it is no model"):
+        load_config(str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match="is a file: give the directory"):
+        load_config(str(folder / "model.safetensors"))
+    with pytest.raises(FileNotFoundError, match="no such model directory"):
+        load_config(str(tmp_path / "none"))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="has no weights"):
+        load_config(str(folder))
+
+
+def test_a_download_that_was_cut_short(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="model.safetensors is damaged or incomplete"):
+        load_config(str(folder))
+
+
+def test_a_shard_that_is_missing(tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path, max_shard_size="50KB")
+    load_config(str(tmp_path))
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"lacks {shard.name}, which .*index.json"):
+        load_config(str(tmp_path))
+
+
+def test_windows_longer_than_the_model(folder: Path) -> None:
+    config = load_config(str(folder))
+    check_length(config, 64)
+    with pytest.raises(ValueError, match="seq_len=65 is longer .* 64 positions"):
+        check_length(config, 65)
+
+
+# --- code of the model ------------------------------------------------------------
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class MyConfig(LlamaConfig):
+    model_type = "my_lm"
+class MyModel(LlamaForCausalLM):
+    config_class = MyConfig
+"""
+
+
+@pytest.fixture
+def remote(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on stdin"))
+    (folder / "code.py").write_text(CODE)
+    files = {"AutoConfig": "code.MyConfig", "AutoModelForCausalLM": "code.MyModel"}
+    fields = {"model_type": "my_lm", "architectures": ["MyModel"], "auto_map": files}
+    rewrite(folder / "config.json", **fields)
+    return folder
+
+
+def test_code_of_the_model_is_not_run_unasked(remote: Path) -> None:
+    (remote / "code.py").write_text("raise SystemExit('was run')")
+    with pytest.raises(ValueError, match="code of its own.*set trust_remote_code=True"):
+        load_config(str(remote))
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_code_of_the_model_is_run_when_asked(load: Callable, remote: Path) -> None:
+    config = load_config(str(remote), trust_remote_code=True)
+    assert type(config).__name__ == "MyConfig"
+    model = load(str(remote), "auto", trust_remote_code=True)
+    assert type(model).__name__ == "MyModel"
+    tiny.assert_same(tiny.snapshot(model), tiny.snapshot(make_model()))
+
+
+# --- what would be refused at the end ---------------------------------------------
+
+
+def check(folder: Path) -> None:
+    config = load_config(str(folder))
+    check_saving(str(folder), config, AutoTokenizer.from_pretrained(folder))
+
+
+def test_a_generation_config_that_cannot_be_saved(folder: Path) -> None:
+    check(folder)
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({"temperature": 0.9, "top_p": 0.6}))
+    with pytest.raises(ValueError, match="will not save generation_config.json"):
+        check(folder)
+    file.write_text(json.dumps({"temperature": 0.9, "do_sample": True}))
+    check(folder)
+    file.unlink()
+    check(folder)
+
+
+# --- where the weights lie --------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32"])
+def test_bytes_of_the_weights(dtype: str, tmp_path: Path) -> None:
+    make_model().half().save_pretrained(tmp_path)
+    config = load_config(str(tmp_path))
+    count = sum(x.numel() for x in make_model().parameters())
+    assert weight_bytes(config, dtype) == count * (4 if dtype == "float32" else 2)
+
+
+class Memory:
+    """What psutil says is available."""
+
+    def __init__(self, available: int) -> None:
+        self.available = available
+
+
+def offload_folders() -> set[Path]:
+    return set(Path(tempfile.gettempdir()).glob("absorb-offload-*"))
+
+
+def test_where_weights_lie_with_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the free memory of the first one is theirs, then comes the rest."""
+    first = torch.device("cuda", 0)
+    monkeypatch.setattr(loading, "main_device", lambda: first)
+    monkeypatch.setattr(loading, "_free_memory", lambda: {0: 1000, 1: 2000})
+    free = loading.SPARE_CPU_MEMORY + 3000
+    monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: Memory(free))
+    assert loading._placement(500, accelerator=True) == {"device_map": {"": first}}
+    spread = loading._placement(501, accelerator=True)
+    shutil.rmtree(spread["offload_folder"])
+    assert spread["device_map"] == "auto"
+    assert spread["max_memory"] == {0: 500, 1: 1800, "cpu": 3000}
+    # to prune: where the pipelines of oneshot expect them
+    assert loading._placement(3000, accelerator=False) == {}
+    spread = loading._placement(3001, accelerator=False)
+    shutil.rmtree(spread["offload_folder"])
+    assert spread["max_memory"] == {"cpu": 3000}
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> tuple[Path, PreTrainedModel]:
+    model = tiny.make_model("llama", num_hidden_layers=6)
+    model.save_pretrained(tmp_path)
+    return tmp_path, model
+
+
+@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize("share", [0.0, 0.6])
+def test_weights_that_do_not_fit_lie_on_disk(
+    load: Callable,
+    share: float,
+    large: tuple[Path, PreTrainedModel],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, model = large
+    size = sum(x.nbytes for x in model.parameters())
+    free = loading.SPARE_CPU_MEMORY + int(share * size)
+    monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: Memory(free))
+    before = offload_folders()
+    loaded = load(str(path), "auto")
+    with disable_onloading():
+        places = {x.device.type for x in loaded.parameters()}
+    assert places == ({"meta", "cpu"} if share else {"meta"})
+    (folder,) = offload_folders() - before
+
+    windows = evaluation_windows([words(60)], make_tokenizer(True), 16)
+    expected, _ = perplexity(model, windows, progress=False)
+    assert perplexity(loaded, windows, progress=False)[0] == pytest.approx(expected)
+    assert linear_sparsity(loaded) == 0
+    tiny.assert_same(tiny.snapshot(loaded), tiny.snapshot(model))
+    del loaded
+    gc.collect()
+    assert not folder.exists()

@@ -1,0 +1,49 @@
+"""Statistics of the Linears' inputs, against hooks on whole forwards."""
+
+import torch
+from helpers import naive, tiny
+from helpers.probes import run
+from transformers import PreTrainedModel
+
+from absorb_plugin.blocks import find_blocks
+from absorb_plugin.forward.inputs import InputStatistics, square_sum, unseen_linears
+
+
+def test_statistics_equal_hooks(any_model: PreTrainedModel) -> None:
+    blocks, batch = find_blocks(any_model), tiny.make_batch(padding="right")
+    expected = naive.square_sums(any_model, blocks, batch)
+    probe = InputStatistics(blocks)
+    run(any_model, [batch], probe)
+    found = probe.result()
+    assert found.keys() == expected.keys() == blocks.linears().keys()
+    for name, total in expected.items():
+        torch.testing.assert_close(found[name], total, rtol=1e-5, atol=1e-6)
+
+
+def test_batch_size_changes_nothing(llama: PreTrainedModel) -> None:
+    blocks, batch = find_blocks(llama), tiny.make_batch(padding="left")
+    whole, single = InputStatistics(blocks), InputStatistics(blocks)
+    run(llama, [batch], whole)
+    run(llama, [{k: v[i : i + 1] for k, v in batch.items()} for i in (2, 0, 1)], single)
+    for name, total in whole.result().items():
+        torch.testing.assert_close(single.result()[name], total, rtol=1e-5, atol=1e-6)
+
+
+def test_experts_without_tokens_have_none() -> None:
+    model = tiny.make_model("qwen3_moe")
+    blocks, probe = find_blocks(model), InputStatistics(find_blocks(model))
+    run(model, [tiny.make_batch(samples=1, tokens=1)], probe)
+    unseen = unseen_linears(blocks, probe.result())
+    assert unseen and all(".experts." in name for name in unseen)
+    assert not probe.result().keys() & set(unseen)
+
+
+def test_square_sum_of_many_rows() -> None:
+    inputs = torch.randn(2500, 7, dtype=torch.float64)
+    counted = torch.rand(2500) < 0.5
+    exact = {"rtol": 1e-5, "atol": 0}
+    whole = inputs.square().sum(0)
+    torch.testing.assert_close(square_sum(inputs).double(), whole, **exact)
+    torch.testing.assert_close(
+        square_sum(inputs, counted).double(), inputs[counted].square().sum(0), **exact
+    )

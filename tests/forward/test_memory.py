@@ -1,0 +1,122 @@
+"""What runs of probes really take, against the limit that they are given."""
+
+import psutil
+import pytest
+import torch
+from compressed_tensors.offload import set_onload_device
+from helpers import tiny
+from helpers.fake_accelerator import fake_accelerator
+from helpers.live_bytes import live_bytes
+from helpers.probes import PROBES, place, run
+
+from absorb_plugin.blocks import find_blocks
+from absorb_plugin.forward.memory import Footprint, footprint, limit_by_machine
+from absorb_plugin.forward.probe import Needs
+
+GIB = 2**30
+# hidden states, weights, attention scores and logits in turn take the most
+SHAPES = {
+    "states": ({"num_hidden_layers": 6}, 64),
+    "weights": ({"hidden_size": 128, "intermediate_size": 512}, 8),
+    "attention": ({"max_position_embeddings": 192}, 192),
+    "logits": ({"vocab_size": 4096}, 32),
+    "experts": ({}, 32),
+    "halves": ({"hidden_size": 128, "intermediate_size": 512}, 8),
+}
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+@pytest.mark.parametrize("which", PROBES)
+def test_a_run_keeps_to_its_memory(which: str, shape: str) -> None:
+    fields, tokens = SHAPES[shape]
+    architecture = "qwen3_moe" if shape == "experts" else "llama"
+    model = tiny.make_model(architecture, **fields)
+    if shape == "halves":
+        model = model.half()
+    batch = tiny.make_batch(4, tokens)
+    where, case = place(model, batch), PROBES[which]
+    needs = case.make(where).needs
+    least = footprint(model, where.blocks.modules, [needs], memory=1)
+    shares = []
+    for samples in (4,) if needs.single_batch else (1, 4):  # it is not cut
+        # what is not chunks of logits has 11 of 16 parts
+        limit = (least.fixed + samples * least.sample(tokens)) * 16 // 11
+        probe = case.make(where)
+        with live_bytes(model, where.statistics, batch) as live:
+            run(model, [batch], probe, memory=limit)
+        shares.append(live.peak / limit)
+    assert max(shares) <= 1
+
+
+def test_samples_at_a_time() -> None:
+    need = Footprint(fixed=100, chunk=1, per_token=2, per_pair=1)
+    assert need.sample(4) == 24
+    assert [need.samples(4, memory) for memory in (101, 124, 148, 195)] == [1, 1, 2, 3]
+    # the limit cannot be kept: going through the model once per sample would not help
+    assert [need.samples(4, memory) for memory in (100, 96, 1)] == [1, 1, 1]
+    assert Footprint(500, 1, 2, 1).samples(4, 480) == 5
+
+
+def test_what_cannot_be_kept_is_said_once(warnings: list[str]) -> None:
+    model = tiny.make_model("llama")
+    where = place(model, tiny.make_batch())
+    for _ in range(2):
+        probe = PROBES["masks of wanda"].make(where)
+        run(model, [tiny.make_batch(2, 11)], probe, memory=5_000)
+    told = [message for message in warnings if "probe_memory" in message]
+    assert len(told) == 1 and "x 11 tokens" in told[0]
+
+
+def test_an_expert_block_is_pruned_one_linear_at_a_time() -> None:
+    """11 G weights a block, as the largest mixtures have them."""
+    with torch.device("meta"):
+        experts = torch.nn.ModuleList(
+            torch.nn.Linear(7168, 2048, bias=False) for _ in range(768)
+        )
+        model = tiny.make_model("llama").to("meta").bfloat16()
+    weights = 768 * 7168 * 2048
+    needs = Needs(trajectories=3, pruned=4)
+    took = footprint(model, [experts], [needs], memory=64 * GIB).fixed
+    assert took < 0.12 * 2 * weights
+
+
+@pytest.mark.parametrize(
+    ("available", "limit"), [(1, 1), (7.9, 2), (8, 4), (100, 4), (0.1, 1)]
+)
+def test_auto_on_a_cpu(
+    available: float, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Memory:
+        pass
+
+    memory = Memory()
+    memory.available = int(available * GIB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    model = tiny.make_model("llama")
+    assert limit_by_machine(model, find_blocks(model).modules) == limit * GIB
+
+
+@pytest.mark.parametrize(
+    ("free", "unused", "limit"), [(79, 0, 32), (40, 0, 16), (20, 13, 16), (1, 0, 1)]
+)
+def test_auto_on_an_accelerator(
+    free: int, unused: int, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fake_accelerator():
+        for name, value in (
+            ("get_memory_info", (free * GIB, 80 * GIB)),
+            ("memory_reserved", 3 * GIB + unused * GIB),
+            ("memory_allocated", 3 * GIB),
+        ):
+            monkeypatch.setattr(torch.accelerator, name, lambda *_, v=value: v)
+        model = set_onload_device(tiny.make_model("llama"), torch.device("fake:0"))
+        assert limit_by_machine(model, find_blocks(model).modules) == limit * GIB
+
+
+def test_no_weight_is_onloaded_to_know_the_memory() -> None:
+    with fake_accelerator() as device:
+        model = set_onload_device(tiny.make_model("llama"), torch.device("fake:0"))
+        blocks = find_blocks(model)
+        device.log.clear()
+        footprint(model, blocks.modules, [Needs(pruned=1, backward=True)], memory=GIB)
+        assert not device.log["to device"]

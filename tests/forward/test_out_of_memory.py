@@ -1,0 +1,77 @@
+"""A device that is full: fewer samples at a time, and the same result."""
+
+from collections.abc import Iterator
+from itertools import count
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny
+from helpers.probes import PROBES, numbers, place
+from transformers import PreTrainedModel
+
+from absorb_plugin.blocks import find_blocks
+from absorb_plugin.forward.probe import Probe
+from absorb_plugin.forward.run import run_probes
+
+TOGETHER = ("pruner of", "model pruned", "second moments")
+AT_ONCE = {name for name in PROBES if name.startswith(TOGETHER)}
+DIVISIBLE = [name for name in PROBES if name not in AT_ONCE]
+NUMBER = count()  # of runs: each says once that memory was short
+
+
+@pytest.fixture
+def small_device(llama: PreTrainedModel) -> Iterator[list[int]]:
+    """The last block's MLP has room for two samples. Sizes of all that it was given."""
+    seen: list[int] = []
+
+    def refuse(module: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
+        seen.append(len(args[0]))
+        if len(args[0]) > 2:
+            raise torch.OutOfMemoryError("the device is full")
+
+    llama.model.layers[-1].mlp.register_forward_pre_hook(refuse)
+    yield seen
+
+
+def run(model: PreTrainedModel, probe: Probe, samples: int) -> None:
+    batches = [tiny.make_batch(samples, seed=seed) for seed in range(2)]
+    what = f"Run {next(NUMBER)}"
+    run_probes(model, find_blocks(model), batches, [probe], description=what)
+
+
+@pytest.mark.parametrize("which", DIVISIBLE)
+def test_halves(
+    which: str, llama: PreTrainedModel, small_device: list[int], warnings: list[str]
+) -> None:
+    where = place(tiny.make_model("llama"), tiny.make_batch())
+    small = place(llama, tiny.make_batch(), where.statistics)
+    expected, found = (PROBES[which].make(x) for x in (where, small))
+    run(where.model, expected, 5)
+    run(llama, found, 5)
+    assert max(small_device) == 5 and set(small_device) >= {5, 2, 1}
+    results = numbers(found.result()), numbers(expected.result())
+    np.testing.assert_allclose(*results, rtol=2e-4, atol=1e-6)
+    assert sum("does not fit" in message for message in warnings) == 1
+
+
+def test_one_sample_that_does_not_fit(llama: PreTrainedModel) -> None:
+    def refuse(*_: object) -> None:
+        raise torch.OutOfMemoryError("the device is full")
+
+    before = tiny.snapshot(llama)
+    probe = PROBES["slope under masks"].make(place(llama, tiny.make_batch()))
+    hook = llama.model.layers[1].mlp.register_forward_pre_hook(refuse)
+    with pytest.raises(torch.OutOfMemoryError, match="single sample: use fewer"):
+        run(llama, probe, 4)
+    hook.remove()
+    tiny.assert_untouched(llama, before)
+
+
+@pytest.mark.parametrize("which", sorted(AT_ONCE))
+def test_what_takes_all_samples_at_once(
+    which: str, llama: PreTrainedModel, small_device: list[int]
+) -> None:
+    probe = PROBES[which].make(place(llama, tiny.make_batch(2)))
+    with pytest.raises(torch.OutOfMemoryError, match="use fewer confirm_samples"):
+        run(llama, probe, 4)

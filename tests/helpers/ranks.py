@@ -1,0 +1,249 @@
+"""
+What test_distributed.py compares: the same work on one, two and three ranks.
+
+Run as a script, with a folder as its argument: it forks the ranks, so that one import
+of llm-compressor serves all of them, and each writes what it found.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.offload.convert import from_accelerate
+from llmcompressor.core import reset_session
+from torch import distributed
+from torch.utils.data import DataLoader
+
+from absorb_plugin.blocks import find_blocks
+from absorb_plugin.calibration import pad_to_batch, read_batches
+from absorb_plugin.forward import runner
+from absorb_plugin.hookspecs import hookimpl
+from absorb_plugin.plugins import manager
+from helpers import runs, tiny
+
+WORLDS = (1, 2, 3)
+Batches = list[dict[str, torch.Tensor]]
+
+# name -> fields of the modifier, and "kind" of the pruner, "seed" of the model
+ALLOCATIONS: dict[str, dict[str, Any]] = {
+    "gradient": {"signal": "gradient"},
+    "response": {"signal": "response"},
+    "noise": {"signal": "noise", "signal_args": {"samples": 7}, "strength": 0.1},
+    "auto": {
+        "allocator": "uniform",
+        "strength": "auto",
+        "rounds": 2,
+        "report_dir": "for the noise probe",
+        "seed": 6,  # a model on which a step is taken
+    },
+    "confirmed": {
+        "allocator": "uniform",
+        "strength": "auto",
+        "rounds": 2,
+        "seed": 1,
+        "kind": "sparsegpt",
+    },
+    "pruner": {"signal": "pruner", "kind": "sparsegpt", "level": "part"},
+    "alpha": {"allocator": "alpha_pruning", "granularity": "linear"},
+    "experts": {"architecture": "qwen3_moe", "statistics_samples": 3},
+}
+# how the samples are shared out: number of ranks -> bounds of contiguous shards
+SHARDS: dict[str, dict[int, tuple[int, ...]]] = {
+    "unequal": {1: (0, 13), 2: (0, 10, 13), 3: (0, 3, 4, 13)},
+    "one empty": {1: (0, 13), 2: (0, 0, 13), 3: (0, 5, 5, 13)},
+}
+# tried with "auto" on several ranks; beside SHARDS every n-th sample, or the first ones
+SCHEMES = ["unequal", "one empty", "dealt", "copied"]
+# name -> pruner, whether its statistics are reduced
+PRUNINGS = {
+    f"{kind}, {'reduced' if reduced else 'as they are'}": (kind, reduced)
+    for kind in runs.PRUNERS
+    for reduced in (True, False)
+}
+WIDE = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 192}
+
+
+class Observer:
+    """What the hook of outsiders is told."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    @hookimpl
+    def allocation_finished(self, profile: dict[str, Any]) -> None:
+        self.calls += 1
+
+
+def samples() -> Batches:
+    """13 samples of 9 to 16 tokens, in no order of length."""
+    lengths = [16, 12, 16, 9, 14, 16, 16, 11, 16, 10, 16, 13, 16]
+    return [
+        tiny.make_batch(1, length, seed=seed) for seed, length in enumerate(lengths)
+    ]
+
+
+def shard(scheme: str, world: int, rank: int) -> Batches:
+    """This rank's samples; "dealt" gives every n-th, last first, two in a batch."""
+    every = samples()
+    if scheme == "copied":  # as llm-compressor's own sharding does
+        return every[: 13 - rank]
+    if scheme in SHARDS:
+        start, stop = SHARDS[scheme][world][rank : rank + 2]
+        return every[start:stop]
+    mine = every[rank::world][::-1]
+    return [pad_to_batch(mine[i : i + 2]) for i in range(0, len(mine), 2)]
+
+
+def allocate(fields: dict[str, Any], loader: Sequence[Any]) -> dict[str, Any]:
+    fields = dict(fields)
+    model = tiny.make_model(
+        fields.pop("architecture", "llama"), seed=fields.pop("seed", 0)
+    )
+    kind = fields.pop("kind", "wanda")
+    fields = {"signal_samples": 5, "search_samples": 4} | fields
+    found = runs.allocate(model, read_batches(loader), 0.6, kind, **fields)
+    noise, search, confirmed = found.noise, found.search, found.confirmed
+    return {
+        "targets": list(found.linear_sparsities().values()),
+        "direction": found.direction.tolist(),
+        "noise": None
+        if noise is None
+        else [*noise.ratio, *noise.ratio_error, noise.samples, noise.tokens],
+        "losses": None if search is None else list(search.judged.values()),
+        "steps": None if search is None else search.taken,
+        "confirmed": None if confirmed is None else list(confirmed.losses.values()),
+        "taken": None if confirmed is None else confirmed.chosen,
+    }
+
+
+def allocations(world: int, rank: int) -> dict[str, Any]:
+    found = {}
+    for name, fields in ALLOCATIONS.items():
+        for scheme in SCHEMES if name == "auto" and world > 1 else ["unequal"]:
+            found[f"{name}, {scheme}"] = allocate(fields, shard(scheme, world, rank))
+    return found
+
+
+def kept(world: int, rank: int, folder: Path) -> list[dict[str, Any]]:
+    """An allocation that fills a profile_cache, and one that must not run the model."""
+    fields = {**ALLOCATIONS["auto"], "profile_cache": folder / f"kept{world}"}
+    first = allocate(fields, shard("unequal", world, rank))
+    measure, runner.run_probes = runner.run_probes, None
+    second = allocate(fields, shard("unequal", world, rank))
+    runner.run_probes = measure
+    return [first, second]
+
+
+def failures(world: int, rank: int) -> dict[str, str]:
+    """What every rank says when one of them fails."""
+    poisoned = shard("unequal", world, rank)
+    if rank == world - 1:
+        poisoned[-1] = {"text": ["no tokens"]}
+    found = {"no input_ids": _error(lambda: read_batches(poisoned))}
+    found["no data"] = _error(lambda: read_batches([]))
+
+    model = tiny.make_model("llama")
+    model.get_input_embeddings().weight.data[1] = torch.inf
+    batches = samples()[:2]
+    batches[1]["input_ids"][:] = 1  # no other sample has this token
+    found["infinity"] = _error(lambda: runs.allocate(model, batches, 0.6))
+    unlike = samples()[rank:]
+    found["not alike"] = _error(lambda: runs.allocate(model, unlike, 0.6))
+    return found
+
+
+def _error(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
+def prunings(world: int, rank: int, folder: Path) -> dict[str, Any]:
+    """Weights after `oneshot`."""
+    found: dict[str, Any] = {}
+    start, stop = {1: (0, 8), 2: (0, 5, 8), 3: (0, 3, 5, 8)}[world][rank : rank + 2]
+    common: dict[str, Any] = {
+        "dataset": tiny.make_dataset(8).select(range(start, stop))
+    }
+    for name, (kind, reduced) in PRUNINGS.items():
+        if world == 2 or (world == 1 and reduced):
+            fields = common | {"reduce_pruner_statistics": reduced}
+            found[name] = prune(kind, folder, rank, **fields)
+    if world == 2:
+        found["offloaded"] = prune("sparsegpt", folder, rank, offload=True, **common)
+        return found
+    # Only the basic pipeline stands a rank without samples.
+    loader = DataLoader(shard("one empty", world, rank), collate_fn=lambda x: x[0])
+    fields = {"dataset": loader, "pipeline": "basic"}
+    found["one empty"] = prune("wanda", folder, rank, **fields)
+    return found
+
+
+def prune(
+    kind: str,
+    folder: Path,
+    rank: int,
+    offload: bool = False,
+    reduce_pruner_statistics: bool = True,
+    **fields: Any,
+) -> dict[str, Any]:
+    model = tiny.make_model("llama", **WIDE)
+    directory = folder / f"rank{rank}"
+    ours = runs.absorption(
+        report_dir=directory / "report",
+        reduce_pruner_statistics=reduce_pruner_statistics,
+    )
+    if offload:  # as load_offloaded_model does, which wants an accelerator
+        model = model.to("meta") if rank else model
+        from_accelerate(model)
+    pruner = runs.pruner(kind)
+    observer = Observer()
+    manager().register(observer)
+    try:
+        runs.run(model, [ours, pruner], directory, samples=13, **fields)
+    finally:
+        manager().unregister(observer)
+        reset_session()
+    assert "compress_modules" not in pruner.__dict__
+    return {
+        "weights": {
+            name: linear.weight.detach().clone()
+            for name, linear in find_blocks(model).linears().items()
+        },
+        "targets": pruner.sparsity,
+        "reports": sorted(path.name for path in directory.glob("report/*")),
+        "hooks": observer.calls,
+    }
+
+
+def run_rank(rank: int, world: int, folder: Path) -> None:
+    if world > 1:
+        store = f"file://{folder}/store{world}"
+        distributed.init_process_group("gloo", store, rank=rank, world_size=world)
+    found: dict[str, Any] = {"allocations": allocations(world, rank)}
+    found["kept"] = kept(world, rank, folder)
+    if world > 1:
+        found["failures"] = failures(world, rank)
+    (folder / f"{world}-{rank}.json").write_text(json.dumps(found))
+    torch.save(prunings(world, rank, folder), folder / f"{world}-{rank}.pt")
+    if world > 1:
+        distributed.destroy_process_group()
+
+
+def ranks_of(world: int) -> Iterator[str]:
+    return (f"{world}-{rank}" for rank in range(world))
+
+
+if __name__ == "__main__":
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    for world in WORLDS:
+        torch.multiprocessing.start_processes(
+            run_rank, (world, Path(sys.argv[1])), nprocs=world, start_method="fork"
+        )

@@ -1,0 +1,91 @@
+"""Runs of llm-compressor's own `oneshot` on tiny models."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.pruning import (
+    SparseGPTModifier,
+    WandaPruningModifier,
+)
+from transformers import PreTrainedModel, set_seed
+
+from absorb_plugin import AbsorptionAllocationModifier, pruners
+from absorb_plugin.allocate import Allocation
+from absorb_plugin.allocate import allocate as allocate_all
+from absorb_plugin.blocks import find_blocks
+from absorb_plugin.calibration import Batch
+from helpers import tiny
+
+PRUNERS = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}
+# Random weights have a flat loss, so strength is a number wherever a test is not about
+# the search itself.
+QUICK = {"signal": "gradient", "strength": 0.2, "max_sparsity": 0.9}
+
+
+def absorption(**fields: Any) -> AbsorptionAllocationModifier:
+    return AbsorptionAllocationModifier(**{**QUICK, **fields})
+
+
+def pruner(kind: str = "wanda", **fields: Any) -> Modifier:
+    default = {"sparsity": 0.5, "targets": ["Linear"], "ignore": ["re:.*lm_head"]}
+    return PRUNERS[kind](**{**default, **fields})
+
+
+def allocate(
+    model: PreTrainedModel,
+    batches: Sequence[Batch] | None = None,
+    sparsity: float = 0.5,
+    kind: str = "wanda",
+    **fields: Any,
+) -> Allocation:
+    """
+    :param batches: by default one of four samples
+    :param kind: of the pruner that it is for
+    :param fields: of the modifier
+    """
+    return allocate_all(
+        model,
+        find_blocks(model),
+        [tiny.make_batch(4)] if batches is None else batches,
+        sparsity=sparsity,
+        pruner=pruners.PRUNERS[kind](),
+        settings=absorption(**fields),
+    )
+
+
+def run(
+    model: PreTrainedModel,
+    recipe: Any,
+    directory: Path,
+    *,
+    dataset: Dataset | None = None,
+    samples: int = 6,
+    **fields: Any,
+) -> PreTrainedModel:
+    """
+    :param directory: for the files that `oneshot` wants to read or writes
+    """
+    model, tokenizer = tiny.with_tokenizer(model, directory / "config")
+    set_seed(0)
+    return oneshot(
+        model=model,
+        tokenizer=tokenizer,
+        recipe=recipe,
+        dataset=tiny.make_dataset(samples) if dataset is None else dataset,
+        num_calibration_samples=samples,
+        max_seq_length=16,
+        **fields,
+    )
+
+
+def zeros(model: torch.nn.Module, names: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Full name of a Linear -> number of zeros in each row."""
+    return {
+        name: (model.get_submodule(name).weight == 0).sum(dim=1).tolist()
+        for name in names
+    }

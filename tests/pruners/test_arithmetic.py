@@ -1,0 +1,107 @@
+"""What pruners make of weights, against llm-compressor's own functions."""
+
+from itertools import chain
+
+import pytest
+import torch
+from helpers.probes import PRUNERS
+from helpers.upstream import as_upstream
+
+from absorb_plugin.pruners import Pruner, SparseGPT
+
+pytestmark = pytest.mark.contract
+every_pruner = pytest.mark.parametrize("kind", list(PRUNERS))
+
+
+def inputs_with(features: int) -> torch.Tensor:
+    mixing = torch.randn(features, features) / features**0.5
+    inputs = torch.randn(4 * features, features) @ mixing
+    inputs[:, 3] = 0  # a feature that is never there
+    return inputs
+
+
+def assert_as_upstream(
+    pruner: Pruner,
+    weights: list[torch.Tensor],
+    inputs: torch.Tensor,
+    sparsities: list[list[float]],
+) -> None:
+    before = [weight.clone() for weight in weights]
+    # what is observed of parts of the tokens adds up
+    observed = sum(pruner.observe(part) for part in inputs.split(50))
+    found = pruner.prune(weights, observed, sparsities)
+    for weight, wanted, pruned in zip(weights, sparsities, found, strict=True):
+        for sparsity, one in zip(wanted, pruned, strict=True):
+            expected = as_upstream(pruner)(weight, sparsity, inputs)
+            assert torch.equal(one == 0, expected == 0)
+            torch.testing.assert_close(one, expected, rtol=1e-3, atol=1e-3)
+    assert all(map(torch.equal, weights, before))
+
+
+@every_pruner
+@pytest.mark.parametrize("features", [8, 128, 200])
+@pytest.mark.parametrize(
+    "sparsities", [[[0.7], [0.7]], [[0.0, 0.5], [0.3]], [[0.95], [0.3, 0.31, 0.9]]]
+)
+def test_weights_are_those_of_llm_compressor(
+    kind: str, features: int, sparsities: list[list[float]]
+) -> None:
+    """Of several Linears with one input, at several sparsities at once."""
+    torch.manual_seed(0)
+    weights = [torch.randn(24, features), torch.randn(40, features)]
+    assert_as_upstream(PRUNERS[kind](), weights, inputs_with(features), sparsities)
+
+
+@pytest.mark.parametrize("block_size, dampening", [(16, 0.02), (1, 0.3), (1000, 0.01)])
+def test_settings_of_sparsegpt(block_size: int, dampening: float) -> None:
+    torch.manual_seed(0)
+    pruner = SparseGPT(block_size, dampening)
+    assert_as_upstream(pruner, [torch.randn(24, 40)], inputs_with(40), [[0.5, 0.8]])
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.9])
+def test_zeros_that_are_kept(sparsity: float) -> None:
+    """`preserve_sparsity_mask`: they stay zero and count, also in unequal columns."""
+    torch.manual_seed(0)
+    weights = [torch.randn(24, 200), torch.randn(40, 200)]
+    for weight in weights:
+        weight[torch.rand_like(weight) < 0.2] = 0
+        weight[:20, 128:140] = 0  # more than its share
+    pruner = SparseGPT(preserve=True)
+    assert_as_upstream(pruner, weights, inputs_with(200), [[sparsity], [sparsity]])
+    (pruned,), _ = pruner.prune(
+        weights, pruner.observe(inputs_with(200)), [[sparsity], [sparsity]]
+    )
+    assert not pruned[weights[0] == 0].any()
+
+
+def test_too_few_tokens_and_no_dampening_are_survived() -> None:
+    """The Hessian is singular: both fall back to magnitudes."""
+    inputs, weight = torch.ones(2, 6), torch.randn(4, 6)
+    pruner = SparseGPT(dampening=0.0)
+    ((found,),) = pruner.prune([weight], pruner.observe(inputs), [[0.5]])
+    torch.testing.assert_close(found, as_upstream(pruner)(weight, 0.5, inputs))
+    assert int((found == 0).sum()) == 13
+
+
+@every_pruner
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dtypes_are_kept(kind: str, dtype: torch.dtype) -> None:
+    pruner, weight = PRUNERS[kind](), torch.randn(6, 8).to(dtype)
+    observed = pruner.observe(torch.randn(32, 8).to(dtype))
+    assert observed.dtype == torch.float32
+    ((found,),) = pruner.prune([weight], observed, [[0.5]])
+    assert found.dtype == dtype and found.isfinite().all()
+
+
+@every_pruner
+def test_masks_rank_for_one_linear_as_the_mask_pruner_prunes(kind: str) -> None:
+    masks = PRUNERS[kind]().masks
+    weight, inputs = torch.randn(12, 20), torch.randn(64, 20)
+    observed = masks.observe(inputs)
+    wanted = [0.0, 0.25, 0.5, 1.0]
+    at = masks.thresholds(weight, observed, wanted).split(1, dim=1)
+    masked = [masks.masked(weight, observed, column) for column in at]
+    pruned = list(chain(*masks.prune([weight], observed, [wanted])))
+    assert all(map(torch.equal, masked, pruned))
+    assert [int((one == 0).sum()) for one in masked] == [0, 60, 120, 240]

@@ -1,0 +1,54 @@
+"""Masked weights, and how weights change with sparsity."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import naive, tiny
+from helpers.probes import place
+from transformers import PreTrainedModel
+
+from absorb_plugin.pruners import Wanda
+from absorb_plugin.pruners.weights import MaskedSlopes, band, block_sparsities
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.51, 0.99, 1.0])
+def test_masks_zero_the_least_scores_of_every_row(
+    llama: PreTrainedModel, sparsity: float
+) -> None:
+    where = place(llama, tiny.make_batch())
+    masks = where.masks(Wanda())
+    for full, linear in list(where.blocks.linears().items())[:7]:
+        name = full.removeprefix("model.layers.0.")
+        weight = linear.weight.detach()
+        ranks = naive.order(weight, where.statistics[full])
+        expected = torch.where(ranks < int(weight.shape[1] * sparsity), 0.0, weight)
+        assert torch.equal(masks.weight(0, name, sparsity), expected)
+
+
+def test_a_slope_is_the_change_per_share_of_weights_that_went(
+    llama: PreTrainedModel,
+) -> None:
+    """At the ends of [0, 1] the band is cut, and the slope is not halved."""
+    where = place(llama, tiny.make_batch())
+    name, weight = "mlp.up_proj", llama.model.layers[1].mlp.up_proj.weight.detach()
+    gradient, columns = torch.randn_like(weight), weight.shape[1]
+    ranks = naive.order(weight, where.statistics[f"model.layers.1.{name}"])
+    for sparsity in (0.0, 0.5, 1.0):
+        slopes = MaskedSlopes(
+            where.blocks, where.masks(Wanda()), where.flat(sparsity), 0.1
+        )
+        low, high = (int(columns * s) for s in band(sparsity, 0.1))
+        changed = (ranks >= low) & (ranks < high)
+        expected = -(gradient * weight)[changed].sum() * columns / (high - low)
+        found = slopes.along(1, name, gradient)
+        assert found == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_sparsities_by_block(llama: PreTrainedModel) -> None:
+    where = place(llama, tiny.make_batch())
+    allocation = np.linspace(0.1, 0.9, 21)
+    found = block_sparsities(where.blocks, allocation)
+    assert [*found] == [0, 1, 2]
+    names = [f"model.layers.{i}.{n}" for i in found for n in found[i]]
+    assert names == list(where.blocks.linears())
+    assert [s for i in found for s in found[i].values()] == allocation.tolist()

@@ -1,0 +1,176 @@
+"""The descent: what a step is, and that its outcome is never worse than its start."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from helpers.held_out_text import BASE, BUDGET, SIZES, UNIFORM, Text, distance_from
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from absorb_plugin.search.descent import LENGTHS, Slopes, descend, shrunk
+from absorb_plugin.search.line_search import SearchResult, descent_search
+
+
+class EachAlone:
+    """Every Linear a group of its own, in two blocks."""
+
+    block_of = np.array([0, 0, 1, 1])
+
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        return np.asarray(values)
+
+
+class Pairs:
+    """Two groups of two Linears, each a block."""
+
+    block_of = np.array([0, 1])
+
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        return np.asarray(values)[[0, 0, 1, 1]]
+
+
+def slopes_of(gradient: Callable[[np.ndarray], np.ndarray]) -> Callable:
+    """:param gradient: ∂loss/∂s of every Linear"""
+
+    def measure(allocation: np.ndarray) -> Slopes:
+        share = SIZES / SIZES.sum()
+        mean = gradient(allocation) / share
+        return Slopes(mean, np.full(4, np.nan), float(allocation.sum()))
+
+    return measure
+
+
+def down(
+    measure: Callable, text: Text, base: np.ndarray = BASE, rounds: int = 8
+) -> SearchResult:
+    return descent_search(
+        base, BUDGET, measure, text, groups=EachAlone(), rounds=rounds
+    )
+
+
+def test_every_step_meets_the_budget_and_goes_downhill() -> None:
+    goal = BUDGET.meet(np.array([0.3, 0.8, 0.5, 0.5]))
+
+    def gradient(allocation: np.ndarray) -> np.ndarray:
+        return 2 * SIZES * (allocation - goal)
+
+    found = descend(BASE, BUDGET, slopes_of(gradient), EachAlone(), rounds=30)
+    assert len(found.path) == 31 and len(found.steps) == 30
+    for allocation in found.path:
+        assert BUDGET.mean(allocation) == pytest.approx(BUDGET.sparsity, abs=1e-6)
+        assert (allocation >= BUDGET.low).all() and (allocation <= BUDGET.high).all()
+    far = [np.sqrt(BUDGET.mean((one - goal) ** 2)) for one in found.path]
+    assert far[-1] < 0.5 * far[0] and far[-1] < LENGTHS[-1]
+
+
+def test_lengths_of_the_steps() -> None:
+    """As far as no bound is in the way, each is as long as it should be."""
+    wide = BUDGET.at(0.5)
+    found = descend(
+        np.full(4, 0.5),
+        wide,
+        slopes_of(lambda a: SIZES * np.sign(np.sin(1e3 * a.sum()) + [1, -1, 2, -2])),
+        EachAlone(),
+        rounds=3,
+    )
+    lengths = [step.length for step in found.steps]
+    assert lengths[0] == pytest.approx(LENGTHS[0], rel=1e-6)
+    assert sorted(lengths, reverse=True) == lengths
+    for step, one, two in zip(found.steps, found.path, found.path[1:]):
+        assert step.length == pytest.approx(np.sqrt(wide.mean((two - one) ** 2)))
+        assert step.largest == pytest.approx(np.abs(two - one).max())
+
+
+def test_direction_is_that_of_the_first_step() -> None:
+    found = descend(
+        UNIFORM, BUDGET, slopes_of(lambda a: SIZES * [3, 1, -1, -2]), EachAlone(),
+        rounds=2,
+    )  # fmt: skip
+    moved = found.path[1] - found.path[0]
+    np.testing.assert_allclose(
+        moved / np.abs(moved).max(), found.direction / np.abs(found.direction).max()
+    )
+    assert found.direction[0] < 0 < found.direction[3]
+
+
+def test_linears_of_a_group_move_alike() -> None:
+    def measure(allocation: np.ndarray) -> Slopes:
+        return Slopes(np.array([1.0, -1.0]), np.full(2, 0.1), 3.0)
+
+    found = descend(UNIFORM, BUDGET, measure, Pairs(), rounds=3)
+    for allocation in found.path:
+        assert allocation[0] == allocation[1] and allocation[2] == allocation[3]
+    assert found.path[-1][0] < found.path[-1][2]
+    assert [step.loss for step in found.steps] == [3.0] * 3
+
+
+def test_a_flat_loss_ends_it() -> None:
+    text = Text(distance_from(BASE))
+    found = down(slopes_of(lambda a: SIZES * 0.7), text)
+    assert found.taken == 0 and found.steps == [] and not found.direction.any()
+    np.testing.assert_array_equal(found.sparsity, BASE)
+    assert text.asked == 1  # base and uniform
+
+
+def test_noise_is_shrunk_away_and_differences_are_not() -> None:
+    family, random = np.zeros(200, dtype=int), np.random.default_rng(0)
+    noise = random.normal(size=200)
+    only_noise = shrunk(5 + noise, np.ones(200), family)
+    assert np.ptp(only_noise) < 0.5 * np.ptp(noise)
+    np.testing.assert_allclose(only_noise.mean(), (5 + noise).mean(), rtol=1e-6)
+    clear = shrunk(100 * noise, np.ones(200), family)
+    np.testing.assert_allclose(clear, 100 * noise, rtol=1e-2, atol=0.5)
+    # what has no error of its own, and families of few, stay as they are
+    exact = shrunk(noise, np.full(200, np.nan), family)
+    np.testing.assert_allclose(exact, noise)
+    few = shrunk(noise[:2], np.full(2, 1e3), np.zeros(2, dtype=int))
+    np.testing.assert_array_equal(few, noise[:2])
+
+
+def test_families_are_shrunk_apart() -> None:
+    means = np.array([1.0, 1.1, 0.9, 9.0, 9.1, 8.9])
+    found = shrunk(means, np.full(6, 10.0), np.array([0, 0, 0, 1, 1, 1]))
+    np.testing.assert_allclose(found, [1.0] * 3 + [9.0] * 3)
+
+
+def test_what_the_judge_says_of_the_path_decides() -> None:
+    """Slopes that lead astray cost nothing: the start stays."""
+    text = Text(distance_from(BASE))
+    found = down(slopes_of(lambda a: SIZES * [3, 1, -1, -2]), text)
+    assert found.taken == 0 and len(found.steps) == 8
+    np.testing.assert_array_equal(found.sparsity, BASE)
+    assert found.judged[0] == found.loss == found.base_loss
+    assert min(list(found.judged)) == 0 and max(found.judged) == 8
+    target = descend(
+        BASE, BUDGET, slopes_of(lambda a: SIZES * [3, 1, -1, -2]), EachAlone(),
+        rounds=8,
+    ).path[-1]  # fmt: skip
+    found = down(
+        slopes_of(lambda a: SIZES * [3, 1, -1, -2]), Text(distance_from(target))
+    )
+    assert found.taken == 8
+    np.testing.assert_array_equal(found.sparsity, target)
+    assert found.loss == found.judged[8] == pytest.approx(2.0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.floats(0, 0.9), min_size=4, max_size=4),
+    st.lists(st.floats(-3, 3), min_size=4, max_size=4),
+    st.lists(st.floats(-3, 3), min_size=4, max_size=4),
+    st.integers(1, 12),
+)
+def test_never_worse_than_base_or_uniform(
+    wished: list[float], told: list[float], slope: list[float], rounds: int
+) -> None:
+    """Whatever the signal tells."""
+    base = BUDGET.meet(np.array(wished))
+
+    def loss(allocation: np.ndarray) -> float:
+        return 5 + float(allocation @ np.array(slope)) + float((allocation**2).sum())
+
+    found = down(slopes_of(lambda a: np.array(told)), Text(loss), base, rounds)
+    assert found.loss <= min(found.base_loss, found.uniform_loss) + 1e-12
+    assert found.loss == pytest.approx(loss(found.sparsity))
+    assert BUDGET.mean(found.sparsity) == pytest.approx(BUDGET.sparsity, abs=1e-6)

@@ -1,0 +1,242 @@
+"""
+The slope of the loss in every Linear's sparsity: against autograd through pruned
+copies, and against finite differences of the loss.
+"""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from helpers import naive, tiny
+from helpers.probes import PRUNERS, STEP, Place, by_block, place, run
+from helpers.upstream import as_upstream, inputs_of, pruned_copy
+from transformers import PreTrainedModel
+
+from absorb_plugin.calibration import Batch
+from absorb_plugin.groups import Groups, named
+from absorb_plugin.pruners import Pruner, SparseGPT, Wanda
+from absorb_plugin.pruners.weights import MaskedSlopes, PrunedSlopes, band
+from absorb_plugin.search.standard_error import standard_error
+from absorb_plugin.signals.gradient import GradientProbe, LinearSlopes
+from absorb_plugin.signals.pruned_model import PrunedModel
+
+
+def test_slope_equals_autograd_through_a_masked_copy(
+    any_model: PreTrainedModel,
+) -> None:
+    batch, before = tiny.make_batch(padding="right"), tiny.snapshot(any_model)
+    where = place(any_model, batch)
+    own = by_block(where.blocks, np.linspace(0.3, 0.6, len(where.blocks.prunable)))
+    own[::3] += 0.05
+    slopes = MaskedSlopes(where.blocks, where.masks(Wanda()), own, STEP)
+    probe = GradientProbe(where.blocks, slopes)
+    run(any_model, [batch], probe)
+
+    sparsities = named(where.blocks, own)
+    pruned = naive.masked(any_model, where.statistics, sparsities)
+    total = naive.loss_sums(pruned, batch).sum()
+    total.backward()
+    tokens, expected = naive.predicted(batch), []
+    for name, s in sparsities.items():
+        weight = any_model.get_submodule(name).weight.detach()
+        gradient = pruned.get_submodule(name).weight.grad
+        ranks, columns = naive.order(weight, where.statistics[name]), weight.shape[1]
+        low, high = int(columns * (s - STEP)), int(columns * (s + STEP))
+        changed = (ranks >= low) & (ranks < high)
+        effect = -float((gradient * weight)[changed].double().sum())
+        expected.append(effect * columns / (high - low) / tokens)
+    np.testing.assert_allclose(probe.result().mean(), expected, rtol=1e-3, atol=1e-5)
+    assert probe.result().loss == pytest.approx(total.item() / tokens, rel=1e-5)
+    tiny.assert_untouched(any_model, before)
+
+
+@pytest.mark.parametrize("kind", list(PRUNERS))
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "falcon_h1"])
+def test_slope_equals_autograd_through_a_pruned_copy(
+    kind: str, architecture: str
+) -> None:
+    """Every Linear by llm-compressor's function, at s, s − δ and s + δ."""
+    model, pruner = tiny.make_model(architecture), PRUNERS[kind]()
+    batch, before = tiny.make_batch(6, 24), tiny.snapshot(model)
+    where = place(model, batch)
+    own = by_block(where.blocks, [0.4, 0.5, 0.6])
+    slopes = PrunedModel(where.blocks, pruner, own, STEP)
+    run(model, [batch], slopes)
+    probe = GradientProbe(where.blocks, slopes.result())
+    run(model, [batch], probe)
+
+    prune, sparsities = as_upstream(pruner), named(where.blocks, own)
+    pruned = pruned_copy(model, where.blocks, sparsities, batch, prune)
+    naive.loss_sums(pruned, batch).sum().backward()
+    expected: dict[str, float] = {}
+    # what enters a Linear as its block is pruned: the block itself is dense still
+    for block in where.blocks.blocks:
+        names = [block.full_name(name) for name in block.linears]
+        dense = copy.deepcopy(pruned)
+        for name in names:
+            dense.get_submodule(name).weight.data = before[f"{name}.weight"].clone()
+        for name, inputs in inputs_of(dense, names, batch).items():
+            weight, s = before[f"{name}.weight"], sparsities[name]
+            less, more = (prune(weight, x, inputs) for x in band(s, STEP))
+            share = ((more == 0).sum() - (less == 0).sum()).item() / weight.numel()
+            gradient = pruned.get_submodule(name).weight.grad
+            along = float((gradient * (more - less)).double().sum())
+            expected[name] = along / share / naive.predicted(batch)
+    wanted = [expected[name] for name in sparsities]
+    np.testing.assert_allclose(probe.result().mean(), wanted, rtol=2e-2, atol=2e-4)
+    assert np.abs(wanted).max() > 0.05
+    tiny.assert_untouched(model, before)
+
+
+def small(model: PreTrainedModel) -> PreTrainedModel:
+    """With blocks that say little, so that the loss is nearly linear in them."""
+    for linear in place(model, tiny.make_batch()).blocks.linears().values():
+        linear.weight.data *= 0.5
+    return model
+
+
+def test_slope_is_that_of_the_loss(llama: PreTrainedModel) -> None:
+    """Where few and small weights are masked, it is close to a finite difference."""
+    batch, step = tiny.make_batch(samples=8, tokens=24), 0.125
+    where = place(small(llama), batch)
+    own, by = where.flat(0.25), Groups.at("block", where.blocks)
+    slopes = MaskedSlopes(where.blocks, where.masks(Wanda()), own, step)
+    probe = GradientProbe(where.blocks, slopes)
+    run(llama, [batch], probe)
+    losses = []
+    for unit in np.eye(3):
+        for sign in (1, -1):
+            shifted = named(where.blocks, own + sign * step * by.spread(unit))
+            with torch.no_grad():
+                masked = naive.masked(llama, where.statistics, shifted)
+                losses.append(naive.loss_sums(masked, batch).sum().item())
+    difference = np.subtract(losses[::2], losses[1::2])
+    difference /= 2 * step * naive.predicted(batch)
+    found = by.total(probe.result().mean())
+    np.testing.assert_allclose(found, difference, rtol=0.25, atol=2e-3)
+    assert np.abs(found).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "pruner", [Wanda(), SparseGPT(block_size=16, dampening=0.02)], ids=str
+)
+@pytest.mark.parametrize("linear", ["v_proj", "o_proj", "gate_proj"])
+def test_slope_of_one_linear_is_that_of_llm_compressors_pruning(
+    llama: PreTrainedModel, pruner: Pruner, linear: str
+) -> None:
+    """A finite difference of the loss, through the function that will prune."""
+    batch, step, sparsity = tiny.make_batch(samples=8, tokens=24), 0.125, 0.5
+    where = place(small(llama), batch)
+    part = "mlp" if linear == "gate_proj" else "self_attn"
+    name = f"model.layers.1.{part}.{linear}"
+    blocks = where.blocks.restrict([name])
+    slopes = PrunedModel(blocks, pruner, np.array([sparsity]), step)
+    run(llama, [batch], slopes)
+    probe = GradientProbe(blocks, slopes.result())
+    run(llama, [batch], probe)
+
+    losses, zeros = [], []
+    for wanted in band(sparsity, step):
+        pruned = pruned_copy(
+            llama, blocks, {name: wanted}, batch, as_upstream(pruner)
+        ).requires_grad_(False)
+        losses.append(naive.loss_sums(pruned, batch).sum().item())
+        weight = pruned.get_submodule(name).weight
+        zeros.append((weight == 0).float().mean().item())
+    difference = (losses[1] - losses[0]) / (zeros[1] - zeros[0])
+    expected = difference / naive.predicted(batch)
+    (found,) = probe.result().mean()
+    assert found == pytest.approx(expected, rel=0.1)
+    assert abs(found) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["masks", *PRUNERS])
+def test_batch_size_changes_nothing(llama: PreTrainedModel, kind: str) -> None:
+    batch, found = tiny.make_batch(padding="left"), []
+    where = place(llama, batch)
+    singles = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(3)]
+    for batches in ([batch], singles, singles[::-1]):
+        probe = GradientProbe(where.blocks, slopes_of(kind, where, batch))
+        run(llama, batches, probe)
+        found.append(probe.result().mean())
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(found[2], found[0], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["masks", *PRUNERS])
+def test_linears_without_tokens_have_no_slope(kind: str) -> None:
+    model = tiny.make_model("qwen3_moe", num_experts=16)
+    batch = tiny.make_batch(samples=1, tokens=3)
+    where = place(model, batch)
+    seen = {n: x for n, x in where.statistics.items() if x.any()}
+    where = place(model, batch, seen)
+    source = slopes_of(kind, where, batch)
+    probe = GradientProbe(where.blocks, source)
+    run(model, [batch], probe)
+    slopes = dict(zip(where.blocks.linears(), probe.result().mean(), strict=True))
+    pruned = {
+        block.full_name(name)
+        for index, block in enumerate(where.blocks.blocks)
+        for name in source.weights(index)
+    }
+    moved = {name for name, slope in slopes.items() if slope != 0}
+    assert moved <= pruned < slopes.keys()
+    assert any(".experts." in name for name in moved)
+
+
+def slopes_of(kind: str, where: Place, batch: Batch) -> MaskedSlopes | PrunedSlopes:
+    if kind == "masks":
+        masks = where.masks(Wanda())
+        return MaskedSlopes(where.blocks, masks, where.flat(), STEP)
+    pruned = PrunedModel(where.blocks, PRUNERS[kind](), where.flat(), STEP)
+    run(where.model, [batch], pruned)
+    return pruned.result()
+
+
+def test_slopes_of_groups_are_per_share_of_all_weights(llama: PreTrainedModel) -> None:
+    """The budget is one of weights: a small group that helps as much helps more."""
+    where = place(llama, tiny.make_batch())
+    groups, random = Groups.at("part", where.blocks), np.random.default_rng(0)
+    each, tokens = random.normal(size=(5, 21)), np.array([9.0, 4, 7, 7, 2])
+    found = LinearSlopes(each, tokens, [], 2.5).of_groups(groups)
+    assert found.loss == 2.5
+    for g in range(6):
+        own = groups.of == g
+        share = groups.sizes[own].sum() / groups.sizes.sum()
+        sums = each[:, own].sum(axis=1)
+        assert found.mean[g] == pytest.approx(sums.sum() / tokens.sum() / share)
+        error = standard_error(sums, tokens) / share
+        assert found.error[g] == pytest.approx(error)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "falcon_h1"])
+def test_slopes_of_every_sample(architecture: str) -> None:
+    """As if each were alone, so that their spread tells the error."""
+    model, batch = tiny.make_model(architecture), tiny.make_batch(padding="right")
+    where = place(model, batch)
+    singles = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(3)]
+    whole, alone = [
+        GradientProbe(where.blocks, slopes_of("masks", where, batch)) for _ in "ab"
+    ]
+    run(model, [batch], whole)
+    run(model, singles, alone)
+    found, expected = whole.result(), alone.result()
+    np.testing.assert_allclose(found.slopes, expected.slopes, rtol=1e-3, atol=1e-4)
+    assert found.tokens.tolist() == expected.tokens.tolist() == [11, 9, 7]
+    assert found.mixed == []
+
+
+def test_experts_have_slopes_without_an_error() -> None:
+    model, batch = tiny.make_model("qwen3_moe"), tiny.make_batch()
+    where = place(model, batch)
+    probe = GradientProbe(where.blocks, slopes_of("masks", where, batch))
+    run(model, [batch], probe)
+    found, names = probe.result(), list(where.blocks.linears())
+    experts = [i for i, name in enumerate(names) if ".experts." in name]
+    assert set(found.mixed) <= set(experts) and len(found.mixed) > len(experts) / 2
+    groups = Groups.at("linear", where.blocks)
+    slopes = found.of_groups(groups)
+    of_experts = {int(g) for g in groups.of[experts]}
+    assert set(np.flatnonzero(np.isnan(slopes.error))) == of_experts
+    assert np.isfinite(slopes.mean).all()

@@ -1,0 +1,72 @@
+"""The response of groups, against copies of the model with masks written in."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import naive, tiny
+from helpers.probes import STEP, by_block, place, run
+from transformers import PreTrainedModel
+
+from absorb_plugin.groups import LEVELS, Groups, named
+from absorb_plugin.pruners import Wanda
+from absorb_plugin.signals.response import ResponseProbe
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_response_equals_masked_copies(any_model: PreTrainedModel, level: str) -> None:
+    batch, before = tiny.make_batch(padding="right"), tiny.snapshot(any_model)
+    where = place(any_model, batch)
+    own = by_block(where.blocks, np.linspace(0.3, 0.6, len(where.blocks.prunable)))
+    own[::2] = 0.05  # less than the step: relaxed to 0
+    groups = Groups.at(level, where.blocks)
+    relaxed = [
+        np.maximum(0, own - STEP * groups.spread(unit)) for unit in np.eye(len(groups))
+    ]
+    with torch.no_grad():
+        copies = (
+            naive.masked(any_model, where.statistics, named(where.blocks, one))
+            for one in [own, *relaxed]
+        )
+        losses = np.array([naive.loss_sums(one, batch).numpy() for one in copies])
+    probe = ResponseProbe(where.blocks, groups, where.masks(Wanda()), own, STEP)
+    run(any_model, [batch], probe)
+    found, tokens = probe.result(), naive.predicted(batch)
+    expected = (losses[0] - losses[1:]).sum(axis=1) / tokens
+    np.testing.assert_allclose(found.response, expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(found.response).max() > 1e-3
+    assert found.loss == pytest.approx(losses[0].sum() / tokens, rel=1e-5)
+    assert found.tokens == tokens
+    tiny.assert_untouched(any_model, before)
+
+
+def test_batch_size_changes_nothing(llama: PreTrainedModel) -> None:
+    batch, found = tiny.make_batch(padding="left"), []
+    where = place(llama, batch)
+    groups = Groups.at("part", where.blocks)
+    singles = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(3)]
+    for batches in ([batch], singles, singles[::-1]):
+        masks = where.masks(Wanda())
+        probe = ResponseProbe(where.blocks, groups, masks, where.flat(), STEP)
+        run(llama, batches, probe)
+        found.append(probe.result().response)
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(found[2], found[0], rtol=1e-3, atol=1e-6)
+
+
+def test_experts_without_tokens_stay_dense() -> None:
+    model = tiny.make_model("qwen3_moe")
+    seen, batch = tiny.make_batch(samples=1, tokens=1), tiny.make_batch()
+    where = place(model, batch)
+    few = {n: x for n, x in naive.square_sums(model, where.blocks, seen).items()}
+    few = {n: x for n, x in few.items() if x.any()}
+    unseen = where.statistics.keys() - few.keys()
+    assert unseen and all(".experts." in name for name in unseen)
+    sparse = place(model, batch, few)
+    groups = Groups.at("block", where.blocks)
+    masks = sparse.masks(Wanda())
+    probe = ResponseProbe(where.blocks, groups, masks, where.flat(), STEP)
+    run(model, [batch], probe)
+    with torch.no_grad():
+        copy = naive.masked(model, few, dict.fromkeys(few, 0.5))
+        expected = naive.loss_sums(copy, batch).sum() / naive.predicted(batch)
+    assert probe.result().loss == pytest.approx(expected.item(), rel=1e-5)

@@ -1,0 +1,141 @@
+"""The method as a whole: what it finds, what it asks, and what is left out."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import naive, runs, tiny
+from helpers.probes import PRUNERS
+from transformers import PreTrainedModel
+
+from absorb_plugin import allocate as method
+from absorb_plugin.blocks import find_blocks
+from absorb_plugin.groups import LEVELS, named
+from absorb_plugin.judges import PrunedLoss
+from absorb_plugin.pruners import Pruner, SparseGPT, Wanda
+
+
+@pytest.mark.parametrize("kind", list(PRUNERS))
+@pytest.mark.parametrize("level", LEVELS)
+def test_planted_block_is_protected(kind: str, level: str) -> None:
+    """
+    All the knowledge of the model sits in block 1: it alone turns a token into the
+    next. Pruning it costs, pruning the idle blocks 0 and 2 costs nothing.
+    """
+    model = tiny.make_model("llama", initializer_range=0.02)
+    train_block(model, 1)
+    batches, blocks = [chain_batch(12)], find_blocks(model)
+    found = runs.allocate(
+        model, batches, 0.6, kind, allocator="uniform", strength="auto", level=level
+    )
+    assert found.search is not None and found.search.sparsity is not None
+    assert found.block_means(found.direction)[1] < 0
+    assert found.block_means(found.sparsity)[1] < 0.6 - 0.04
+    assert found.search.loss < found.search.base_loss - 0.01
+    assert found.confirmed is not None and found.confirmed.chosen != "base"
+    sums, losses = naive.square_sums(model, blocks, chain_batch(12)), []
+    for sparsities in (found.base.sparsity, found.sparsity):
+        pruned = naive.masked(model, sums, named(blocks, sparsities))
+        with torch.no_grad():
+            losses.append(naive.loss_sums(pruned, chain_batch(8, seed=9)).sum().item())
+    assert losses[1] < losses[0]  # on fresh text too
+
+
+def chain_batch(samples: int, seed: int = 1) -> dict[str, torch.Tensor]:
+    """Sequences in which each token is followed by a fixed other one."""
+    generator = torch.Generator().manual_seed(0)
+    follower = torch.randperm(tiny.VOCABULARY, generator=generator)
+    generator.manual_seed(seed)
+    ids = [torch.randint(tiny.VOCABULARY, (samples,), generator=generator)]
+    for _ in range(15):
+        ids.append(follower[ids[-1]])
+    stacked = torch.stack(ids, dim=1)
+    return {"input_ids": stacked, "attention_mask": torch.ones_like(stacked)}
+
+
+def train_block(model: PreTrainedModel, index: int) -> None:
+    torch.manual_seed(0)
+    block = find_blocks(model).modules[index]
+    embeddings = model.get_input_embeddings().weight
+    torch.nn.init.normal_(embeddings)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.2)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    trained = [*block.mlp.parameters(), model.lm_head.weight]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    torch.nn.init.normal_(block.mlp.up_proj.weight, std=0.2)
+    torch.nn.init.normal_(block.mlp.gate_proj.weight, std=0.2)
+    optimizer = torch.optim.Adam(trained, lr=1e-2)
+    for number in range(80):
+        optimizer.zero_grad()
+        naive.loss_sums(model, chain_batch(16, seed=number)).sum().backward()
+        optimizer.step()
+    model.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    "kind, fields, expected",
+    [
+        ("sparsegpt", {"block_size": 16, "dampening_frac": 0.03}, SparseGPT(16, 0.03)),
+        ("wanda", {}, Wanda()),
+    ],
+)
+def test_the_pruner_that_follows_judges_with_its_own_settings(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    fields: dict,
+    expected: Pruner,
+) -> None:
+    seen: list[Pruner] = []
+    init = PrunedLoss.__init__
+
+    def made(self: PrunedLoss, blocks: Any, pruner: Pruner, *args: Any) -> None:
+        seen.append(pruner)
+        init(self, blocks, pruner, *args)
+
+    def confirm(found: np.ndarray, base: np.ndarray, budget: Any, judge: Any) -> Any:
+        sums, _ = judge([base, found])
+        assert np.isfinite(sums).all() and len(sums) == 2
+        return confirmed(found, base, budget, judge)
+
+    confirmed = method.confirm
+    monkeypatch.setattr(PrunedLoss, "__init__", made)
+    monkeypatch.setattr(method, "confirm", confirm)
+    # what is found differs from the base, whatever the tiny model says
+    monkeypatch.setattr("absorb_plugin.search.line_search.gain", lambda *a: (1.0, 0.0))
+    ours = runs.absorption(strength="auto", rounds=1)
+    runs.run(tiny.make_model("llama"), [ours, runs.pruner(kind, **fields)], tmp_path)
+    assert seen and set(seen) == {expected}
+
+
+def test_the_confirmation_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("absorb_plugin.search.line_search.gain", lambda *a: (1.0, 0.0))
+    model = tiny.make_model("llama")
+    for fields in ({"confirm_samples": 0, "strength": "auto"}, {"strength": 0.1}):
+        assert runs.allocate(model, **fields).confirmed is None
+    found = runs.allocate(model, strength="auto")
+    assert found.confirmed is not None
+    np.testing.assert_array_equal(found.sparsity, found.confirmed.sparsity)
+    kept = runs.allocate(model, strength=0)
+    np.testing.assert_array_equal(kept.sparsity, kept.base.sparsity)
+    assert not kept.direction.any() and kept.search is None
+
+
+@pytest.mark.parametrize(
+    "blocks, level, kind, signal",
+    [
+        (2, "block", "wanda", "response"),
+        (7, "block", "wanda", "gradient"),
+        (2, "linear", "wanda", "gradient"),
+        (2, "linear", "sparsegpt", "pruner"),
+    ],
+)
+def test_signal_auto(blocks: int, level: str, kind: str, signal: str) -> None:
+    """The cheaper one, and for a pruner that does more than mask its own."""
+    model = tiny.make_model("llama", num_hidden_layers=blocks)
+    found = runs.allocate(model, kind=kind, signal="auto", level=level)
+    assert found.signal == signal

@@ -1,0 +1,60 @@
+"""
+What an import brings with it, in processes of their own: the package alone is light,
+and the modifier is there as soon as llm-compressor is, whatever is imported first.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+REGISTERED = """
+from llmcompressor.modifiers import ModifierFactory
+made = ModifierFactory.create(
+    "AbsorptionAllocationModifier", allow_registered=True, allow_experimental=False
+)
+import absorb_plugin
+assert type(made) is absorb_plugin.AbsorptionAllocationModifier
+"""
+
+
+def run(code: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=dict(os.environ, PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_package_alone_is_light() -> None:
+    run(
+        "import sys, absorb_plugin\n"
+        "from absorb_plugin.hookspecs import hookimpl\n"
+        "heavy = {'llmcompressor', 'torch', 'transformers', 'numpy', 'pydantic'}\n"
+        "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
+        "assert 'AbsorptionAllocationModifier' in dir(absorb_plugin)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import absorb_plugin\nimport llmcompressor",
+        "import llmcompressor\nimport absorb_plugin",
+        # a submodule, which imports the package first
+        "import absorb_plugin\nfrom llmcompressor.modifiers.pruning import "
+        "WandaPruningModifier",
+        "import llmcompressor.recipe\nimport absorb_plugin.plugins",
+        "from absorb_plugin import AbsorptionAllocationModifier",
+        # modules that import llm-compressor by themselves
+        "import absorb_plugin.pruners.adapter",
+        "import absorb_plugin.calibration",
+    ],
+)
+def test_the_modifier_is_registered_whatever_is_imported_first(first: str) -> None:
+    run(first + "\n" + REGISTERED)
