@@ -43,7 +43,8 @@ class GramProbe(Probe):
 
     @property
     def needs(self) -> Needs:
-        return Needs(hessians=True, single_batch=True)
+        # copies of one Linear's weight, as where it is pruned
+        return Needs(pruned=True, hessians=True, single_batch=True)
 
     def start(self, batch: Batch) -> None:
         self._mask = token_mask(batch)

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from absorb_plugin.allocators import Lsa
 from absorb_plugin.blocks import BlockMap, find_blocks
 from absorb_plugin.calibration import Batch
 from absorb_plugin.forward.check import _ChainCheck, _LinearCalls
+from absorb_plugin.forward.grams import GramProbe
 from absorb_plugin.forward.inputs import InputStatistics
 from absorb_plugin.forward.probe import Probe
 from absorb_plugin.forward.run import run_probes
@@ -148,7 +150,8 @@ def _vector(result: Any) -> np.ndarray:
             for name, weights in linears.items()
         }
     if isinstance(result, dict):
-        return torch.cat([x.float().flatten() for x in result.values()]).numpy()
+        parts = [torch.as_tensor(x).float().flatten() for x in result.values()]
+        return torch.cat(parts).numpy()
     if isinstance(result, tuple):  # losses and tokens
         return np.asarray(result[0]).flatten()
     return np.asarray(result)
@@ -197,6 +200,9 @@ JUDGE_PASSES = {"masks": 1, "pruner": 2}
 PROBES: dict[str, ProbeCase] = {
     "statistics": ProbeCase(
         lambda where: InputStatistics(where.blocks), lambda count: count
+    ),
+    "second moments": ProbeCase(
+        lambda where: GramProbe(where.blocks, Lsa()), lambda count: count
     ),
     **{
         f"{judge} of {pruner}": ProbeCase(
