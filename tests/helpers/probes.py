@@ -13,10 +13,10 @@ import torch
 from transformers import PreTrainedModel
 
 from absorb_plugin.allocators import Lsa
+from absorb_plugin.allocators.grams import GramProbe
 from absorb_plugin.blocks import BlockMap, find_blocks
 from absorb_plugin.calibration import Batch
 from absorb_plugin.forward.check import _ChainCheck, _LinearCalls
-from absorb_plugin.forward.grams import GramProbe
 from absorb_plugin.forward.inputs import InputStatistics
 from absorb_plugin.forward.probe import Probe
 from absorb_plugin.forward.run import run_probes
