@@ -3,9 +3,10 @@ Blocks that take a batch a few samples at a time, where all of it must have pass
 block before the next one runs: the memory of a running block is that of a part.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import is_dataclass
 from functools import partial
 from typing import Any
 
@@ -78,7 +79,7 @@ def _joined(outputs: Sequence[Any]) -> Any:
     if isinstance(first, tuple):
         joined = [_joined(values) for values in zip(*outputs, strict=True)]
         return type(first)(*joined) if hasattr(first, "_fields") else tuple(joined)
-    if first is None:
+    if not isinstance(first, Mapping | list) and not is_dataclass(first):
         return first
     hidden = torch.cat([hidden_state(output) for output in outputs])
     return put_hidden_state(first, hidden)
