@@ -13,6 +13,7 @@ from torch.nn import Module
 from absorb_plugin import distributed
 from absorb_plugin.allocation import Allocation
 from absorb_plugin.allocators.base_allocation import Base, base_allocation
+from absorb_plugin.allocators.grams import GramProbe
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch
 from absorb_plugin.choices import (
@@ -25,10 +26,10 @@ from absorb_plugin.choices import (
     widest,
 )
 from absorb_plugin.forward.check import check_forward
-from absorb_plugin.forward.grams import GramProbe
 from absorb_plugin.forward.inputs import InputStatistics
 from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.groups import Groups
+from absorb_plugin.language_model import check_ids
 from absorb_plugin.measuring import (
     dense_loss,
     masked_loss,
@@ -77,6 +78,7 @@ def allocate(
     :param pruner: that will prune
     :param settings: the recipe's fields
     """
+    check_ids(model, batches)
     cap = budget_of(blocks, sparsity, settings)
     budget = with_present_zeros(cap, blocks, pruner, {})
     method = Method(model, blocks, batches, pruner=pruner, settings=settings)
