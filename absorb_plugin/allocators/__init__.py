@@ -1,5 +1,5 @@
 """
-The base allocators. They are registered through the hook that outsiders use; a sixth
+The base allocators. They are registered through the hook that outsiders use; a seventh
 is one file here and one name in the list below.
 """
 
@@ -9,6 +9,7 @@ from .alpha_pruning import AlphaPruning
 from .atp import Atp
 from .base import Allocator, BaseAllocation, LinearGroup, LinearStatistics
 from .dlp import Dlp
+from .lsa import Lsa
 from .owl import Owl
 from .uniform import Uniform
 
@@ -20,6 +21,7 @@ __all__ = [
     "Dlp",
     "LinearGroup",
     "LinearStatistics",
+    "Lsa",
     "Owl",
     "Uniform",
 ]
@@ -27,4 +29,4 @@ __all__ = [
 
 @hookimpl
 def register_allocators() -> list[type[Allocator]]:
-    return [Uniform, Owl, AlphaPruning, Dlp, Atp]
+    return [Uniform, Owl, AlphaPruning, Dlp, Lsa, Atp]

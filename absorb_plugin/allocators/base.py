@@ -16,7 +16,7 @@ __all__ = [
     "Remember",
 ]
 
-Needs = Literal["none", "weights", "activations"]
+Needs = Literal["none", "weights", "activations", "gram"]
 Granularity = Literal["block", "linear"]
 Remember = Callable[[str, Callable[[], float]], float]
 
@@ -38,11 +38,14 @@ class LinearStatistics:
     :param remember: (name, compute) -> the number that `compute` returns, or returned
         in an earlier run with the same `profile_cache`. For what takes long and
         depends on the weight alone; put every argument that it depends on in the name
+    :param measured: what the allocator's `measure` returned for this Linear; None
+        unless it needs "gram"
     """
 
     module: torch.nn.Module
     input_square_sum: torch.Tensor | None = None
     remember: Remember = _compute
+    measured: float | None = None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -92,7 +95,8 @@ class Allocator(BaseModel):
 
     Class attributes:
         name: how recipes call it
-        needs: statistics to collect: "none", "weights" or "activations"
+        needs: statistics to collect: "none", "weights", "activations", or "gram" for
+            the second moments of the inputs, which only `measure` gets to see
         granularities: which groups it can rank
         paper: URL of its source
         cost: what it costs beside pruning, in words
@@ -105,6 +109,22 @@ class Allocator(BaseModel):
     granularities: ClassVar[tuple[Granularity, ...]] = ("block",)
     paper: ClassVar[str] = ""
     cost: ClassVar[str] = ""
+
+    def identity(self) -> list[object]:
+        """What makes two of them equal (`fingerprint.digest`)."""
+        return [self.name, self.model_dump()]
+
+    def measure(self, weight: torch.Tensor, gram: torch.Tensor) -> float:
+        """
+        For those that need "gram": one number of a Linear, as soon as its inputs are
+        known. Neither argument is kept, so one block's are in memory at a time.
+
+        :param weight: (out_features, in_features), in the model's dtype
+        :param gram: mean over calibration samples of Σ_tokens x xᵀ, float32 of shape
+            (in_features, in_features), on the weight's device
+        :return: `LinearStatistics.measured`
+        """
+        raise NotImplementedError
 
     def allocate(
         self, groups: Sequence[LinearGroup], sparsity: float

@@ -44,18 +44,20 @@ def base_allocation(
     statistics: Mapping[str, torch.Tensor],
     budget: Budget,
     *,
+    measured: Mapping[str, float] | None = None,
     granularity: str = "block",
     cache: ProfileCache | None = None,
 ) -> Base:
     """
     :param statistics: full name of a Linear -> a_j; empty where none are needed
+    :param measured: full name of a Linear -> what the allocator's `measure` returned
     :param granularity: what the allocator ranks, "block" or "linear"
     :param cache: of what takes long and depends on a weight alone
     """
     if allocator.needs == "weights":
         _check_finite(blocks)  # else the forward pass of the statistics tells
     remember = None if cache is None else cache.numbers_for(owner_of(allocator))
-    groups = groups_of(blocks, statistics, granularity, remember)
+    groups = groups_of(blocks, statistics, granularity, remember, measured)
     answer = run_allocator(allocator, groups, budget.sparsity)
     found = distributed.from_first(answer)
     by_block = granularity == "block"
@@ -78,6 +80,7 @@ def groups_of(
     input_square_sums: Mapping[str, torch.Tensor],
     granularity: str = "block",
     remember: Callable[[str], Remember] | None = None,
+    measured: Mapping[str, float] | None = None,
 ) -> list[LinearGroup]:
     """
     What an allocator ranks: one group per prunable block or per prunable Linear.
@@ -85,6 +88,8 @@ def groups_of(
     :param input_square_sums: full name of a Linear -> a_j, or empty; a Linear that saw
         no token (an expert never routed to) has zeros
     :param remember: full name of a Linear -> what its `LinearStatistics.remember` is
+    :param measured: full name of a Linear -> `LinearStatistics.measured`, or empty; a
+        Linear that saw no token has 0
     """
     groups = []
     for index in blocks.prunable:
@@ -97,7 +102,8 @@ def groups_of(
                 zeros = torch.zeros(linear.in_features)
                 sums = input_square_sums.get(full, zeros)
             known = {} if remember is None else {"remember": remember(full)}
-            statistics[name] = LinearStatistics(linear, sums, **known)
+            number = measured.get(full, 0.0) if measured else None
+            statistics[name] = LinearStatistics(linear, sums, measured=number, **known)
         if granularity == "block":
             groups.append(LinearGroup(block.name, statistics, block.parameters))
             continue

@@ -1,4 +1,4 @@
-"""OWL: prune less where more weights stand out; and three helpers DLP shares."""
+"""OWL: prune less where more weights stand out; and helpers that DLP and LSA share."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,7 +13,7 @@ from absorb_plugin import distributed
 from .base import Allocator, BaseAllocation, Granularity, LinearGroup, Needs
 from .base import LinearStatistics as Linear
 
-__all__ = ["Owl", "mean_importance", "of_all", "spread_metric"]
+__all__ = ["Owl", "importance", "mean_importance", "of_all", "spread_metric"]
 
 
 class Owl(Allocator):
@@ -39,16 +39,20 @@ class Owl(Allocator):
         self, groups: Sequence[LinearGroup], sparsity: float
     ) -> BaseAllocation:
         outliers = of_all(groups, partial(_outlier_percent, m=self.m))
-        return BaseAllocation(outliers, spread_metric(outliers, self.lmbda, sparsity))
+        change = spread_metric(outliers, self.lmbda)
+        return BaseAllocation(outliers, np.clip(sparsity + change, 0.0, 1.0))
 
 
-def spread_metric(metric: np.ndarray, width: float, sparsity: float) -> np.ndarray:
-    """s_b = S − (u_b − mean u) in [0, 1], u_b = 2·width·(metric − min)/(max − min)."""
+def spread_metric(metric: np.ndarray, width: float) -> np.ndarray:
+    """
+    mean u − u_b with u_b = 2·width·(metric − min)/(max − min): how much more than the
+    target each group is pruned. Equal metrics give zeros.
+    """
     spread = float(metric.max() - metric.min())
     if spread == 0.0:
-        return np.full_like(metric, sparsity)
+        return np.zeros_like(metric)
     u = 2 * width * (metric - metric.min()) / spread
-    return np.clip(sparsity - (u - u.mean()), 0.0, 1.0)
+    return u.mean() - u
 
 
 def of_all(
@@ -87,9 +91,14 @@ def _importance_sum(linear: Linear) -> tuple[float, int]:
 
 def _count_above(linear: Linear, threshold: float) -> tuple[int, int]:
     """How many |W|·√a exceed the threshold, and the number of weights."""
+    values = importance(linear)
+    return int((values > threshold).sum()), values.numel()
+
+
+def importance(linear: Linear) -> torch.Tensor:
+    """|W|·√a, float32 of the weight's shape."""
     weight = linear.weight
-    importance = weight.abs().float().mul_(_input_norm(linear, weight))
-    return int((importance > threshold).sum()), weight.numel()
+    return weight.abs().float().mul_(_input_norm(linear, weight))
 
 
 def _input_norm(linear: Linear, weight: torch.Tensor) -> torch.Tensor:

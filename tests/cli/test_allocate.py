@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from absorb_plugin.plugins import allocators
 
-BUILTINS = ["uniform", "owl", "alpha_pruning", "dlp", "atp"]
+BUILTINS = ["uniform", "owl", "alpha_pruning", "dlp", "lsa", "atp"]
 SMALL = ["--samples", "4", "--seq-len", "16"]
 BLOCKS = ["model.layers.0", "model.layers.1"]
 # hidden size 32, two of four heads' keys and values, 64 wide in the MLP

@@ -4,6 +4,7 @@ singular values, and sharing nothing with the package: what parity is tested aga
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -71,11 +72,51 @@ def reference_owl(
 
 
 def reference_dlp(
-    pooled: list[torch.Tensor], sparsity: float, alpha: float
+    pooled: list[torch.Tensor],
+    sparsity: float,
+    alpha: float,
+    reduce: Callable[[torch.Tensor], torch.Tensor] = torch.mean,
 ) -> tuple[list[float], list[float]]:
-    means = [float(x.mean()) for x in pooled]
+    means = [float(reduce(x)) for x in pooled]
     q = [1 - mean / sum(means) for mean in means]
     return q, _spread(q, sparsity, alpha)
+
+
+def reference_reconstruction(
+    weight: torch.Tensor, inputs: torch.Tensor, fraction: float, group_size: int
+) -> tuple[float, torch.Tensor]:
+    """
+    Error and pruned weight of LSA's greedy removal, without a Gram matrix: the output
+    that was lost is computed for every weight that could go next.
+    """
+    x, error = inputs.double(), 0.0
+    kept = weight.double().clone()
+    for row in kept:
+        lost = torch.zeros(len(x), dtype=torch.float64)
+        for start in range(0, len(row), group_size):
+            left = list(range(start, min(start + group_size, len(row))))
+            for _ in range(int(len(left) * fraction)):
+                sizes = [float((lost + row[j] * x[:, j]).square().sum()) for j in left]
+                chosen = left.pop(sizes.index(min(sizes)))
+                lost = lost + row[chosen] * x[:, chosen]
+                row[chosen] = 0.0
+        error += float(lost.square().sum())
+    return error, kept.to(weight.dtype)
+
+
+def reference_lsa(
+    errors: list[list[float]], parameters: list[int], sparsity: float, beta: float
+) -> tuple[list[float], list[float]]:
+    """As the authors write it where projections share one budget, by weights pruned."""
+    means = [sum(one) / len(one) for one in errors]
+    importance = [1 - mean / sum(means) for mean in means]
+    low, high = min(importance), max(importance)
+    d = [2 * beta * (x - low) / (high - low) for x in importance]
+    size, middle = sum(parameters) / len(parameters), sum(d) / len(d)
+    pruned = [
+        n * sparsity + (middle - x) * size for n, x in zip(parameters, d, strict=True)
+    ]
+    return means, [x / n for x, n in zip(pruned, parameters, strict=True)]
 
 
 def reference_atp(blocks: int, sparsity: float, beta: float) -> list[float]:

@@ -12,19 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from absorb_plugin.budget import meet_budget
-from allocator_references import (
+from compressed_tensors.offload import offload_module, set_onload_device
+from compressed_tensors.offload.cache import OffloadCache
+from helpers import tiny
+from helpers.allocator_references import (
     importances,
     reference_alpha,
     reference_alpha_pruning,
     reference_atp,
     reference_dlp,
+    reference_lsa,
     reference_owl,
+    reference_reconstruction,
     reference_tail,
 )
-from compressed_tensors.offload import offload_module, set_onload_device
-from compressed_tensors.offload.cache import OffloadCache
-from helpers import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -32,7 +33,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from absorb_plugin import AbsorptionAllocationModifier
-from absorb_plugin.allocation import Base, allocate_model
 from absorb_plugin.allocators import (
     Allocator,
     AlphaPruning,
@@ -40,14 +40,20 @@ from absorb_plugin.allocators import (
     Dlp,
     LinearGroup,
     LinearStatistics,
+    Lsa,
     Owl,
     Uniform,
 )
 from absorb_plugin.allocators import alpha_pruning as tail
 from absorb_plugin.allocators.alpha_pruning import fit_tail, spectrum, tail_exponent
+from absorb_plugin.allocators.base_allocation import Base
+from absorb_plugin.allocators.dlp import median_importance
+from absorb_plugin.allocators.lsa import reconstruction_error
+from absorb_plugin.evaluation.allocation import allocate_model
 from absorb_plugin.plugins import allocators, build_allocator, run_allocator
+from absorb_plugin.search.budget import meet_budget
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAMES = sorted(allocators())
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 SHAPES = {"attn.q": (24, 16), "attn.o": (16, 24), "mlp.up": (40, 16)}
@@ -65,7 +71,12 @@ def group(
     square_sums: dict[str, torch.Tensor],
 ) -> LinearGroup:
     statistics = {
-        key: LinearStatistics(linear(weight), square_sums[key])
+        key: LinearStatistics(
+            linear(weight),
+            square_sums[key],
+            # as if the features of an input were not correlated
+            measured=Lsa().measure(weight, square_sums[key].diag()),
+        )
         for key, weight in weights.items()
     }
     return LinearGroup(name, statistics, sum(w.numel() for w in weights.values()))
@@ -248,6 +259,9 @@ def test_every_allocator_says_where_it_comes_from(name: str) -> None:
         (Owl, {"m": 0.0}),
         (Owl, {"lmbda": -0.1}),
         (Dlp, {"alpha": float("nan")}),
+        (Dlp, {"reduce": "mode"}),
+        (Lsa, {"fraction": 1.0}),
+        (Lsa, {"group_size": 1}),
         (Atp, {"beta": -0.01}),
         (AlphaPruning, {"epsilon": 1.5}),
         (AlphaPruning, {"variant": "middle"}),
@@ -279,6 +293,87 @@ def test_dlp_parity(sizes: tuple[int, ...]) -> None:
     result = Dlp().allocate(groups, 0.6)
     np.testing.assert_allclose(result.metric, metric, rtol=1e-6)
     np.testing.assert_allclose(result.sparsity, sparsity, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_dlp_median(count: int) -> None:
+    groups = model((1, 3, 2, 1)[:count])
+    metric, _ = reference_dlp([pooled(g) for g in groups], 0.6, 0.15, torch.median)
+    result = Dlp(reduce="median").allocate(groups, 0.6)
+    np.testing.assert_allclose(result.metric, metric, rtol=1e-6)
+    assert not np.allclose(result.metric, Dlp().allocate(groups, 0.6).metric)
+
+
+@given(st.lists(st.floats(0, 2.0**60, width=32), min_size=1, max_size=40))
+def test_the_median_is_exact(values: list[float]) -> None:
+    weights = {"all": torch.tensor([values, values[::-1]])}
+    one = group("layers.0", weights, {"all": torch.ones(len(values))})
+    assert median_importance(one) == sorted(values)[(len(values) - 1) // 2]
+
+
+@pytest.mark.parametrize("group_size", [4, 6, 128])
+@pytest.mark.parametrize("fraction", [0.25, 0.5, 0.7])
+def test_reconstruction_error_parity(fraction: float, group_size: int) -> None:
+    torch.manual_seed(0)
+    mixed = torch.randn(16, 16)
+    inputs = torch.randn(50, 16) @ (mixed + 2)  # features that are correlated
+    weight = torch.randn(5, 16)
+    expected, kept = reference_reconstruction(weight, inputs, fraction, group_size)
+    found = reconstruction_error(weight, inputs.T @ inputs, fraction, group_size)
+    assert found == pytest.approx(expected, rel=1e-4)
+    whole = torch.linalg.norm((weight - kept).double() @ inputs.double().T) ** 2
+    assert found == pytest.approx(float(whole), rel=1e-4)
+
+
+def test_greedy_removal_beats_the_smallest_scores() -> None:
+    torch.manual_seed(1)
+    inputs = torch.randn(200, 32) @ (torch.randn(32, 32) + 1)
+    weight, gram = torch.randn(8, 32), inputs.T @ inputs
+    scores = weight.abs() * gram.diagonal().sqrt()
+    smallest = scores <= scores.kthvalue(16, dim=1, keepdim=True).values
+    error = torch.linalg.norm((weight * smallest) @ inputs.T) ** 2
+    assert reconstruction_error(weight, gram) < 0.7 * float(error)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 3, 2)], ids=str)
+def test_lsa_parity(sizes: tuple[int, ...]) -> None:
+    groups = model(sizes)
+    for granularity in (groups, per_linear(groups)):
+        errors = [[x.measured for x in g.linears.values()] for g in granularity]
+        parameters = [one.parameters for one in granularity]
+        metric, sparsity = reference_lsa(errors, parameters, 0.7, 0.1)
+        result = Lsa(beta=0.1).allocate(granularity, 0.7)
+        np.testing.assert_allclose(result.metric, metric, rtol=1e-9)
+        np.testing.assert_allclose(result.sparsity, sparsity, atol=1e-9)
+        total = np.dot(result.sparsity, parameters) / sum(parameters)
+        assert total == pytest.approx(0.7)  # without the budget step
+
+
+def test_lsa_measures_what_enters_the_linears() -> None:
+    """Errors of a whole allocation against hooks, an input and a loop."""
+    whole = tiny.make_model("llama", num_hidden_layers=2)
+    data = tiny.make_dataset(2)
+    settings = AbsorptionAllocationModifier(allocator="lsa", strength=0)
+    found = allocate_model(whole, data, 0.6, settings).base.linear_metrics
+    inputs: dict[str, torch.Tensor] = {}
+    for name, module in whole.named_modules():
+        module.register_forward_pre_hook(
+            lambda _, args, name=name: inputs.update({name: args[0]} if args else {})
+        )
+    with torch.no_grad():
+        whole(**{key: torch.tensor(data[key]) for key in data.column_names})
+    assert len(found) == 14
+    for name in ("model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"):
+        x, weight = inputs[name].flatten(0, 1), whole.get_submodule(name).weight
+        expected, _ = reference_reconstruction(weight.detach(), x, 0.5, 128)
+        assert found[name] == pytest.approx(expected / 2, rel=1e-3)  # of two samples
+
+
+def test_an_allocator_without_its_statistics() -> None:
+    bare = LinearGroup("layers.0", {"q": LinearStatistics(linear(torch.ones(2, 2)))}, 4)
+    for allocator, what in ((Lsa(), "reconstruction errors"), (Owl(), "inputs")):
+        with pytest.raises(ValueError, match=what):
+            allocator.allocate([bare], 0.5)
 
 
 def test_atp_parity() -> None:
@@ -415,15 +510,25 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("name", ["owl", "dlp"])
-def test_never_more_than_one_linear_is_held(name: str) -> None:
-    weights = {f"mlp.{i}": torch.randn(256, 256) for i in range(6)}
-    groups = [group("layers.0", weights, dict.fromkeys(weights, torch.rand(256)))] * 2
+@pytest.mark.parametrize(
+    ("name", "arguments", "most"),
+    [
+        # |W|·√a of one Linear, and one byte each for what is above the threshold
+        ("owl", {}, 1.5),
+        ("dlp", {}, 1.5),
+        # and its bits, shifted, compared, and some of them picked
+        ("dlp", {"reduce": "median"}, 4),
+    ],
+)
+def test_never_more_than_one_linear_is_held(
+    name: str, arguments: dict, most: float
+) -> None:
+    weights = {f"mlp.{i}": torch.randn(512, 512) for i in range(6)}
+    groups = [group("layers.0", weights, dict.fromkeys(weights, torch.rand(512)))] * 2
     with LiveBytes() as live:
-        build_allocator(name, {}).allocate(groups, 0.5)
-    one = 256 * 256 * 4
-    # |W|·√a of one Linear, and one byte each for what is above the threshold
-    assert one <= live.peak < 1.5 * one
+        build_allocator(name, arguments).allocate(groups, 0.5)
+    one = 512 * 512 * 4
+    assert one <= live.peak < most * one
 
 
 # --- the spectrum and its tail ------------------------------------------------------
