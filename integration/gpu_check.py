@@ -33,6 +33,7 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.core import reset_session
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+from loguru import logger
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
@@ -476,6 +477,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="directory of a real model for oneshot")
     parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args(arguments)
+    logger.remove()
+    logger.add(sys.stderr, level="WARNING", format="{message}")
     device = torch.device(options.device)
     size = options.size or ("tiny" if device.type == "cpu" else "1B")
     found = run_checks(device, size, options.model)
