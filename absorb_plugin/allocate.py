@@ -13,6 +13,7 @@ from torch.nn import Module
 from absorb_plugin import distributed
 from absorb_plugin.allocation import Allocation
 from absorb_plugin.allocators.base_allocation import Base, base_allocation
+from absorb_plugin.allocators.grams import GramProbe
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch
 from absorb_plugin.choices import (
@@ -25,17 +26,17 @@ from absorb_plugin.choices import (
     widest,
 )
 from absorb_plugin.forward.check import check_forward
-from absorb_plugin.forward.grams import GramProbe
 from absorb_plugin.forward.inputs import InputStatistics
 from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.groups import Groups
+from absorb_plugin.language_model import check_ids
 from absorb_plugin.measuring import (
     dense_loss,
     masked_loss,
     measure_direction,
     pruned_loss,
     report_noise,
-    slopes_measurer,
+    same_stages,
 )
 from absorb_plugin.pruners import Pruner
 from absorb_plugin.pruners.present import with_present_zeros
@@ -43,7 +44,7 @@ from absorb_plugin.sample_split import SampleSplit
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.search.confirm import confirm
 from absorb_plugin.search.correction import corrected
-from absorb_plugin.search.descent import refined
+from absorb_plugin.search.descent import Stage, refined
 from absorb_plugin.search.line_search import (
     SearchResult,
     descent_search,
@@ -77,6 +78,7 @@ def allocate(
     :param pruner: that will prune
     :param settings: the recipe's fields
     """
+    check_ids(model, batches)
     cap = budget_of(blocks, sparsity, settings)
     budget = with_present_zeros(cap, blocks, pruner, {})
     method = Method(model, blocks, batches, pruner=pruner, settings=settings)
@@ -190,27 +192,18 @@ class Method:
         if signal.once:
             measure = partial(measure_direction, setting, signal)
             return line_search(base.sparsity, budget, measure, judge, rounds=1)
+        stages = self._stages()
         return descent_search(
-            base.sparsity,
-            budget,
-            slopes_measurer(setting, signal),
-            judge,
-            groups=setting.groups,
-            rounds=signal.rounds(self._effort.rounds),
-            lengths=signal.lengths,
-            judge_path=not signal.prunes,
+            base.sparsity, budget, stages, judge, groups=setting.groups
         )
 
     def refine(self, near: np.ndarray, budget: Budget) -> np.ndarray:
         """From the allocation of another budget, by a few short steps."""
-        return refined(
-            budget.meet(near),
-            budget,
-            slopes_measurer(self.setting, self.signal),
-            self.setting.groups,
-            rounds=max(1, self.signal.rounds(self._effort.rounds) // 4),
-            length=self.signal.lengths[1],
-        )
+        last = self._stages()[-1]
+        return refined(budget.meet(near), budget, last, self.setting.groups)
+
+    def _stages(self) -> list[Stage]:
+        return same_stages(self.signal.stages(self.setting, self._effort.rounds))
 
     def largest_budget(self, budget: Budget, bound: float) -> Quality:
         """

@@ -31,6 +31,8 @@ NOT_MEASURING = {
     "__init__.py",
     "_after_import.py",
     "allocate.py",
+    "allocation.py",
+    "choices.py",
     "cli",
     "evaluation",
     "files.py",

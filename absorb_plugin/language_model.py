@@ -1,6 +1,6 @@
 """The language model within whatever wraps it, and whether its loss means anything."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from inspect import signature
 from typing import Any
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 __all__ = [
     "REMEDY",
+    "check_ids",
     "check_predicts_tokens",
     "forward_inputs",
     "language_model",
@@ -73,6 +74,18 @@ def check_predicts_tokens(model: Module) -> None:
         f"model: {kind} {reason}, so next-token loss, by which strength='auto' and "
         f"most signals judge, means nothing there. {REMEDY}"
     )
+
+
+def check_ids(model: Module, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
+    """:raises ValueError: if a token id is beyond the model's embeddings"""
+    embeddings = language_model(model).get_input_embeddings()
+    known = getattr(embeddings, "num_embeddings", None)
+    largest = max(int(batch["input_ids"].max()) for batch in batches)
+    if known is not None and largest >= known:
+        raise ValueError(
+            f"input_ids of the calibration batches hold {largest}, and the model knows "
+            f"{known} tokens: use the model's own tokenizer"
+        )
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What the search asks for, measured; all ranks are told the same."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from absorb_plugin import distributed
 from absorb_plugin.calibration import cut_tokens
 from absorb_plugin.judges import MaskedLoss, PrunedLoss
-from absorb_plugin.search.descent import Slopes
+from absorb_plugin.search.descent import Slopes, Stage
 from absorb_plugin.search.line_search import Losses
 from absorb_plugin.settings import AllocationSettings
 from absorb_plugin.signals import Setting, Signal
@@ -20,16 +21,18 @@ __all__ = [
     "measure_direction",
     "pruned_loss",
     "report_noise",
-    "slopes_measurer",
+    "same_stages",
 ]
 
 # Samples of the noise probe where noise is not the signal: enough for the report.
 REPORT_SAMPLES = 1
 
 
-def slopes_measurer(setting: Setting, signal: Signal) -> Callable[[np.ndarray], Slopes]:
-    """Takes an allocation, gives the slopes of every group; for one descent."""
-    return partial(_same_slopes, signal.measurer(setting))
+def same_stages(stages: Sequence[Stage]) -> list[Stage]:
+    """Stages of a descent whose slopes are those of the first rank on all of them."""
+    return [
+        replace(stage, measure=partial(_same_slopes, stage.measure)) for stage in stages
+    ]
 
 
 def _same_slopes(

@@ -1,5 +1,6 @@
 """Which calibration samples serve what: decided once, and printed in the report."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -105,7 +106,7 @@ class SampleSplit:
         if SampleUse("", windows).tokens >= self._pruning_tokens:
             return windows
         each = SampleUse("", self._measuring).tokens / len(self._measuring)
-        wanted = max(count, round(self._pruning_tokens / each))
+        wanted = math.ceil(self._pruning_tokens / each)
         return self._turn(min(wanted, len(self._measuring)))
 
     def _turn(self, count: int) -> list[dict]:

@@ -59,13 +59,18 @@ def test_restricted_blocks_stay_in_the_chain(llama: PreTrainedModel) -> None:
 
 
 def test_block_class_named_by_the_user(llama: PreTrainedModel) -> None:
+    """It decides between lists that the model itself does not tell apart."""
     llama._no_split_modules = []
-    with pytest.raises(ValueError, match="sequential_targets"):
-        find_blocks(llama)
+    llama.model.wider = torch.nn.ModuleList([torch.nn.Linear(500, 500)])
+    assert len(find_blocks(llama)) == 1
     assert len(find_blocks(llama, "LlamaDecoderLayer")) == 3
     assert len(find_blocks(llama, ["LlamaDecoderLayer"])) == 3
-    with pytest.raises(ValueError, match=r"no decoder block found.*OtherLayer"):
-        find_blocks(llama, "OtherLayer")
+
+
+def test_no_list_of_modules(llama: PreTrainedModel) -> None:
+    llama.model.layers = torch.nn.Sequential(*llama.model.layers)
+    with pytest.raises(ValueError, match="no decoder block found.*one ModuleList"):
+        find_blocks(llama)
 
 
 def test_the_largest_stack_is_the_decoder(llama: PreTrainedModel) -> None:

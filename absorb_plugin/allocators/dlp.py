@@ -9,7 +9,7 @@ from pydantic import Field
 
 from .base import Allocator, BaseAllocation, Granularity, LinearGroup, Needs
 from .base import LinearStatistics as Linear
-from .owl import importance, mean_importance, spread_metric
+from .owl import importance, mean_importance, of_all, spread_metric
 
 __all__ = ["Dlp", "median_importance"]
 
@@ -45,7 +45,7 @@ class Dlp(Allocator):
         self, groups: Sequence[LinearGroup], sparsity: float
     ) -> BaseAllocation:
         reduce = median_importance if self.reduce == "median" else mean_importance
-        values = np.array([reduce(group) for group in groups])
+        values = of_all(groups, reduce)
         total = float(values.sum())
         share = values / total if total > 0 else np.full_like(values, 1 / len(values))
         change = spread_metric(1 - share, self.alpha)

@@ -1,16 +1,19 @@
 """OWL: prune less where more weights stand out; and helpers that DLP and LSA share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
 import torch
 from pydantic import Field
 
+from absorb_plugin import distributed
+
 from .base import Allocator, BaseAllocation, Granularity, LinearGroup, Needs
 from .base import LinearStatistics as Linear
 
-__all__ = ["Owl", "importance", "mean_importance", "spread_metric"]
+__all__ = ["Owl", "importance", "mean_importance", "of_all", "spread_metric"]
 
 
 class Owl(Allocator):
@@ -35,7 +38,7 @@ class Owl(Allocator):
     def allocate(
         self, groups: Sequence[LinearGroup], sparsity: float
     ) -> BaseAllocation:
-        outliers = np.array([_outlier_percent(group, self.m) for group in groups])
+        outliers = of_all(groups, partial(_outlier_percent, m=self.m))
         change = spread_metric(outliers, self.lmbda)
         return BaseAllocation(outliers, np.clip(sparsity + change, 0.0, 1.0))
 
@@ -50,6 +53,18 @@ def spread_metric(metric: np.ndarray, width: float) -> np.ndarray:
         return np.zeros_like(metric)
     u = 2 * width * (metric - metric.min()) / spread
     return u.mean() - u
+
+
+def of_all(
+    groups: Sequence[LinearGroup], measure: Callable[[LinearGroup], float]
+) -> np.ndarray:
+    """
+    One number per group. Under torch.distributed each rank reads the weights of its
+    share of the groups.
+    """
+    with distributed.fail_together():
+        mine = [measure(group) for group in distributed.share(groups)]
+    return np.array(distributed.gather_shares(mine))
 
 
 def mean_importance(group: LinearGroup) -> float:

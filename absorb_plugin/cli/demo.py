@@ -1,5 +1,6 @@
 """`absorb demo`: see what the package does, without a hub."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
@@ -21,11 +22,12 @@ def demo(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Prune SmolLM2-135M to 60 % in four ways and compare (no hub needed)."""
-    with command(debug) as stdout:
+    """Prune SmolLM2-135M to 60 % in five ways and compare (no hub needed)."""
+    stderr = sys.stderr
+    with command(debug, quiet=True) as stdout:
         from absorb_plugin.evaluation.demo import run_demo
 
-        result = run_demo(out)
+        result = run_demo(out, lambda line: print(line, file=stderr, flush=True))
         if as_json:
             show(stdout, result.as_dict(), as_json)
         else:
@@ -33,23 +35,37 @@ def demo(
 
 
 def _print(result: "DemoResult", file: TextIO) -> None:
+    """The table, what was gained, where it is, what to do next."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=result.title)
+    table.add_column("pruner")
     table.add_column("allocation")
     for column in ("perplexity", "vs uniform", "sparsity", "seconds"):
         table.add_column(column, justify="right")
     for row in result.rows:
         table.add_row(
-            row.name,
+            row.pruner or "",
+            row.allocation,
             f"{row.perplexity:.2f}",
             "" if row.change is None else f"{row.change:+.1%}",
             f"{row.sparsity:.4f}",
             "" if row.seconds is None else f"{row.seconds:.0f}",
         )
-    console = Console(file=file, highlight=False)
-    console.print(table)
-    console.print(f"{result.tokens} tokens evaluated, {result.seconds:.0f} s in all")
-    console.print(f"Model and report: {result.out}/model, {result.out}/report")
-    console.print(f"It says: {result.sentence}", markup=False)
+    Console(file=file, highlight=False).print(table)
+    for line in _last_lines(result):
+        print(line, file=file, flush=True)
+
+
+def _last_lines(result: "DemoResult") -> list[str]:
+    changes = {
+        row.pruner: row.change for row in result.rows if row.change is not None
+    }  # the corrected allocation is each pruner's last
+    gains = ", ".join(f"{change:+.0%} with {name}" for name, change in changes.items())
+    return [
+        f"At the same sparsity perplexity changed by {gains}, over {result.tokens} "
+        f"tokens of other text ({result.seconds:.0f} s in all).",
+        f"The report: {result.out}/report/report.html; the model: {result.out}/model",
+        "Next, your own: absorb prune MODEL --sparsity 0.5 --text FILE --out DIRECTORY",
+    ]

@@ -6,6 +6,7 @@ errors) to stderr.
 """
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -29,18 +30,26 @@ FIELD = re.compile(
 
 
 @contextlib.contextmanager
-def command(debug: bool) -> Iterator[TextIO]:
+def command(debug: bool, quiet: bool = False) -> Iterator[TextIO]:
     """
     The frame of every command. In it `sys.stdout` is stderr, for llm-compressor and
     others print and log to it; the result is written to what the block receives. An
     exception becomes one line on stderr and exit code 1.
 
     :param debug: show a traceback and all logs instead
+    :param quiet: unless `debug`, show warnings of ours and nothing else: no bars, and
+        no lines of other libraries
     """
-    stdout = sys.stdout
+    stdout, stderr = sys.stdout, sys.stderr
+    quiet = quiet and not debug
+    silence = io.StringIO() if quiet else sys.stderr
     try:
-        with contextlib.redirect_stdout(sys.stderr), termination_as_interrupt():
-            route_logs(debug)
+        with (
+            termination_as_interrupt(),
+            contextlib.redirect_stderr(silence),
+            contextlib.redirect_stdout(silence),
+        ):
+            route_logs(debug, quiet, stderr)
             keep_freed_memory()
             yield stdout
     except (typer.Exit, typer.Abort):
@@ -76,12 +85,14 @@ def keep_freed_memory() -> None:
     cpu.keep_freed_memory()
 
 
-def route_logs(debug: bool) -> None:
+def route_logs(debug: bool, quiet: bool, stderr: TextIO) -> None:
     """
-    Send loguru to stderr: our lines and warnings of llm-compressor, or everything.
-    LLM_COMPRESSOR_LOG_LEVEL is obeyed as in llm-compressor itself.
+    Send loguru to stderr: our lines and warnings of llm-compressor, or everything, or
+    our warnings alone. LLM_COMPRESSOR_LOG_LEVEL is obeyed as in llm-compressor itself.
     """
-    import llmcompressor  # noqa: F401  it sets up loguru when it is first imported
+    # It sets up loguru when it is first imported, and says if there is no accelerator.
+    with contextlib.redirect_stdout(io.StringIO()):
+        import llmcompressor  # noqa: F401
     from loguru import logger
 
     level = os.environ.get("LLM_COMPRESSOR_LOG_LEVEL", "WARNING").upper()
@@ -90,14 +101,13 @@ def route_logs(debug: bool) -> None:
     def wanted(record: Any) -> bool:
         # "METRIC" (no. 38): four lines for each pruned Linear, not a warning
         is_metric = record["level"].name == "METRIC"
-        return (record["name"] or "").startswith("absorb_plugin") or (
-            debug or (record["level"].no >= lowest and not is_metric)
-        )
+        if (record["name"] or "").startswith("absorb_plugin"):
+            return not quiet or record["level"].no >= logger.level("WARNING").no
+        return debug or (record["level"].no >= lowest and not is_metric and not quiet)
 
     logger.remove()
     logger.add(
-        # looked up anew for every line, since tests replace sys.stderr
-        lambda message: print(message, end="", file=sys.stderr),
+        stderr,
         level="DEBUG" if debug else "INFO",
         format="{level: <7} {message}" if not debug else "{time} {level} {message}",
         filter=wanted,

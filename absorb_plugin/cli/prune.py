@@ -129,16 +129,16 @@ def prune(
         wishes = None if parsed else _wishes(given)
         documents = Source(text, dataset, split, text_column).documents()
         config, tokenizer = read_model(model, dtype, trust_remote_code, seq_len)
-        made = ""
+        empty, made = empty_model(config, trust_remote_code), ""
         if wishes is not None:
-            made = wishes.text(empty_model(config, trust_remote_code))
+            made = wishes.text(empty)
             print(made, file=sys.stderr)
             parsed = oneshot.parse_recipe(made)
         assert parsed is not None
         if profile_cache is not None:
             oneshot.keep_profiles(parsed, profile_cache)
-        output.check_space(out, weight_bytes(config, dtype.value, trust_remote_code))
-        check_saving(model, config, tokenizer)
+        output.check_space(out, weight_bytes(empty, dtype.value))
+        check_saving(model, empty, tokenizer)
         data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
         with (
             output.staged_directory(out) as staging,

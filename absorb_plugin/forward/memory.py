@@ -52,18 +52,29 @@ class Footprint:
     """
     :param fixed: whatever the batch: pruned weights, Hessians, a chunk of logits
     :param chunk: float32 logits at a time
-    :param per_token: of every token of a batch
+    :param per_state: of every token of a batch: hidden states
+    :param per_token: of every token in the block that runs
     :param per_pair: of every pair of tokens of a sample: attention scores
     """
 
     fixed: int
     chunk: int
+    per_state: int
     per_token: int
     per_pair: int
 
     def sample(self, tokens: int) -> int:
         """Bytes for one sample of so many tokens, beside `fixed`."""
+        return self.per_state * tokens + self.inside(tokens)
+
+    def inside(self, tokens: int) -> int:
+        """Of these what it takes while a block runs it."""
         return self.per_token * tokens + self.per_pair * tokens**2
+
+    def part(self, samples: int, tokens: int, memory: int) -> int:
+        """How many of so many samples a block may run at a time, if all are kept."""
+        room = memory - self.fixed - samples * tokens * self.per_state
+        return min(samples, max(1, room // self.inside(tokens)))
 
     def samples(self, tokens: int, memory: int) -> int:
         """
@@ -161,10 +172,13 @@ def footprint(
         + _float32_copies(model, shapes, need)
     )
     states = 2 + need.trajectories
-    per_token = element * config.hidden_size * states + _inside(
-        config.hidden_size, shapes, element, need
+    return Footprint(
+        fixed,
+        chunk,
+        element * config.hidden_size * states,
+        _inside(config.hidden_size, shapes, element, need),
+        (24 if need.backward else 12) * heads,
     )
-    return Footprint(fixed, chunk, per_token, (24 if need.backward else 12) * heads)
 
 
 def limit_by_machine(model: PreTrainedModel, blocks: Sequence[Module]) -> int:

@@ -33,6 +33,7 @@ from absorb_plugin.forward.block_io import (
 )
 from absorb_plugin.forward.head import OutputHead
 from absorb_plugin.forward.memory import Footprint, footprint
+from absorb_plugin.forward.parts import Parts
 from absorb_plugin.forward.probe import Probe, RunBlock
 from absorb_plugin.language_model import forward_inputs, language_model
 
@@ -74,26 +75,29 @@ def run_probes(
         hooks.__enter__()
         needs = [probe.needs for probe in probes]
         need = footprint(model, blocks.modules, needs, memory)
-        whole = any(one.single_batch for one in needs)
         head.chunk_bytes = need.chunk
-        _run_all(
-            model,
-            list(_within_memory(batches, need, memory, whole)),
-            hooks,
-            divisible=not whole,
-            description=description,
-        )
+        parts = Parts()
+        stack.enter_context(parts.applied(blocks.modules))
+        whole = any(one.single_batch for one in needs)
+        if whole:
+            batches = _whole(batches, need, memory, parts)
+        else:
+            batches = _within_memory(batches, need, memory)
+        _run_all(model, [*batches], hooks, parts if whole else None, description)
 
 
 def _run_all(
     model: Module,
     batches: Sequence[Batch],
     hooks: "_BlockHooks",
-    *,
-    divisible: bool,
+    parts: Parts | None,
     description: str,
 ) -> None:
-    """Batch by batch; where one does not fit the device, in halves from there on."""
+    """
+    Batch by batch; where one does not fit the device, in halves from there on.
+
+    :param parts: in which blocks run a batch that must stay whole; None if none must
+    """
     waiting = deque(batches)
     hidden = not distributed.is_first()
     with tqdm(total=len(batches), desc=description, disable=hidden) as bar:
@@ -104,9 +108,14 @@ def _run_all(
                 bar.update()
                 continue
             samples = len(batch["input_ids"])
-            _check_divisible(said, samples, divisible)
+            at_a_time = samples if parts is None else parts.size or samples
+            _check_divisible(said, at_a_time)
             _warn_of_halves(description)
-            waiting = deque(split_samples([batch, *waiting], samples // 2))
+            if parts is None:
+                waiting = deque(split_samples([batch, *waiting], samples // 2))
+            else:
+                parts.size = at_a_time // 2
+                waiting.appendleft(batch)
             bar.total = bar.n + len(waiting)
 
 
@@ -125,14 +134,8 @@ def _out_of_memory(model: Module, batch: Batch, hooks: "_BlockHooks") -> str | N
     return said
 
 
-def _check_divisible(said: str, samples: int, divisible: bool) -> None:
+def _check_divisible(said: str, samples: int) -> None:
     """:raises torch.OutOfMemoryError: if fewer samples at a time are no way out"""
-    if not divisible:
-        raise torch.OutOfMemoryError(
-            f"{said}. The pruner's own arithmetic takes its {samples} samples at once: "
-            "use fewer confirm_samples (statistics_samples if it is the allocator lsa) "
-            "or probe_tokens, or confirm_samples: 0"
-        )
     if samples == 1:
         raise torch.OutOfMemoryError(
             f"{said}. That was for a single sample: use fewer probe_tokens or a "
@@ -151,17 +154,32 @@ def _warn_of_halves(description: str) -> None:
 
 
 def _within_memory(
-    batches: Iterable[Batch], need: Footprint, memory: int | None, whole: bool
+    batches: Iterable[Batch], need: Footprint, memory: int | None
 ) -> Iterator[dict]:
     for batch in batches:
         samples, tokens = batch["input_ids"].shape
         if memory is not None:
-            if not whole:
-                samples = min(samples, need.samples(tokens, memory))
+            samples = min(samples, need.samples(tokens, memory))
             most = need.fixed + samples * need.sample(tokens)
             if most > memory:
                 _warn_of_memory(memory, most, need.fixed, samples, tokens)
         yield from split_samples([batch], samples)
+
+
+def _whole(
+    batches: Iterable[Batch], need: Footprint, memory: int | None, parts: Parts
+) -> list[Batch]:
+    """Batches that must stay whole; `parts` says how blocks run them."""
+    found = list(batches)
+    for batch in found if memory is not None else ():
+        samples, tokens = batch["input_ids"].shape
+        assert memory is not None
+        parts.size = need.part(samples, tokens, memory)
+        states = samples * tokens * need.per_state
+        most = need.fixed + states + parts.size * need.inside(tokens)
+        if most > memory:
+            _warn_of_memory(memory, most, need.fixed, samples, tokens)
+    return found
 
 
 @cache
@@ -172,9 +190,9 @@ def _warn_of_memory(
     logger.warning(
         f"probe_memory is {memory / 2**30:.3g} GiB, but measuring takes up to "
         f"{most / 2**30:.3g} GiB beside the model: {fixed / 2**30:.3g} GiB for the "
-        f"masks of one block and the logits, the rest for {samples} x {tokens} tokens. "
-        "Going on; if memory runs out use fewer probe_tokens or max_seq_length, or "
-        "a device with more"
+        f"weights of one block and the logits, the rest for {samples} x {tokens} "
+        "tokens. Going on; if memory runs out use fewer probe_tokens or "
+        "max_seq_length, or a device with more"
     )
 
 

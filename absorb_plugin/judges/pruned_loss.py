@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.nn import Module
 
+from absorb_plugin import distributed
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch, token_mask
 from absorb_plugin.forward.head import OutputHead
@@ -34,7 +35,8 @@ class PrunedLoss(Probe):
 
     Each candidate is a trajectory from the first block on. It passes a block twice:
     with the block's own weights, for the inputs of its Linears, and with the pruned
-    ones. The first candidate takes the model's own pass.
+    ones. The first candidate takes the model's own pass. Under torch.distributed each
+    rank has its share of the candidates, and all samples.
 
     :param blocks: all blocks; their prunable Linears are pruned
     :param pruner: how weights are pruned
@@ -53,7 +55,8 @@ class PrunedLoss(Probe):
         calibrating: int,
     ) -> None:
         self._blocks, self._pruner, self._calibrating = blocks, pruner, calibrating
-        self._candidates = [block_sparsities(blocks, one) for one in candidates]
+        mine = distributed.share(candidates)
+        self._candidates = [block_sparsities(blocks, one) for one in mine]
         self._in_force = ExitStack()
         self._losses: list[list[float]] = []
         self._tokens: list[int] = []
@@ -77,8 +80,10 @@ class PrunedLoss(Probe):
 
     def leave(
         self, index: int, before: torch.Tensor, after: torch.Tensor, run: RunBlock
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | None:
         self._in_force.close()
+        if not self._candidates:  # there are more ranks
+            return None
         states = [before, *self._hidden[1:]]
         states += [before] * (len(self._candidates) - len(states))
         self._hidden = []
@@ -92,6 +97,8 @@ class PrunedLoss(Probe):
         return self._hidden[0]
 
     def finish(self, batch: Batch, head: OutputHead) -> None:
+        if not self._candidates:
+            return
         judged = judged_rows(batch, self._calibrating)
         states = [hidden[self._calibrating :] for hidden in self._hidden]
         self._losses, self._tokens = score_states(head, judged, states)
@@ -101,9 +108,11 @@ class PrunedLoss(Probe):
         self._in_force.close()
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """As of `MaskedLoss`; every rank runs all samples."""
-        check_predicted(sum(self._tokens))
-        return np.array(self._losses).T, np.array(self._tokens)
+        """As of `MaskedLoss`."""
+        losses = distributed.gather_shares(list(zip(*self._losses)))
+        tokens = distributed.from_first(self._tokens)
+        check_predicted(sum(tokens))
+        return np.array(losses), np.array(tokens)
 
     def _inputs(self, index: int) -> ObservedInputs:
         linears = self._blocks.blocks[index].linears

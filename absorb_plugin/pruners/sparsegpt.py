@@ -64,11 +64,12 @@ class SparseGPT(Pruner):
         return self.preserve
 
     def present(self, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of columns after the first block, updates fill zeros that are not kept."""
+        """
+        Without `preserve` too: where a block of columns has more zeros than are asked
+        for, nothing is pruned in it, and so no error fills the zeros after it.
+        """
         parts = zero.split(self.block_size, dim=1)
         shares = torch.stack([part.float().mean() for part in parts])
-        if not self.preserve:
-            shares[1:] = 0
         return shares, torch.tensor([part.numel() for part in parts])
 
     @property

@@ -15,6 +15,7 @@ from absorb_plugin.blocks import BlockMap
 from absorb_plugin.forward.chunks import row_chunks
 from absorb_plugin.forward.inputs import real_tokens
 from absorb_plugin.forward.linears import Weights
+from absorb_plugin.forward.parts import current_part
 from absorb_plugin.groups import linear_names
 from absorb_plugin.pruners.base import MaskPruner, Pruner
 
@@ -264,6 +265,21 @@ class Observed:
 
     def __init__(self) -> None:
         self.groups: list[tuple[torch.Tensor, list[str]]] = []
+        self._home: dict[str, int] = {}  # name -> index of its group
+
+    def add(self, observed: torch.Tensor, name: str) -> None:
+        """Of the inputs of a Linear, which others may share (`share`)."""
+        if name in self._home:  # of other samples of the batch
+            self.groups[self._home[name]][0].add_(observed)
+        else:
+            self._home[name] = len(self.groups)
+            self.groups.append((observed, [name]))
+
+    def share(self, name: str, first: str) -> None:
+        """`name` has the inputs of `first`."""
+        if name not in self._home:
+            self._home[name] = self._home[first]
+            self.groups[self._home[first]][1].append(name)
 
     def prune(
         self,
@@ -295,6 +311,7 @@ class ObservedInputs:
     ) -> None:
         self._pruner, self._linears, self._mask = pruner, linears, mask
         self._last: torch.Tensor | None = None  # what entered the last Linear
+        self._first = ""  # the first Linear that it entered
 
     @contextmanager
     def watched(self) -> Iterator[Observed]:
@@ -311,12 +328,12 @@ class ObservedInputs:
         self, found: Observed, name: str, module: Module, args: tuple[torch.Tensor, ...]
     ) -> None:
         x = args[0]
-        if not x.numel():  # an expert that no token was routed to
+        mask = self._mask[current_part()]
+        if not x.numel() or not mask.any():  # an expert without tokens; none to count
             return
         if self._last is x:
-            found.groups[-1][1].append(name)
+            found.share(name, self._first)
             return
-        self._last = x
-        rows, counted = real_tokens(x.detach(), self._mask)
-        if counted.any():
-            found.groups.append((self._pruner.observe(rows[counted]), [name]))
+        self._last, self._first = x, name
+        rows, counted = real_tokens(x.detach(), mask)
+        found.add(self._pruner.observe(rows[counted]), name)

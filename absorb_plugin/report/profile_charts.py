@@ -187,7 +187,8 @@ def _descent(profile: Profile) -> Iterator[Chart]:
             Line("samples of each step", "realised", range(len(own)), own),
             Line("held out", "final", made, held_out, ring=ring),
         ],
-        "Circled: taken. Every step goes by samples of its own.",
+        ("The end was taken." if ring is None else "Circled: taken.")
+        + " Every step goes by samples of its own.",
     )
 
 

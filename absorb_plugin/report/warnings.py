@@ -54,11 +54,12 @@ def _correction(profile: Profile) -> str:
 
 
 def _started_from_uniform(search: Mapping[str, Any], base: str, kept: bool) -> str:
+    losses = (search[f"{name}_loss"] for name in ("uniform", "base"))
+    uniform, other = ("overflow" if x is None else f"{x:.3f}" for x in losses)
     more = " and nothing beat it: this is a uniform allocation" if kept else ""
     return (
-        f"Uniform beat {base} on the held-out samples "
-        f"({search['uniform_loss']:.3f} against {search['base_loss']:.3f} nats), "
-        f"so the correction started from uniform{more}."
+        f"Uniform beat {base} on the held-out samples ({uniform} against {other} "
+        f"nats), so the correction started from uniform{more}."
     )
 
 

@@ -8,7 +8,7 @@ follows the noise of its own samples.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -16,11 +16,20 @@ import numpy as np
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.search.correction import winsorised
 
-__all__ = ["LENGTHS", "Descent", "Slopes", "Spreading", "Step", "descend", "refined"]
-__all__ += ["shrunk"]
+__all__ = [
+    "LENGTHS",
+    "Descent",
+    "Slopes",
+    "Spreading",
+    "Stage",
+    "Step",
+    "descend",
+    "refined",
+    "shrunk",
+]
 
 # Root mean square change of a sparsity over all weights, in the first and last step.
-LENGTHS = (0.08, 0.03)
+LENGTHS = (0.06, 0.01)
 # Weight of what was known before in the running mean of the slopes.
 MEMORY = 0.5
 # Groups of a family needed to tell their spread from their noise.
@@ -55,6 +64,23 @@ class Slopes:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """
+    A descent, and how much of its way is gone.
+
+    :param measure: the slopes of every group under an allocation
+    :param rounds: number of steps
+    :param lengths: of the first and the last step, geometric between
+    :param share: of the way from its start to its end
+    """
+
+    measure: Callable[[np.ndarray], Slopes]
+    rounds: int
+    lengths: tuple[float, float] = LENGTHS
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
 class Step:
     """
     :param loss: calibration loss before the step, nats per token; each step is measured
@@ -83,30 +109,25 @@ class Descent:
 def descend(
     start: np.ndarray,
     budget: Budget,
-    measure: Callable[[np.ndarray], Slopes],
+    stage: Stage,
     groups: Spreading,
-    *,
-    rounds: int,
-    lengths: tuple[float, float] = LENGTHS,
 ) -> Descent:
     """
     :param start: an allocation that meets the budget, shape (Linears,)
-    :param measure: the slopes under an allocation
+    :param stage: what is measured, and how far each step goes
     :param groups: spreads one number per group over the Linears; the slopes of a
         block's groups are shrunk towards their mean
-    :param rounds: number of steps
-    :param lengths: of the first and the last step, geometric between
     """
     found = Descent([start], np.zeros_like(start))
     mean, variance, seen = np.zeros(()), np.zeros(()), 0.0
-    for number in range(rounds):
-        slopes = measure(found.path[-1])
+    for number in range(stage.rounds):
+        slopes = stage.measure(found.path[-1])
         mean = MEMORY * mean + (1 - MEMORY) * slopes.mean
         variance = MEMORY**2 * variance + (1 - MEMORY) ** 2 * slopes.error**2
         seen = MEMORY * seen + 1 - MEMORY
         known = shrunk(mean / seen, np.sqrt(variance) / seen, groups.block_of)
         direction = _centred(groups.spread(-winsorised(known)), budget)
-        length = _length(number, rounds, lengths)
+        length = _length(number, stage)
         size = float(np.sqrt(budget.mean(direction**2)))
         if size == 0.0:
             break
@@ -148,24 +169,20 @@ def _centred(direction: np.ndarray, budget: Budget) -> np.ndarray:
 
 
 def refined(
-    start: np.ndarray,
-    budget: Budget,
-    measure: Callable[[np.ndarray], Slopes],
-    groups: Spreading,
-    *,
-    rounds: int,
-    length: float = LENGTHS[1],
+    start: np.ndarray, budget: Budget, stage: Stage, groups: Spreading
 ) -> np.ndarray:
     """
-    A descent from what is near the end of one already.
+    From what is near the end of a descent already: a few steps more, from the length of
+    its last one on.
 
-    :param length: of the last step of that one, and the first of this
+    :param stage: the descent's last
     """
-    lengths = (length, length / 2)
-    found = descend(start, budget, measure, groups, rounds=rounds, lengths=lengths)
-    return found.path[-1]
+    last = stage.lengths[1]
+    rounds = max(1, stage.rounds // 4)
+    more = replace(stage, rounds=rounds, lengths=(last, last / 2), share=1.0)
+    return descend(start, budget, more, groups).path[-1]
 
 
-def _length(number: int, rounds: int, lengths: tuple[float, float]) -> float:
-    first, last = lengths
-    return first * (last / first) ** (number / max(1, rounds - 1))
+def _length(number: int, stage: Stage) -> float:
+    first, last = stage.lengths
+    return first * (last / first) ** (number / max(1, stage.rounds - 1))

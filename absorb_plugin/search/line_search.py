@@ -10,7 +10,7 @@ import numpy as np
 
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.search.correction import corrected
-from absorb_plugin.search.descent import LENGTHS, Slopes, Spreading, Step, descend
+from absorb_plugin.search.descent import Spreading, Stage, Step, descend
 from absorb_plugin.search.standard_error import standard_error
 
 __all__ = [
@@ -126,59 +126,66 @@ def line_search(
 def descent_search(
     base: np.ndarray,
     budget: Budget,
-    measure: Callable[[np.ndarray], Slopes],
+    stages: Sequence[Stage],
     judge: Judge,
     *,
     groups: Spreading,
-    rounds: int,
-    lengths: tuple[float, float] = LENGTHS,
-    judge_path: bool = True,
 ) -> SearchResult:
     """
-    Descend from the better of base and uniform; of some points of the path the best on
-    held-out samples is taken, if it beats the start by more than a standard error.
+    Descend from the better of base and uniform. Of the path of a single stage the best
+    of some points on held-out samples is taken, if it beats the start by more than a
+    standard error. Where a second stage knows more than the judge, its end is taken.
 
-    :param measure: the slopes of every group under an allocation
+    :param stages: each from where the one before ended
     :param groups: spreads one number per group over the Linears
-    :param rounds: steps of the descent
-    :param lengths: of its first and last step
-    :param judge_path: whether points of it are judged; else its end is taken, where
-        the judge knows less than the slopes
     """
     found, own, tokens = _started(base, budget, judge)
-    descent = descend(
-        found.sparsity, budget, measure, groups, rounds=rounds, lengths=lengths
-    )
-    made = len(descent.steps)
-    if not judge_path:
-        return replace(
-            found,
-            sparsity=descent.path[-1],
-            loss=float("nan"),
-            direction=descent.direction,
-            steps=descent.steps,
-            judged={0: found.loss},
-            taken=made,
-        )
-    points = sorted({made * part // PARTS for part in range(1, PARTS + 1)} - {0})
-    judged = {0: found.loss}
-    best, best_sums = 0, own
-    if points:
-        sums, tokens = judge([descent.path[point] for point in points])
-        means = _means(sums, tokens)
-        judged |= dict(zip(points, means, strict=True))
-        least = int(np.argmin(means))
-        won, error = gain(own, sums[least], tokens)
-        if won > TIE and not won <= error:
-            best, best_sums = points[least], sums[least]
+    descents, current = [], found.sparsity
+    for stage in stages:
+        descents.append(descend(current, budget, stage, groups))
+        way = descents[-1].path[-1] - current
+        current = budget.meet(current + stage.share * way)
+    made = [step for descent in descents for step in descent.steps]
+    found = replace(found, direction=descents[0].direction, steps=made)
+    if len(stages) == 1:
+        return _best_of_path(found, descents[0].path, own, tokens, judge)
     return replace(
         found,
-        sparsity=descent.path[best],
-        loss=float(best_sums.sum() / tokens.sum()),
-        direction=descent.direction,
-        steps=descent.steps,
+        sparsity=current,
+        loss=float("nan"),
+        judged={0: found.loss},
+        taken=len(made),
+    )
+
+
+def _best_of_path(
+    found: SearchResult,
+    path: Sequence[np.ndarray],
+    own: np.ndarray,
+    tokens: np.ndarray,
+    judge: Judge,
+) -> SearchResult:
+    """
+    :param found: with the start of the path
+    :param own: loss sums of that, per sample
+    """
+    made = len(path) - 1
+    points = sorted({made * part // PARTS for part in range(1, PARTS + 1)} - {0})
+    if not points:
+        return replace(found, judged={0: found.loss})
+    sums, tokens = judge([path[point] for point in points])
+    means = _means(sums, tokens)
+    judged = {0: found.loss} | dict(zip(points, means, strict=True))
+    least = int(np.argmin(means))
+    won, error = gain(own, sums[least], tokens)
+    if won <= TIE or won <= error:
+        return replace(found, judged=judged)
+    return replace(
+        found,
+        sparsity=path[points[least]],
+        loss=means[least],
         judged=judged,
-        taken=best,
+        taken=points[least],
     )
 
 

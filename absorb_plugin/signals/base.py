@@ -17,7 +17,7 @@ from absorb_plugin.pruners.base import Pruner
 from absorb_plugin.pruners.weights import MaskedWeights
 from absorb_plugin.sample_split import SampleSplit
 from absorb_plugin.search.correction import direction_from_response
-from absorb_plugin.search.descent import LENGTHS, Slopes
+from absorb_plugin.search.descent import Slopes, Stage
 
 __all__ = ["Setting", "Signal"]
 
@@ -62,7 +62,6 @@ class Signal(BaseModel):
 
     Class attributes:
         name: how recipes call it
-        lengths: of the first and last step of a descent (`search.descent`)
         by_loss: whether it needs tokens to predict, and the inputs' statistics
         prunes: whether it needs samples to prune by
         once: whether it says the same of every allocation, and gives a direction only
@@ -71,7 +70,6 @@ class Signal(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: ClassVar[str]
-    lengths: ClassVar[tuple[float, float]] = LENGTHS
     by_loss: ClassVar[bool] = True
     prunes: ClassVar[bool] = False
     once: ClassVar[bool] = False
@@ -89,9 +87,13 @@ class Signal(BaseModel):
         """Δ of every group, negative for those that are to be pruned less."""
         return direction_from_response(self.measurer(setting)(allocation).mean)
 
-    def rounds(self, most: int) -> int:
-        """Of a descent, where `effort` allows so many."""
-        return most
+    def stages(self, setting: Setting, rounds: int) -> list[Stage]:
+        """
+        Of a descent by this signal.
+
+        :param rounds: steps that `effort` allows
+        """
+        return [Stage(self.measurer(setting), rounds)]
 
     @classmethod
     def made_with(cls, arguments: Mapping[str, object]) -> Signal:

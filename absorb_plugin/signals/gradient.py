@@ -38,12 +38,18 @@ from absorb_plugin.forward.loss import check_predicted, loss_gradient
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.groups import Groups, linear_names
 from absorb_plugin.pruners.weights import MaskedSlopes, PrunedSlopes
-from absorb_plugin.search.descent import Slopes
+from absorb_plugin.search.descent import Slopes, Stage
 from absorb_plugin.search.standard_error import standard_error
 from absorb_plugin.signals.base import Setting, Signal
 from absorb_plugin.signals.pruned_model import PrunedModel
 
 __all__ = ["Gradient", "GradientProbe", "LinearSlopes", "PrunerGradient"]
+
+
+# Of the way that masks lead, before a pruner that repairs; and the lengths of the steps
+# by that pruner's own slopes after it (`search.descent`).
+SHARE_OF_MASKS = 0.7
+LENGTHS_AFTER_MASKS = (0.03, 0.012)
 
 
 class GradientProbe(Probe):
@@ -196,7 +202,9 @@ class Gradient(Signal):
 
 class PrunerGradient(Gradient):
     """
-    The slope through the pruner itself.
+    The slope through the pruner itself, from where masks lead. Masks know where the
+    network is sensitive and cost little; not knowing what the pruner repairs they go
+    too far, so a part of their way is gone, and the pruner's slopes lead on.
 
     :param step: δ: half the distance of the two sparsities whose weights are compared
     :param refresh: rounds after which the pruner makes the weights anew; in between
@@ -205,15 +213,19 @@ class PrunerGradient(Gradient):
 
     name: ClassVar[str] = "pruner"
     prunes: ClassVar[bool] = True
-    lengths: ClassVar[tuple[float, float]] = (0.05, 0.02)
 
     refresh: int = Field(default=3, ge=1)
 
     def measurer(self, setting: Setting) -> Callable[[np.ndarray], Slopes]:
         return _PrunerSlopes(setting, self).measure
 
-    def rounds(self, most: int) -> int:
-        return max(1, most * 3 // 4)
+    def stages(self, setting: Setting, rounds: int) -> list[Stage]:
+        masks = Gradient(step=self.step).measurer(setting)
+        own = max(1, rounds // 2)
+        return [
+            Stage(masks, rounds, share=SHARE_OF_MASKS),
+            Stage(self.measurer(setting), own, LENGTHS_AFTER_MASKS),
+        ]
 
 
 class _PrunerSlopes:

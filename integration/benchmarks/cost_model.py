@@ -40,10 +40,15 @@ from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.judges import MaskedLoss, PrunedLoss
 from absorb_plugin.pruners import PRUNERS, Pruner
 from absorb_plugin.pruners.thresholds import LEVELS
-from absorb_plugin.pruners.weights import MaskedSlopes, MaskedWeights
+from absorb_plugin.pruners.weights import (
+    MaskedSlopes,
+    MaskedWeights,
+    PrunedSlopes,
+)
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.settings import AllocationSettings
 from absorb_plugin.signals.gradient import GradientProbe, LinearSlopes
+from absorb_plugin.signals.pruned_model import PrunedModel
 
 GIB = 2**30
 CONFIGS = {
@@ -123,6 +128,9 @@ def _answer(probe: Probe, samples: int, candidates: int) -> Any:
     if isinstance(probe, GradientProbe):
         slopes = np.random.default_rng(0).normal(size=(samples, len(probe._rows)))
         return LinearSlopes(slopes, np.full(samples, 100.0), [], 3.0)
+    if isinstance(probe, PrunedModel):
+        flat = probe._allocation
+        return PrunedSlopes(probe._blocks, {}, flat, flat, step=0.1)
     losses = 300.0 - 20 * np.arange(candidates)[:, None] * np.ones((1, samples))
     return losses, np.full(samples, 100.0)
 
@@ -185,6 +193,10 @@ def make_probe(station: Station, blocks: BlockMap, pruner: Pruner) -> Probe:
     flats = [np.full(count, S + 0.01 * i) for i in range(station.candidates)]
     if station.probe == "InputStatistics":
         return InputStatistics(blocks)
+    if station.probe == "PrunedModel":
+        return PrunedModel(blocks, pruner, np.full(count, S), 0.1)
+    if station.probe == "GradientProbe" and station.needs.kept_weights:
+        return GradientProbe(blocks, pruned_slopes(blocks))
     if station.probe == "GradientProbe":
         masks = MaskedWeights(blocks, pruner.masks, sums, quantiles)
         flat = np.full(count, S)
@@ -193,6 +205,20 @@ def make_probe(station: Station, blocks: BlockMap, pruner: Pruner) -> Probe:
         return PrunedLoss(blocks, pruner, flats, station.pruning)
     assert station.probe == "MaskedLoss", station.probe
     return MaskedLoss(blocks, pruner.masks, sums, flats, quantiles)
+
+
+def pruned_slopes(blocks: BlockMap) -> PrunedSlopes:
+    """Weights that the pruner has made, a step away from where they are wanted."""
+    kept = {
+        index: {
+            name: [torch.empty_like(linear.weight) for _ in range(3)]
+            for name, linear in blocks.blocks[index].linears.items()
+        }
+        for index in blocks.prunable
+    }
+    count = len(blocks.linears())
+    made, wanted = np.full(count, S), np.full(count, S + 0.02)
+    return PrunedSlopes(blocks, kept, made, wanted, step=0.1)
 
 
 def traced(
@@ -209,9 +235,17 @@ def traced(
     probe = make_probe(station, blocks, pruner)
     ids = torch.ones(together, station.tokens, dtype=torch.long, device="meta")
     data: list[Batch] = [{"input_ids": ids} for _ in range(batches)]
-    with tracing(dict(model.named_parameters()), dict(model.named_buffers())) as cost:
-        run_probes(model, blocks, data, [probe], memory=None)
+    counted = station.pruning / station.samples if station.pruning else 1.0
+    own = dict(model.named_parameters()), dict(model.named_buffers())
+    limit = memory_limit() if station.needs.single_batch else None
+    with tracing(*own, counted=counted) as cost:
+        run_probes(model, blocks, data, [probe], memory=limit)
     return cost
+
+
+def memory_limit() -> int:
+    """`probe_memory: auto` on a card with nothing but a block on it."""
+    return memory._power_of_two(FREE * memory.SHARE, memory.MOST)
 
 
 def station_cost(
@@ -220,16 +254,27 @@ def station_cost(
     """Of all runs of a station on one of the GPUs."""
     model = build(name, CONFIGS[name]["num_hidden_layers"])
     blocks = find_blocks(model)
-    limit = memory._power_of_two(FREE * memory.SHARE, memory.MOST)
+    limit = memory_limit()
     need = footprint(model, blocks.modules, [station.needs], limit)
+    # what the pruner has made is kept where the weights are, on the host
+    size = shape(name)
+    kept = 2 * station.needs.kept_weights * size["layers"] * size["block"]
+    need = replace(need, fixed=need.fixed - kept)
     whole = station.needs.single_batch
+    if station.probe == "PrunedLoss":  # the ranks share the candidates
+        station = replace(station, candidates=math.ceil(station.candidates / gpus))
     mine = station.samples if whole else math.ceil(station.samples / gpus)
     together = mine if whole else min(JOINED, mine, need.samples(station.tokens, limit))
     batches = math.ceil(mine / together)
     together = math.ceil(mine / batches)
+    part = need.part(mine, station.tokens, limit) if whole else together
     cost = _extrapolated(name, station, pruner, together, batches)
     moved = _moved(name, station, batches)
-    took = need.fixed + together * need.sample(station.tokens)
+    took = (
+        need.fixed
+        + together * station.tokens * need.per_state
+        + part * need.inside(station.tokens)
+    )
     return {
         "station": station.name,
         "runs": station.runs,
@@ -243,6 +288,7 @@ def station_cost(
     }
 
 
+@cache
 def _extrapolated(
     name: str, station: Station, pruner: Pruner, together: int, batches: int
 ) -> Cost:
@@ -265,6 +311,8 @@ def _moved(name: str, station: Station, batches: int) -> int:
     """Bytes over the bus where the model is offloaded: blocks, embedding, head."""
     size = shape(name)
     visits = 2 if station.needs.backward else 1
+    if station.needs.kept_weights:  # of three weights, moved for every use
+        visits = 4 if station.needs.backward else 1 + 3
     heads = 2 if station.probe == "InputStatistics" else 3
     return (
         2 * batches * (visits * size["layers"] * size["block"] + heads * size["head"])

@@ -74,11 +74,15 @@ class Cost:
 
 
 class Trace(TorchDispatchMode):
-    """:param known: addresses of storages that were there before"""
+    """
+    :param known: addresses of storages that were there before
+    :param counted: share of the rows that a mask picks
+    """
 
-    def __init__(self, known: set[int]) -> None:
+    def __init__(self, known: set[int], counted: float = 1.0) -> None:
         super().__init__()
         self.cost = Cost()
+        self._counted, self._now = counted, 0
         self._known = known
         self._alive: dict[int, int] = {}
         self._references: dict[int, weakref.ref] = {}
@@ -90,7 +94,7 @@ class Trace(TorchDispatchMode):
         if func is aten._local_scalar_dense.default:
             self.cost.count["syncs"] += 1
             return _scalar(args[0])
-        output = _run(func, args, kwargs)
+        output = _run(func, args, kwargs, self._counted)
         inputs = [x for x in tree_leaves((args, kwargs)) if _is_meta(x)]
         outputs = [x for x in tree_leaves(output) if _is_meta(x)]
         name = func._schema.name.removeprefix("aten::")
@@ -131,25 +135,30 @@ class Trace(TorchDispatchMode):
         if address in self._known or address in self._alive:
             return
         self._alive[address] = storage.nbytes()
-        self.cost.peak = max(self.cost.peak, sum(self._alive.values()))
+        self._now += storage.nbytes()
+        self.cost.peak = max(self.cost.peak, self._now)
         self._references[address] = weakref.ref(storage, self._forget(address))
 
     def _forget(self, address: int) -> Callable[[object], None]:
         def forget(_: object) -> None:
-            del self._alive[address], self._references[address]
+            self._now -= self._alive.pop(address)
+            del self._references[address]
 
         return forget
 
 
 @contextmanager
-def tracing(*owners: Mapping[str, torch.Tensor]) -> Iterator[Cost]:
+def tracing(
+    *owners: Mapping[str, torch.Tensor], counted: float = 1.0
+) -> Iterator[Cost]:
     """
     Within the context everything on "meta" is counted.
 
     :param owners: tensors that do not count as alive
+    :param counted: share of the rows that a mask picks
     """
     known = {x.untyped_storage()._cdata for owner in owners for x in owner.values()}
-    trace = Trace(known)
+    trace = Trace(known, counted)
     with ExitStack() as stack:
         for name, value in (("tolist", _listed), ("cpu", _on_cpu)):
             original = getattr(torch.Tensor, name)
@@ -177,15 +186,21 @@ def _listed(tensor: torch.Tensor) -> list:
     return _on_cpu(tensor).tolist()
 
 
-def _run(func: Any, args: Sequence, kwargs: dict[str, Any]) -> Any:
-    """As meta tensors cannot: by a mask, everything counts."""
+def _run(func: Any, args: Sequence, kwargs: dict[str, Any], counted: float) -> Any:
+    """As meta tensors cannot: by a mask, so large a share is picked."""
     if func is aten.index.Tensor and _masked(args[1]):
         mask = args[1][0]
-        return args[0].new_empty((mask.numel(), *args[0].shape[mask.dim() :]))
+        # thresholds between quantiles look at all of a matrix and cut it themselves
+        picked = mask.numel() if mask.dim() > 1 else round(mask.numel() * counted)
+        return args[0].new_empty((picked, *args[0].shape[mask.dim() :]))
     if func in (aten.index_put_.default, aten._index_put_impl_.default) and _masked(
         args[1]
     ):
         return args[0]
+    if func is aten._to_copy.default and args[0].is_meta:
+        kwargs["device"] = args[0].device  # what goes to the host stays without data
+    if func is aten.nonzero.default and args[0].is_meta:
+        return torch.zeros(0, args[0].dim(), dtype=torch.long)
     return func(*args, **kwargs)
 
 

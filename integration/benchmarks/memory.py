@@ -113,7 +113,7 @@ def measure(options: argparse.Namespace) -> dict:
     ids = torch.randint(3, 32000, (options.samples, options.tokens))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     limit = int(options.memory * GIB)
-    need = footprint(model, blocks.modules, [probe], limit)
+    need = footprint(model, blocks.modules, [probe.needs], limit)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM = VmRSS
     before, begin = status("VmRSS"), time.perf_counter()

@@ -26,8 +26,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from absorb_plugin import AbsorptionAllocationModifier, allocate
+from absorb_plugin.evaluation.documents import read_text
 from absorb_plugin.evaluation.oneshot import prune
-from absorb_plugin.evaluation.text import calibration_samples, read_text
+from absorb_plugin.evaluation.text import calibration_samples
 from absorb_plugin.forward.runner import ProbeRunner
 
 from memory import GIB, status  # isort: skip

@@ -24,7 +24,8 @@ from absorb_plugin import AbsorptionAllocationModifier
 from absorb_plugin.allocate import Allocation
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.evaluation.allocation import allocate_model
-from absorb_plugin.evaluation.text import calibration_samples, read_text
+from absorb_plugin.evaluation.documents import read_text
+from absorb_plugin.evaluation.text import calibration_samples
 
 
 class Counts:

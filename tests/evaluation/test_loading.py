@@ -28,6 +28,7 @@ from absorb_plugin.evaluation import loading
 from absorb_plugin.evaluation.loading import (
     check_length,
     check_saving,
+    empty_model,
     load_config,
     load_for_pruning,
     load_model,
@@ -213,7 +214,8 @@ def test_code_of_the_model_is_run_when_asked(load: Callable, remote: Path) -> No
 
 def check(folder: Path) -> None:
     config = load_config(str(folder))
-    check_saving(str(folder), config, AutoTokenizer.from_pretrained(folder))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    check_saving(str(folder), empty_model(config), tokenizer)
 
 
 def test_a_generation_config_that_cannot_be_saved(folder: Path) -> None:
@@ -228,15 +230,27 @@ def test_a_generation_config_that_cannot_be_saved(folder: Path) -> None:
     check(folder)
 
 
+def test_weights_that_are_shared(folder: Path) -> None:
+    """A block that runs twice; tied embeddings are no such thing."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    check_saving("name", tiny.make_model("llama", tie_word_embeddings=True), tokenizer)
+    model = make_model()
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    with pytest.raises(RuntimeError, match="shared tensors"):  # what it is about
+        model.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"share without saying so .*layers.1.mlp"):
+        check_saving("name", model, tokenizer)
+
+
 # --- where the weights lie --------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32"])
 def test_bytes_of_the_weights(dtype: str, tmp_path: Path) -> None:
     make_model().half().save_pretrained(tmp_path)
-    config = load_config(str(tmp_path))
+    model = empty_model(load_config(str(tmp_path)))
     count = sum(x.numel() for x in make_model().parameters())
-    assert weight_bytes(config, dtype) == count * (4 if dtype == "float32" else 2)
+    assert weight_bytes(model, dtype) == count * (4 if dtype == "float32" else 2)
 
 
 class Memory:

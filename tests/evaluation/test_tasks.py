@@ -359,6 +359,14 @@ def test_bad_files(tmp_path: Path) -> None:
         read_tasks([bad])
 
 
+def test_a_byte_order_mark_and_line_ends_of_windows(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    content = "\r\n".join([json.dumps(GOOD), "", json.dumps(GOOD)])
+    path.write_bytes(content.encode("utf-8-sig"))
+    (task,) = read_tasks([path])
+    assert [item.line for item in task.items] == [1, 3]
+
+
 def test_limit_takes_the_first_items_and_checks_them_all(tmp_path: Path) -> None:
     rows = [{**GOOD, "query": f"q{i}"} for i in range(5)]
     path = write(tmp_path / "t.jsonl", rows)

@@ -49,12 +49,20 @@ def test_a_run_keeps_to_its_memory(which: str, shape: str) -> None:
 
 
 def test_samples_at_a_time() -> None:
-    need = Footprint(fixed=100, chunk=1, per_token=2, per_pair=1)
+    need = Footprint(fixed=100, chunk=1, per_state=1, per_token=1, per_pair=1)
     assert need.sample(4) == 24
     assert [need.samples(4, memory) for memory in (101, 124, 148, 195)] == [1, 1, 2, 3]
     # the limit cannot be kept: going through the model once per sample would not help
     assert [need.samples(4, memory) for memory in (100, 96, 1)] == [1, 1, 1]
-    assert Footprint(500, 1, 2, 1).samples(4, 480) == 5
+    # all states are kept, and what is left is for the block that runs
+    assert [need.part(3, 4, memory) for memory in (1, 112, 132, 152, 999)] == [
+        1,
+        1,
+        1,
+        2,
+        3,
+    ]
+    assert Footprint(500, 1, 1, 1, 1).samples(4, 480) == 5
 
 
 def test_what_cannot_be_kept_is_said_once(warnings: list[str]) -> None:

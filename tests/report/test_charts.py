@@ -130,6 +130,14 @@ def test_a_descent_and_where_it_was_stopped() -> None:
     assert held_out.x[held_out.ring] == 3
 
 
+def test_a_descent_whose_path_was_not_judged() -> None:
+    judged = [{"steps": 0, "loss": 4.5}]
+    search = make_descent(judged=judged, taken=4, loss=None)
+    descent = chart_of(profile_charts(make_profile(search=search)), "Descent")
+    assert descent.lines[-1].ring is None and descent.lines[-1].x == [0]
+    assert descent.caption.startswith("The end was taken.")
+
+
 def test_losses_that_overflowed_have_no_rule() -> None:
     charts = profile_charts(make_profile(search=make_search(uniform_loss=None)))
     names = [line.name for line in chart_of(charts, "Search for the strength").lines]

@@ -10,6 +10,7 @@ from helpers.pages import in_browser, parse
 from helpers.profiles import (
     LLAMA,
     make_confirmed,
+    make_descent,
     make_linear_profile,
     make_profile,
     make_quality,
@@ -17,6 +18,7 @@ from helpers.profiles import (
 )
 
 from absorb_plugin.report.page import render
+from absorb_plugin.report.profile import draw_profile
 
 
 def test_the_page_says_what_the_profile_says() -> None:
@@ -237,6 +239,20 @@ def test_the_browser_test_can_fail(tmp_path: Path) -> None:
     assert scrolled > inner and len(result["outside"]) == 1
     assert any("no is not defined" in line for line in console)
     assert any("Content Security Policy" in line for line in console)
+
+
+def test_losses_that_overflowed_are_left_out() -> None:
+    none = dict.fromkeys(("base_loss", "uniform_loss", "loss"))
+    lost = dict.fromkeys(("base", "uniform", "searched"))
+    confirmed = make_confirmed() | {"losses": lost, "gain": None}
+    profile = make_profile(
+        search=make_descent(start="uniform", **none),
+        confirmed=confirmed | {"standard_error": None},
+    )
+    text = parse(render(profile)).text
+    assert "None" not in text and "nan" not in text
+    assert "against owl" not in text and "overflow against overflow" in text
+    assert len(draw_profile(profile)) > 1000
 
 
 def test_text_is_escaped_once() -> None:

@@ -34,6 +34,10 @@ ZERO = [{"direction": [], "strengths": [0.0], "losses": [4.5], "chosen": 0.0}]
             r"Uniform beat owl .*\(4\.400 against 4\.500 nats\).* uniform\.$",
         ),
         (
+            {"search": make_search(start="uniform", base_loss=None)},
+            r"Uniform beat owl .*\(4\.600 against overflow nats\)",
+        ),
+        (
             {"search": make_search(start="uniform", rounds=ZERO)},
             "nothing beat it: this is a uniform allocation",
         ),

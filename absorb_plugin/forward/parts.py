@@ -1,0 +1,85 @@
+"""
+Blocks that take a batch a few samples at a time, where all of it must have passed a
+block before the next one runs: the memory of a running block is that of a part.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import is_dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+from absorb_plugin.forward.block_io import (
+    BlockCall,
+    hidden_state,
+    put_hidden_state,
+)
+from absorb_plugin.forward.replaced import replaced_forward
+
+__all__ = ["Parts", "current_part"]
+
+_PART: ContextVar[slice] = ContextVar("part", default=slice(None))
+
+
+def current_part() -> slice:
+    """Which samples of the batch a block is running; all of them outside `Parts`."""
+    return _PART.get()
+
+
+class Parts:
+    """:param size: samples at a time; 0 for all"""
+
+    def __init__(self, size: int = 0) -> None:
+        self.size = size
+
+    @contextmanager
+    def applied(self, blocks: Sequence[Module]) -> Iterator[None]:
+        """Within the context the blocks run in parts, whoever calls them."""
+        with ExitStack() as stack:
+            for block in blocks:
+                forward = partial(self._run, block, block.forward)
+                stack.enter_context(replaced_forward(block, forward))
+            yield
+
+    def _run(self, block: Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        samples = len(BlockCall.of(block, args, kwargs).hidden)
+        if not 0 < self.size < samples:
+            return forward(*args, **kwargs)
+        outputs = []
+        for start in range(0, samples, self.size):
+            part = slice(start, min(start + self.size, samples))
+            token = _PART.set(part)
+            try:
+                own = _cut(args, samples, part), _cut(kwargs, samples, part)
+                outputs.append(forward(*own[0], **own[1]))
+            finally:
+                _PART.reset(token)
+        return _joined(outputs)
+
+
+def _cut(value: Any, samples: int, part: slice) -> Any:
+    """The part of whatever has one entry per sample; positions have one per token."""
+    if isinstance(value, torch.Tensor):
+        return value[part] if value.dim() > 1 and len(value) == samples else value
+    if isinstance(value, dict):
+        return {key: _cut(one, samples, part) for key, one in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_cut(one, samples, part) for one in value)
+    return value
+
+
+def _joined(outputs: Sequence[Any]) -> Any:
+    first = outputs[0]
+    if isinstance(first, torch.Tensor):
+        return torch.cat(list(outputs))
+    if isinstance(first, tuple):
+        joined = [_joined(values) for values in zip(*outputs, strict=True)]
+        return type(first)(*joined) if hasattr(first, "_fields") else tuple(joined)
+    if not isinstance(first, Mapping | list) and not is_dataclass(first):
+        return first
+    hidden = torch.cat([hidden_state(output) for output in outputs])
+    return put_hidden_state(first, hidden)

