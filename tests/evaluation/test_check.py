@@ -286,6 +286,16 @@ def test_recipes_that_say_nothing(plain: Path) -> None:
         check_checkpoint(plain)
 
 
+def test_a_recipe_with_python_objects(plain: Path) -> None:
+    """So llm-compressor saves `type: int` of a group that was given as a dictionary."""
+    recipe, kind = plain / "recipe.yaml", "compressed_tensors.quantization.Kind"
+    recipe.write_text(
+        recipe.read_text() + "  quantize_modifiers:\n    QuantizationModifier:\n"
+        f"      type: !!python/object/apply:{kind} [int]\n"
+    )
+    assert check_checkpoint(plain).planned == pytest.approx(0.5)
+
+
 def test_a_recipe_of_another_model(plain: Path) -> None:
     recipe = plain / "recipe.yaml"
     text, count = re.subn(r"sparsity: \[[^,]+, ", "sparsity: [", recipe.read_text())
