@@ -17,7 +17,7 @@ CODE := absorb_plugin tests integration
 # make contract-0.11.0 TORCH=torch==2.11.0
 VERSIONS := 0.13.0 0.14.0.1
 
-.PHONY: demo test fuzz quality style vllm-check contract
+.PHONY: demo test fuzz quality style vllm-check gpu-check contract
 
 demo: $(DEMO_STAMP)
 	$(BIN)/absorb demo
@@ -57,6 +57,12 @@ style: $(STAMP)
 vllm-check: $(DEMO_STAMP)
 	-$(MAKE) $(VLLM_STAMP)
 	$(BIN)/python -m pytest integration/vllm -rs
+
+# What nobody here has: on a machine with a GPU, make gpu-check, and put the tables into
+# docs/benchmarks.md. MODEL names a directory with a real model for oneshot.
+gpu-check: $(STAMP)
+	$(BIN)/python integration/gpu_check.py $(if $(DEVICE),--device $(DEVICE)) \
+		$(if $(MODEL),--model $(MODEL)) --json gpu-check.json
 
 # torch goes first and alone: the ranges of the other packages would let pip look for a
 # newer build of it, on Linux one with gigabytes of CUDA libraries.

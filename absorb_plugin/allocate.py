@@ -13,6 +13,7 @@ from torch.nn import Module
 from absorb_plugin import distributed
 from absorb_plugin.allocation import Allocation
 from absorb_plugin.allocators.base_allocation import Base, base_allocation
+from absorb_plugin.allocators.grams import GramProbe
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch
 from absorb_plugin.choices import (
@@ -25,7 +26,6 @@ from absorb_plugin.choices import (
     widest,
 )
 from absorb_plugin.forward.check import check_forward
-from absorb_plugin.forward.grams import GramProbe
 from absorb_plugin.forward.inputs import InputStatistics
 from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.groups import Groups

@@ -137,8 +137,9 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
             if needs_loss(self, choose_signal(self, found.blocks, found.pruner)):
                 check_predicts_tokens(state.model)
             budget_of(found.blocks, found.sparsity, self)
-        if state.data.calib is None:
-            read_batches(None)  # says what is missing
+        calib = state.data.calib
+        if calib is None or (hasattr(calib, "__len__") and not len(calib)):
+            read_batches(calib)  # says what is missing
         for field in ("report_dir", "profile_cache"):
             if (directory := getattr(self, field)) is not None:
                 check_writable(field, directory)

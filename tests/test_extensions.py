@@ -1,6 +1,7 @@
 """A third pruner and another signal: one class, and one line in a list."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -90,9 +91,9 @@ class LateIsCheap(Signal):
 
     slope: float = Field(default=1.0, gt=0)
 
-    def slopes(self, setting: Setting, allocation: np.ndarray) -> Slopes:
+    def measurer(self, setting: Setting) -> Callable[[np.ndarray], Slopes]:
         mean = -self.slope * setting.groups.block_of.astype(float)
-        return Slopes(mean, np.full(len(mean), np.nan), 0.0)
+        return lambda allocation: Slopes(mean, np.full(len(mean), np.nan), 0.0)
 
 
 @pytest.mark.parametrize("level", LEVELS)

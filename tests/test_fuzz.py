@@ -9,8 +9,8 @@ import copy
 import os
 import re
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import runs, tiny
+from helpers.remote import Lookalike
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from llmcompressor.args import DatasetArguments
@@ -30,6 +31,7 @@ from transformers import PreTrainedModel
 
 import absorb_plugin
 from absorb_plugin import AbsorptionAllocationModifier
+from absorb_plugin.blocks import find_blocks
 from absorb_plugin.groups import LEVELS
 from absorb_plugin.hookspecs import hookimpl
 from absorb_plugin.plugins import PluginError, allocators, manager
@@ -47,6 +49,14 @@ SHAPE = {
     "vocab_size": 24,
 }
 MODEL = tiny.make_model("llama", **SHAPE)
+
+WRAPPERS = {"none": lambda model: model, "peft": Lookalike}
+CONTEXTS: dict[str, Callable[[], Any]] = {
+    "none": nullcontext,
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
 
 PATTERNS = [
     "Linear", "LlamaDecoderLayer", "LlamaMLP", "LlamaAttention", "LlamaModel",
@@ -70,6 +80,10 @@ class Case:
     :param rows: tokens of each calibration sample, the rest padding
     :param side: where the padding is
     :param pipeline: llm-compressor's
+    :param wrapper: around the model, of WRAPPERS
+    :param context: around the whole run, of CONTEXTS
+    :param ids: dtype of token ids and masks
+    :param zeros: share of the weights that are zero before
     """
 
     ours: dict[str, Any] = field(default_factory=dict)
@@ -79,6 +93,10 @@ class Case:
     rows: list[int] = field(default_factory=lambda: [5, 5, 5])
     side: str = "right"
     pipeline: str = "basic"
+    wrapper: str = "none"
+    context: str = "none"
+    ids: torch.dtype = torch.int64
+    zeros: float = 0.0
 
 
 def rarely(usual: st.SearchStrategy, odd: st.SearchStrategy) -> st.SearchStrategy:
@@ -112,6 +130,12 @@ SIGNAL_ARGS = st.one_of(
         )
     )
 )
+# what limits may name, bounds that most budgets fit between, and anything at all
+LIMITED = ["model.layers.0.mlp.up_proj", "re:.*down_proj$", "re:.*layers\\.1"]
+WIDE_BOUNDS = st.tuples(st.floats(0, 0.2), st.floats(0.9, 1))
+LIMITS = st.dictionaries(
+    st.sampled_from(PATTERNS), st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=2
+)
 OURS = {
     "allocator": rarely(st.sampled_from(sorted(allocators())), st.text(max_size=5)),
     "allocator_args": rarely(st.just({}), ARGUMENTS) | ARGUMENTS,
@@ -129,8 +153,18 @@ OURS = {
     "search_samples": rarely(st.integers(1, 9), NUMBERS),
     "confirm_samples": rarely(st.integers(0, 9), NUMBERS),
     "probe_tokens": rarely(st.integers(2, 9), NUMBERS),
+    "max_loss_increase": rarely(st.none() | st.floats(0.1, 5), NUMBERS),
+    "limits": st.dictionaries(
+        st.sampled_from(["re:.*down_proj", "re:.*", "model.layers.0.mlp.up_proj", "x"]),
+        st.tuples(st.floats(0, 0.4), st.floats(0.3, 1)),
+        max_size=1,
+    ),
     "max_sparsity": rarely(st.floats(0.6, 0.999), NUMBERS | st.floats(0, 1)),
-    "probe_memory": rarely(st.integers(1, 2**40), NUMBERS),
+    "probe_memory": rarely(st.integers(1, 2**40) | st.just("auto"), NUMBERS),
+    "limits": rarely(
+        st.dictionaries(st.sampled_from(LIMITED), WIDE_BOUNDS, max_size=2), LIMITS
+    ),
+    "max_loss_increase": rarely(st.none() | st.floats(0.01, 9), NUMBERS),
     "reduce_pruner_statistics": rarely(st.booleans(), NUMBERS),
     "ignore": patterns(),
     "unknown": st.just(1),
@@ -172,7 +206,10 @@ def pruner(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
         fields["mask_structure"] = structure
     if draw(st.integers(0, 29)) == 7:
         fields |= {"sparsity_profile": "owl", "owl_m": 5, "owl_lmbda": 0.08}
-    return draw(st.sampled_from(["wanda", "sparsegpt"])), fields
+    kind = draw(st.sampled_from(["wanda", "sparsegpt"]))
+    if kind == "sparsegpt" and draw(st.booleans()):
+        fields["preserve_sparsity_mask"] = True
+    return kind, fields
 
 
 # the other pipelines trace the model at every run
@@ -187,6 +224,10 @@ CASES = st.builds(
     ),
     st.sampled_from(["left", "right"]),
     st.sampled_from(PIPELINES),
+    st.sampled_from(["none"] * 5 + ["peft"]),
+    st.sampled_from(["none"] * 3 + list(CONTEXTS)),
+    st.sampled_from([torch.int64, torch.int64, torch.int32]),
+    st.sampled_from([0.0, 0.0, 0.0, 0.2, 0.5]),
 )
 
 
@@ -201,7 +242,16 @@ def batches(case: Case) -> list[dict[str, torch.Tensor]]:
     for row, kept in enumerate(case.rows):
         unused = slice(kept, None) if case.side == "right" else slice(0, tokens - kept)
         ids[row, unused], mask[row, unused] = 0, 0
-    return [{"input_ids": ids, "attention_mask": mask}]
+    return [{"input_ids": ids.to(case.ids), "attention_mask": mask.to(case.ids)}]
+
+
+def make_model(case: Case) -> PreTrainedModel:
+    model = copy.deepcopy(MODEL)
+    generator = torch.Generator().manual_seed(0)
+    for linear in find_blocks(model).linears().values():
+        drop = torch.rand(linear.weight.shape, generator=generator) < case.zeros
+        linear.weight.data[drop] = 0
+    return WRAPPERS[case.wrapper](model)
 
 
 def apply(model: PreTrainedModel, recipe: list[Modifier], case: Case) -> None:
@@ -246,7 +296,7 @@ def documented(error: Exception) -> bool:
 
 
 def check(case: Case) -> None:
-    model = copy.deepcopy(MODEL)
+    model = make_model(case)
     before = tiny.snapshot(model)
     try:
         recipe = [
@@ -257,7 +307,8 @@ def check(case: Case) -> None:
         return
     with observed() as observer:
         try:
-            apply(model, recipe, case)
+            with CONTEXTS[case.context]():
+                apply(model, recipe, case)
         except Exception as error:
             if not documented(error):
                 raise
@@ -267,14 +318,24 @@ def check(case: Case) -> None:
     for modifier, profile, (_, fields) in zip(
         recipe[1:], observer.profiles, case.pruners, strict=True
     ):
-        assert profile["achieved"] == pytest.approx(fields["sparsity"], abs=1e-6)
+        budget = fields["sparsity"]
+        if recipe[0].max_loss_increase is not None:  # the budget is the largest then
+            assert profile["budget"] <= budget
+            budget = profile["budget"]
+        assert profile["achieved"] == pytest.approx(budget, abs=1e-6)
         assert isinstance(modifier.sparsity, list)
         cap = recipe[0].max_sparsity + 1e-9
-        assert all(0 <= s <= cap for s in targets_of(profile).values())
+        for name, s in targets_of(profile).items():
+            own = share_of_zeros(before[f"{name}.weight"])  # may be above the cap
+            assert 0 <= s <= max(cap, own + 1e-6)
     for name, module in model.named_modules():
         assert not module._forward_hooks and not module._forward_pre_hooks, name
     if len(case.pruners) == 1:
         check_realised(case, model, before, observer.profiles[0])
+
+
+def share_of_zeros(tensor: torch.Tensor) -> float:
+    return int((tensor == 0).sum()) / tensor.numel()
 
 
 def targets_of(profile: dict[str, Any]) -> dict[str, float]:
@@ -298,16 +359,16 @@ def check_realised(
         zeros = after[name] == 0
         target = targets.get(name.removesuffix(".weight"))
         if target is None:
-            if name == "lm_head.weight" and zeros.any():  # targeted by its name
+            if name.endswith("lm_head.weight") and zeros.any():  # targeted by its name
                 target = fields["sparsity"]
             else:
                 assert torch.equal(after[name], tensor), name
                 continue
         if kind == "wanda":
-            floor = int(zeros.shape[1] * target)
-            assert set(zeros.sum(dim=1).tolist()) == {floor}, (name, target)
+            rows = (tensor == 0).sum(dim=1).clamp(min=int(zeros.shape[1] * target))
+            assert torch.equal(zeros.sum(dim=1), rows), (name, target)
         else:
-            expected = zeros.numel() * target
+            expected = zeros.numel() * max(target, share_of_zeros(tensor))
             assert expected - 1 <= zeros.sum() <= expected + 2, (name, target)
 
 

@@ -19,7 +19,7 @@ RINGS = [
     {"report", "evaluation", "modifier"},
     {"allocate"},
     {"allocation", "choices", "measuring"},
-    {"allocators.base_allocation", "signals", "judges"},
+    {"allocators.base_allocation", "allocators.grams", "signals", "judges"},
     {"pruners"},
     {"forward"},
     {"cache", "sample_split"},

@@ -24,6 +24,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.calibration import read_batches
+from absorb_plugin.forward.head import OutputHead
+from absorb_plugin.forward.loss import cross_entropy_sums
 from absorb_plugin.language_model import language_model
 from absorb_plugin.pruners import PRUNERS
 from absorb_plugin.pruners.present import with_present_zeros
@@ -588,3 +590,63 @@ def test_ids_that_the_model_does_not_know() -> None:
     with tiny.counted({"model": model}) as forwards, told:
         sparsities(model, [batch], strength=0)
     assert forwards == {"model": 0}
+
+
+# --- images ----------------------------------------------------------------------
+
+IMAGE, PATCHES = 62, 16
+
+
+def with_images(samples: int = 4, tokens: int = 40) -> list[dict[str, torch.Tensor]]:
+    generator, batches = torch.Generator().manual_seed(0), []
+    for _ in range(samples):
+        ids = torch.randint(3, 60, (1, tokens), generator=generator)
+        ids[0, 4 : 4 + PATCHES] = IMAGE
+        pixels = torch.randn(1, 3, 16, 16, generator=generator)
+        mask = torch.ones_like(ids)
+        batches.append(
+            {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+        )
+    return batches
+
+
+def make_llava() -> PreTrainedModel:
+    torch.manual_seed(0)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, image_size=16, patch_size=4,
+    )  # fmt: skip
+    text = transformers.LlamaConfig(**tiny.SHAPE)
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE,
+        image_token_id=IMAGE, image_seq_length=PATCHES,
+    )  # fmt: skip
+    return transformers.LlavaForConditionalGeneration(config).float().eval()
+
+
+@pytest.mark.parametrize("memory", [1, 2**30])
+@pytest.mark.parametrize("case", RUNS)
+def test_images_are_not_cut(case: str, memory: int) -> None:
+    """Windows of 8 tokens would end among those of the image."""
+    fields = RUNS[case] | {"probe_tokens": 8, "probe_memory": memory}
+    found = sparsities(make_llava(), with_images(), **fields)
+    assert np.isfinite(found).all() and len(found) == 21
+
+
+def test_images_of_several_samples_in_one() -> None:
+    batch = {"input_ids": IDS, "pixel_values": torch.ones(5, 8)}
+    with pytest.raises(
+        ValueError, match="'pixel_values' for all of them.*batch_size=1"
+    ):
+        sparsities(tiny.make_model("llama"), [batch], strength=0)
+
+
+def test_placeholders_are_not_predicted() -> None:
+    model = make_llava()
+    head = OutputHead(model, find_blocks(model).modules)
+    assert head.placeholders == [IMAGE]
+    (batch,) = with_images(1)
+    hidden = torch.randn(1, 40, 32)
+    head.output = torch.empty(0)
+    ((_, counted),) = cross_entropy_sums(head, batch, hidden)
+    assert counted == 39 - PATCHES

@@ -46,14 +46,9 @@ def test_the_package_alone_is_light() -> None:
     [
         "import absorb_plugin\nimport llmcompressor",
         "import llmcompressor\nimport absorb_plugin",
-        # a submodule, which imports the package first
-        "import absorb_plugin\nfrom llmcompressor.modifiers.pruning import "
-        "WandaPruningModifier",
-        "import llmcompressor.recipe\nimport absorb_plugin.plugins",
         "from absorb_plugin import AbsorptionAllocationModifier",
-        # modules that import llm-compressor by themselves
+        # which imports llm-compressor by itself
         "import absorb_plugin.pruners.adapter",
-        "import absorb_plugin.calibration",
     ],
 )
 def test_the_modifier_is_registered_whatever_is_imported_first(first: str) -> None:

@@ -80,7 +80,7 @@ def groups(count: int = 2) -> list[LinearGroup]:
 
 def test_builtins_come_first_and_name_their_distribution() -> None:
     found = allocators()
-    assert list(found)[:5] == BUILTINS
+    assert list(found)[:6] == BUILTINS
     for name in BUILTINS:
         assert found[name].plugin == "absorb_plugin"
         assert found[name].distribution.startswith("absorb-plugin ")

@@ -60,6 +60,19 @@ def test_no_warning_up_to_the_newest_tested(
     assert not warnings
 
 
+@pytest.mark.parametrize("targets", ["Linear", "LlamaDecoderLayer"])
+@pytest.mark.parametrize("kind", list(runs.PRUNERS))
+def test_upstream_owl_does_not_run(kind: str, targets: str, tmp_path: Path) -> None:
+    """
+    Fails once `sparsity_profile: owl` works in llm-compressor. Then say so where README
+    says that it does not, and compare its allocation with that of `allocator: owl`.
+    """
+    owl = {"sparsity_profile": "owl", "owl_m": 5, "owl_lmbda": 0.08}
+    modifier = runs.pruner(kind, targets=[targets], **owl)
+    with pytest.raises(ValueError, match="Cannot invoke event before initializing"):
+        runs.run(tiny.make_model("llama", num_hidden_layers=2), modifier, tmp_path)
+
+
 def test_names_we_rely_on() -> None:
     assert "Linear" in PRUNABLE_LAYER_TYPES
     assert {"sparsity", "sparsity_profile", "mask_structure", "targets", "ignore"} <= (

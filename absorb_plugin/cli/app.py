@@ -6,6 +6,7 @@ from absorb_plugin.cli.allocate import allocate
 from absorb_plugin.cli.allocators import allocators
 from absorb_plugin.cli.check import check
 from absorb_plugin.cli.compare import compare
+from absorb_plugin.cli.curve import curve
 from absorb_plugin.cli.demo import demo
 from absorb_plugin.cli.evaluate import evaluate
 from absorb_plugin.cli.noise import noise
@@ -25,6 +26,7 @@ app.command("eval")(evaluate)
 app.command()(compare)
 app.command()(check)
 app.command()(allocate)
+app.command()(curve)
 app.command()(noise)
 app.command()(allocators)
 app.command()(demo)

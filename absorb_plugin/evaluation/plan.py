@@ -17,6 +17,13 @@ from absorb_plugin._llmcompressor import linearize_moe
 __all__ = ["make_skeleton", "pruned_linears", "read_modifiers", "stored_names"]
 
 
+class _Loader(yaml.SafeLoader):
+    """llm-compressor writes some enums as Python objects: they are read as None."""
+
+
+_Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
+
+
 def make_skeleton(directory: Path) -> PreTrainedModel:
     """
     The model with weights that take no memory: for its modules, their names and order.
@@ -39,7 +46,7 @@ def read_modifiers(path: Path) -> list[tuple[str, dict[str, Any]]]:
     :raises ValueError: if it is no YAML, or not of a recipe's shape
     """
     try:
-        recipe = yaml.safe_load(path.read_text())
+        recipe = yaml.load(path.read_text(), _Loader)
         return [
             (name, dict(fields or {}))
             for stage in recipe.values()

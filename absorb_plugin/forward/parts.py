@@ -3,15 +3,21 @@ Blocks that take a batch a few samples at a time, where all of it must have pass
 block before the next one runs: the memory of a running block is that of a part.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import is_dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import Module
 
+from absorb_plugin.forward.block_io import (
+    BlockCall,
+    hidden_state,
+    put_hidden_state,
+)
 from absorb_plugin.forward.replaced import replaced_forward
 
 __all__ = ["Parts", "current_part"]
@@ -35,12 +41,12 @@ class Parts:
         """Within the context the blocks run in parts, whoever calls them."""
         with ExitStack() as stack:
             for block in blocks:
-                forward = partial(self._run, block.forward)
+                forward = partial(self._run, block, block.forward)
                 stack.enter_context(replaced_forward(block, forward))
             yield
 
-    def _run(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        samples = len(args[0] if args else kwargs["hidden_states"])
+    def _run(self, block: Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        samples = len(BlockCall.of(block, args, kwargs).hidden)
         if not 0 < self.size < samples:
             return forward(*args, **kwargs)
         outputs = []
@@ -71,5 +77,9 @@ def _joined(outputs: Sequence[Any]) -> Any:
     if isinstance(first, torch.Tensor):
         return torch.cat(list(outputs))
     if isinstance(first, tuple):
-        return tuple(_joined(values) for values in zip(*outputs, strict=True))
-    return first
+        joined = [_joined(values) for values in zip(*outputs, strict=True)]
+        return type(first)(*joined) if hasattr(first, "_fields") else tuple(joined)
+    if not isinstance(first, Mapping | list) and not is_dataclass(first):
+        return first
+    hidden = torch.cat([hidden_state(output) for output in outputs])
+    return put_hidden_state(first, hidden)

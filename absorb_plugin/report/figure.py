@@ -121,7 +121,8 @@ def _numbers_between_decades(axis: Axis) -> None:
     """A short logarithmic axis may hold one power of ten or none."""
     low, high = axis.get_view_interval()
     if high < 100 * low:
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        digits = (1, 2, 5) if high > 10 * low else range(1, 10)
+        axis.set_major_locator(LogLocator(subs=digits))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(NullFormatter())
 

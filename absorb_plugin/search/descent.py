@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 # Root mean square change of a sparsity over all weights, in the first and last step.
-LENGTHS = (0.08, 0.03)
+LENGTHS = (0.06, 0.01)
 # Weight of what was known before in the running mean of the slopes.
 MEMORY = 0.5
 # Groups of a family needed to tell their spread from their noise.

@@ -7,6 +7,8 @@ Perplexity of every allocation on held-out text, through the real `oneshot`.
         [--methods dense uniform atp base paper ours] [--tasks FILE ...] \
         --out results.jsonl
 
+An allocator may have arguments: `--allocators lsa:beta=0.07 dlp:reduce=median`.
+
 One line of JSON per run, appended as it completes; a run whose line is there already is
 not repeated. `--table` prints the Markdown tables of files of results and runs nothing:
 
@@ -85,6 +87,8 @@ def allocation(
             allocator_args={"beta": float(method.removeprefix("atp:"))},
             strength=0,
         )
+    allocator, _, pairs = allocator.partition(":")
+    arguments = dict(pair.split("=", 1) for pair in pairs.split(",") if pair)
     settings: dict = {
         "base": {"strength": 0},
         "paper": {
@@ -107,7 +111,9 @@ def allocation(
     }[method]
     if cache is not None and method != "base":
         settings["profile_cache"] = str(cache)
-    return AbsorptionAllocationModifier(allocator=allocator, **settings)
+    return AbsorptionAllocationModifier(
+        allocator=allocator, allocator_args=arguments, **settings
+    )
 
 
 def evolved(

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import tiny
 import torch
 from compressed_tensors.offload import offload_module, set_onload_device
 from compressed_tensors.offload.cache import OffloadCache
+from helpers import tiny
 from helpers.allocator_references import (
     importances,
     reference_alpha,

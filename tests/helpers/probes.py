@@ -12,8 +12,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from absorb_plugin.allocators import Lsa
+from absorb_plugin.allocators.grams import GramProbe
 from absorb_plugin.blocks import BlockMap, find_blocks
 from absorb_plugin.calibration import Batch
+from absorb_plugin.forward.check import _ChainCheck, _LinearCalls
 from absorb_plugin.forward.inputs import InputStatistics
 from absorb_plugin.forward.probe import Probe
 from absorb_plugin.forward.run import run_probes
@@ -76,6 +79,7 @@ class ProbeCase:
     :param visits: how often a batch brings a block's weights to the device
     :param heads: how often a batch brings the output head's
     :param reads_weights: whether the Linears' own weights are needed at all
+    :param same_batch: whether it compares forwards of one batch
     """
 
     make: Callable[[Place], Probe]
@@ -83,6 +87,7 @@ class ProbeCase:
     visits: int = 1
     heads: int = 0
     reads_weights: bool = True
+    same_batch: bool = False
 
 
 def place(
@@ -123,8 +128,14 @@ def make_judge(
     return kind(where.blocks, pruner, candidates, CALIBRATING)
 
 
-def numbers(result: Any) -> np.ndarray:
-    """What a probe's result says, as one vector."""
+def numbers(probe: Probe) -> np.ndarray:
+    """What a probe has measured, as one vector; empty for one that only checks."""
+    if type(probe).result is Probe.result:
+        return np.zeros(0)
+    return _vector(probe.result())
+
+
+def _vector(result: Any) -> np.ndarray:
     if isinstance(result, NoiseProfile):
         return result.ratio
     if isinstance(result, LinearSlopes):
@@ -132,14 +143,15 @@ def numbers(result: Any) -> np.ndarray:
     if isinstance(result, Response):
         return result.response
     if isinstance(result, PrunedSlopes):
-        blocks = result.identity()[0]
+        blocks, *_ = result.identity()
         result = {
             f"{index}.{name}": torch.stack(weights).float()
             for index, linears in blocks.items()
             for name, weights in linears.items()
         }
     if isinstance(result, dict):
-        return torch.cat([x.float().flatten() for x in result.values()]).numpy()
+        parts = [torch.as_tensor(x).float().flatten() for x in result.values()]
+        return torch.cat(parts).numpy()
     if isinstance(result, tuple):  # losses and tokens
         return np.asarray(result[0]).flatten()
     return np.asarray(result)
@@ -189,6 +201,9 @@ PROBES: dict[str, ProbeCase] = {
     "statistics": ProbeCase(
         lambda where: InputStatistics(where.blocks), lambda count: count
     ),
+    "second moments": ProbeCase(
+        lambda where: GramProbe(where.blocks, Lsa()), lambda count: count
+    ),
     **{
         f"{judge} of {pruner}": ProbeCase(
             partial(_judged, judge, pruner),
@@ -224,6 +239,15 @@ PROBES: dict[str, ProbeCase] = {
         )
         for pruner in PRUNERS
     },
+    # of two batches the first takes 3 L passes, the second L
+    "chain check": ProbeCase(
+        lambda where: _ChainCheck(where.blocks, False),
+        lambda count: 2 * count,
+        same_batch=True,
+    ),
+    "calls of Linears": ProbeCase(
+        lambda where: _LinearCalls(where.blocks), lambda count: count
+    ),
     # of a model in float32 the two are the same
     "noise": ProbeCase(partial(_noise, "model"), _passes_of_noise),
     "noise in float32": ProbeCase(partial(_noise, "float32"), _passes_of_noise),

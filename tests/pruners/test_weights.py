@@ -8,7 +8,12 @@ from helpers.probes import place
 from transformers import PreTrainedModel
 
 from absorb_plugin.pruners import Wanda
-from absorb_plugin.pruners.weights import MaskedSlopes, band, block_sparsities
+from absorb_plugin.pruners.weights import (
+    MaskedSlopes,
+    PrunedSlopes,
+    band,
+    block_sparsities,
+)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.51, 0.99, 1.0])
@@ -40,8 +45,9 @@ def test_a_slope_is_the_change_per_share_of_weights_that_went(
         low, high = (int(columns * s) for s in band(sparsity, 0.1))
         changed = (ranks >= low) & (ranks < high)
         expected = -(gradient * weight)[changed].sum() * columns / (high - low)
-        found = slopes.along(1, name, gradient)
-        assert found == pytest.approx(expected.item(), rel=1e-4)
+        change = slopes.change(1, name)
+        assert change is not None
+        assert (gradient * change).sum().item() == pytest.approx(expected.item(), 1e-4)
 
 
 def test_sparsities_by_block(llama: PreTrainedModel) -> None:
@@ -52,3 +58,28 @@ def test_sparsities_by_block(llama: PreTrainedModel) -> None:
     names = [f"model.layers.{i}.{n}" for i in found for n in found[i]]
     assert names == list(where.blocks.linears())
     assert [s for i in found for s in found[i].values()] == allocation.tolist()
+
+
+def test_pruned_weights_between_those_that_were_made(llama: PreTrainedModel) -> None:
+    """A step further on, the same weights serve: in part those of the other side."""
+    blocks = place(llama, tiny.make_batch()).blocks.restrict(
+        ["model.layers.1.mlp.up_proj"]
+    )
+    name, step = "mlp.up_proj", 0.1
+    own, less, more = (torch.randn(48, 32) for _ in range(3))
+    less[0, :3], own[0, :4], more[0, :5] = 0, 0, 0
+    made_at, kept = np.array([0.5]), {1: {name: [own, less, more]}}
+    made = PrunedSlopes(blocks, kept, made_at, made_at, step=step)
+    for allocation, expected in (
+        (0.5, own),
+        (0.55, (own + more) / 2),
+        (0.4, less),
+        (0.475, own + (less - own) / 4),
+    ):
+        near = made.at(np.array([allocation]))
+        torch.testing.assert_close(near.weights(1)[name](), expected)
+        change = near.change(1, name)
+        assert change is not None
+        torch.testing.assert_close(change, (more - less) * (48 * 32 / 2))
+    assert made.at(np.array([0.52])).identity() != made.identity()
+    assert dict(made.weights(0)) == {}

@@ -61,7 +61,12 @@ def test_a_heat_map_has_both_colours() -> None:
 
 
 @pytest.mark.parametrize(
-    ("high", "expected"), [(2.6, {"0.5", "1", "2"}), (1e4, {"$\\mathdefault{10^{2}}$"})]
+    ("high", "expected"),
+    [
+        (1.4, {"0.6", "0.8", "1"}),
+        (7, {"0.5", "1", "2"}),
+        (1e4, {"$\\mathdefault{10^{2}}$"}),
+    ],
 )
 def test_a_short_logarithmic_axis_has_numbers(
     high: float, expected: set[str], monkeypatch: pytest.MonkeyPatch

@@ -8,7 +8,15 @@ from helpers.held_out_text import BASE, BUDGET, SIZES, UNIFORM, Text, distance_f
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from absorb_plugin.search.descent import LENGTHS, Slopes, descend, shrunk
+from absorb_plugin.search.budget import Budget
+from absorb_plugin.search.descent import (
+    LENGTHS,
+    Descent,
+    Slopes,
+    Stage,
+    descend,
+    shrunk,
+)
 from absorb_plugin.search.line_search import SearchResult, descent_search
 
 
@@ -30,6 +38,11 @@ class Pairs:
         return np.asarray(values)[[0, 0, 1, 1]]
 
 
+def late(allocation: np.ndarray) -> np.ndarray:
+    """The loss rises least in the last."""
+    return SIZES * [3, 1, -1, -2]
+
+
 def slopes_of(gradient: Callable[[np.ndarray], np.ndarray]) -> Callable:
     """:param gradient: ∂loss/∂s of every Linear"""
 
@@ -45,8 +58,18 @@ def down(
     measure: Callable, text: Text, base: np.ndarray = BASE, rounds: int = 8
 ) -> SearchResult:
     return descent_search(
-        base, BUDGET, measure, text, groups=EachAlone(), rounds=rounds
+        base, BUDGET, [Stage(measure, rounds)], text, groups=EachAlone()
     )
+
+
+def stepped(
+    measure: Callable,
+    groups: EachAlone | Pairs,
+    rounds: int,
+    start: np.ndarray = UNIFORM,
+    budget: Budget = BUDGET,
+) -> Descent:
+    return descend(start, budget, Stage(measure, rounds), groups)
 
 
 def test_every_step_meets_the_budget_and_goes_downhill() -> None:
@@ -55,7 +78,7 @@ def test_every_step_meets_the_budget_and_goes_downhill() -> None:
     def gradient(allocation: np.ndarray) -> np.ndarray:
         return 2 * SIZES * (allocation - goal)
 
-    found = descend(BASE, BUDGET, slopes_of(gradient), EachAlone(), rounds=30)
+    found = stepped(slopes_of(gradient), EachAlone(), 30, BASE)
     assert len(found.path) == 31 and len(found.steps) == 30
     for allocation in found.path:
         assert BUDGET.mean(allocation) == pytest.approx(BUDGET.sparsity, abs=1e-6)
@@ -67,13 +90,10 @@ def test_every_step_meets_the_budget_and_goes_downhill() -> None:
 def test_lengths_of_the_steps() -> None:
     """As far as no bound is in the way, each is as long as it should be."""
     wide = BUDGET.at(0.5)
-    found = descend(
-        np.full(4, 0.5),
-        wide,
-        slopes_of(lambda a: SIZES * np.sign(np.sin(1e3 * a.sum()) + [1, -1, 2, -2])),
-        EachAlone(),
-        rounds=3,
+    measure = slopes_of(
+        lambda a: SIZES * np.sign(np.sin(1e3 * a.sum()) + [1, -1, 2, -2])
     )
+    found = stepped(measure, EachAlone(), 3, np.full(4, 0.5), wide)
     lengths = [step.length for step in found.steps]
     assert lengths[0] == pytest.approx(LENGTHS[0], rel=1e-6)
     assert sorted(lengths, reverse=True) == lengths
@@ -83,10 +103,7 @@ def test_lengths_of_the_steps() -> None:
 
 
 def test_direction_is_that_of_the_first_step() -> None:
-    found = descend(
-        UNIFORM, BUDGET, slopes_of(lambda a: SIZES * [3, 1, -1, -2]), EachAlone(),
-        rounds=2,
-    )  # fmt: skip
+    found = stepped(slopes_of(late), EachAlone(), 2)
     moved = found.path[1] - found.path[0]
     np.testing.assert_allclose(
         moved / np.abs(moved).max(), found.direction / np.abs(found.direction).max()
@@ -98,7 +115,7 @@ def test_linears_of_a_group_move_alike() -> None:
     def measure(allocation: np.ndarray) -> Slopes:
         return Slopes(np.array([1.0, -1.0]), np.full(2, 0.1), 3.0)
 
-    found = descend(UNIFORM, BUDGET, measure, Pairs(), rounds=3)
+    found = stepped(measure, Pairs(), 3)
     for allocation in found.path:
         assert allocation[0] == allocation[1] and allocation[2] == allocation[3]
     assert found.path[-1][0] < found.path[-1][2]
@@ -137,21 +154,40 @@ def test_families_are_shrunk_apart() -> None:
 def test_what_the_judge_says_of_the_path_decides() -> None:
     """Slopes that lead astray cost nothing: the start stays."""
     text = Text(distance_from(BASE))
-    found = down(slopes_of(lambda a: SIZES * [3, 1, -1, -2]), text)
+    found = down(slopes_of(late), text)
     assert found.taken == 0 and len(found.steps) == 8
     np.testing.assert_array_equal(found.sparsity, BASE)
     assert found.judged[0] == found.loss == found.base_loss
     assert min(list(found.judged)) == 0 and max(found.judged) == 8
-    target = descend(
-        BASE, BUDGET, slopes_of(lambda a: SIZES * [3, 1, -1, -2]), EachAlone(),
-        rounds=8,
-    ).path[-1]  # fmt: skip
-    found = down(
-        slopes_of(lambda a: SIZES * [3, 1, -1, -2]), Text(distance_from(target))
-    )
+    target = stepped(slopes_of(late), EachAlone(), 8, BASE).path[-1]
+    found = down(slopes_of(late), Text(distance_from(target)))
     assert found.taken == 8
     np.testing.assert_array_equal(found.sparsity, target)
     assert found.loss == found.judged[8] == pytest.approx(2.0)
+
+
+def test_a_second_stage_starts_part_of_the_way_and_is_not_judged() -> None:
+    """It knows more than the judge; the last comparison may take it back."""
+    text, seen = Text(distance_from(BASE)), []
+
+    def back(allocation: np.ndarray) -> np.ndarray:
+        seen.append(allocation)
+        return -late(allocation)
+
+    stages = [
+        Stage(slopes_of(late), 4, share=0.25),
+        Stage(slopes_of(back), 2, lengths=(0.02, 0.01)),
+    ]
+    found = descent_search(BASE, BUDGET, stages, text, groups=EachAlone())
+    assert text.asked == 1  # base and uniform
+    first = stepped(slopes_of(late), EachAlone(), 4, BASE)
+    quarter = BUDGET.meet(BASE + 0.25 * (first.path[-1] - BASE))
+    np.testing.assert_allclose(seen[0], quarter)
+    second = descend(quarter, BUDGET, stages[1], EachAlone())
+    np.testing.assert_allclose(found.sparsity, second.path[-1])
+    assert second.steps[0].length == pytest.approx(0.02, rel=1e-3)
+    assert found.steps == first.steps + second.steps and found.taken == 6
+    np.testing.assert_array_equal(found.direction, first.direction)
 
 
 @settings(deadline=None, max_examples=60)

@@ -1,0 +1,66 @@
+"""One number per Linear from its weight and the second moments of its inputs."""
+
+from contextlib import ExitStack
+
+import torch
+from torch.nn import Module
+
+from absorb_plugin.allocators.base import Allocator
+from absorb_plugin.blocks import BlockMap
+from absorb_plugin.calibration import Batch, token_mask
+from absorb_plugin.forward.probe import Needs, Probe, RunBlock
+from absorb_plugin.pruners.sparsegpt import SparseGPT
+from absorb_plugin.pruners.weights import ObservedInputs
+
+__all__ = ["GramProbe"]
+
+
+class GramProbe(Probe):
+    """
+    Measures the Linears of a block as soon as all samples have passed it, so that of
+    the matrices Σ x xᵀ, which for a whole model would be larger than its weights, those
+    of one block are held.
+
+    :param blocks: whose prunable Linears to measure
+    :param allocator: its `measure` gets weight and matrix
+    """
+
+    state = ("_numbers",)
+
+    def __init__(self, blocks: BlockMap, allocator: Allocator) -> None:
+        self._blocks, self._allocator = blocks, allocator
+        self._numbers: dict[str, float] = {}
+        self._in_force = ExitStack()
+
+    @property
+    def needs(self) -> Needs:
+        # copies of one Linear's weight, as where it is pruned
+        return Needs(pruned=True, hessians=True, single_batch=True)
+
+    def start(self, batch: Batch) -> None:
+        self._mask = token_mask(batch)
+
+    def enter(self, index: int, block: Module) -> None:
+        linears = self._blocks.blocks[index].linears
+        watch = ObservedInputs(SparseGPT(), linears, self._mask)
+        self._observed = self._in_force.enter_context(watch.watched())
+
+    def leave(
+        self, index: int, before: torch.Tensor, after: torch.Tensor, run: RunBlock
+    ) -> None:
+        self._in_force.close()
+        block = self._blocks.blocks[index]
+        for total, names in self._observed.groups:
+            gram = total / len(self._mask)
+            for name in names:
+                weight = block.linears[name].weight.detach()
+                number = self._allocator.measure(weight, gram)
+                self._numbers[block.full_name(name)] = number
+        del self._observed
+
+    def close(self) -> None:
+        self._in_force.close()
+
+    def result(self) -> dict[str, float]:
+        """Full name of a Linear -> its number, of those that saw a token."""
+        return dict(self._numbers)

@@ -1,0 +1,151 @@
+"""`absorb curve`: how much worse a model gets the more of it is pruned."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TextIO
+
+import typer
+
+from absorb_plugin.cli.frame import command, show
+from absorb_plugin.cli.inputs import Source, read_model
+from absorb_plugin.cli.options import (
+    AsJson,
+    Cache,
+    DatasetName,
+    Debug,
+    Dtype,
+    DtypeOption,
+    Effort,
+    Model,
+    PrunerName,
+    Samples,
+    Seed,
+    SeqLen,
+    Split,
+    Text,
+    TextColumn,
+    TrustRemoteCode,
+)
+
+if TYPE_CHECKING:
+    from absorb_plugin.evaluation.curve import Curve
+
+__all__ = ["curve"]
+
+MOST = 100
+
+
+def curve(
+    model: Model,
+    text: Text = None,
+    dataset: DatasetName = None,
+    split: Split = "train",
+    text_column: TextColumn = None,
+    pruner: Annotated[
+        PrunerName, typer.Option(help="Whose arithmetic judges.")
+    ] = PrunerName.wanda,
+    allocator: Annotated[str, typer.Option(help="See `absorb allocators`.")] = "owl",
+    sparsities: Annotated[
+        str,
+        typer.Option(
+            metavar="FIRST:LAST:STEP", help="Or numbers with commas between them."
+        ),
+    ] = "0.3:0.8:0.05",
+    effort: Annotated[
+        Effort, typer.Option(help="How much is measured.")
+    ] = Effort.standard,
+    samples: Samples = 128,
+    seq_len: SeqLen = 512,
+    seed: Seed = 0,
+    dtype: DtypeOption = Dtype.auto,
+    trust_remote_code: TrustRemoteCode = False,
+    profile_cache: Cache = None,
+    figure: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw a figure, PNG.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Loss and perplexity of MODEL over sparsity: uniform, base, corrected."""
+    with command(debug) as stdout:
+        from absorb_plugin.evaluation.curve import as_dict, measure_curve
+        from absorb_plugin.evaluation.loading import load_model
+        from absorb_plugin.evaluation.text import calibration_samples
+        from absorb_plugin.files import check_file, check_writable
+        from absorb_plugin.report.curve_figure import curve_charts
+        from absorb_plugin.report.figure import save_figure
+        from absorb_plugin.search.budget import check_budget
+        from absorb_plugin.settings import AllocationSettings
+
+        settings = AllocationSettings(
+            allocator=allocator,
+            effort=effort.value,
+            profile_cache=None if profile_cache is None else str(profile_cache),
+        )
+        settings.base_allocator()
+        budgets = parse_sparsities(sparsities)
+        for budget in budgets:
+            check_budget(budget, settings.max_sparsity)
+        if profile_cache is not None:
+            check_writable("--profile-cache", str(profile_cache))
+        if figure is not None:
+            check_file(figure, "--figure")
+        documents = Source(text, dataset, split, text_column).documents()
+        _, tokenizer = read_model(model, dtype, trust_remote_code, seq_len)
+        data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
+        loaded = load_model(model, dtype.value, trust_remote_code)
+        found = measure_curve(loaded, data, budgets, settings, pruner=pruner.value)
+        result = as_dict(found, pruner.value, allocator)
+        if figure is not None:
+            save_figure(figure, curve_charts(result), Path(model).name)
+        if as_json:
+            show(stdout, result, as_json)
+        else:
+            _print(found, result["knee"], allocator, stdout)
+
+
+def parse_sparsities(text: str) -> list[float]:
+    """
+    :return: ascending, each once
+    :raises ValueError: naming what is no range and no list of numbers
+    """
+    remedy = (
+        f"--sparsities {text!r}: write FIRST:LAST:STEP, as in 0.3:0.8:0.05, or numbers "
+        "with commas between them"
+    )
+    try:
+        if ":" not in text:
+            return sorted({float(part) for part in text.split(",")})
+        first, last, step = map(float, text.split(":"))
+    except ValueError as error:
+        raise ValueError(remedy) from error
+    if not (step > 0 and first <= last):
+        raise ValueError(remedy)
+    count = int((last - first) / step + 1e-9) + 1
+    if count > MOST:
+        raise ValueError(f"{remedy}; these are {count}, and {MOST} are the most")
+    return [round(first + number * step, 10) for number in range(count)]
+
+
+def _print(found: "Curve", knee: str, allocator: str, file: TextIO) -> None:
+    import math
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Perplexity; dense {math.exp(found.dense):.2f}")
+    for column in ("sparsity", "uniform", allocator, "corrected", "loss increase"):
+        table.add_column(column, justify="right")
+    for point in found.points:
+        perplexities = [
+            f"{math.exp(min(found.dense + increase, 700.0)):.2f}"
+            for increase in point.increases.values()
+        ]
+        error = point.errors["ours"]
+        known = "" if math.isnan(error) else f" ± {error:.3f}"
+        table.add_row(
+            f"{point.sparsity:.3g}",
+            *perplexities,
+            f"{point.increases['ours']:+.3f}{known}",
+        )
+    table.caption = f"{knee} ({found.tokens:,} held-out tokens)"
+    Console(file=file).print(table)

@@ -1,0 +1,183 @@
+"""Loss over sparsity for uniform, base and ours: one load, one pass of statistics."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from absorb_plugin import distributed
+from absorb_plugin._llmcompressor import linearize_moe
+from absorb_plugin.allocate import Method
+from absorb_plugin.blocks import find_blocks
+from absorb_plugin.calibration import samples_of
+from absorb_plugin.choices import budget_of
+from absorb_plugin.devices import computing_on_one_device
+from absorb_plugin.files import json_numbers
+from absorb_plugin.measuring import dense_loss, pruned_loss
+from absorb_plugin.pruners import PRUNERS
+from absorb_plugin.pruners.present import with_present_zeros
+from absorb_plugin.search.budget import Budget
+from absorb_plugin.search.line_search import Losses, gain
+from absorb_plugin.settings import AllocationSettings
+from absorb_plugin.torch_state import plain_torch
+
+__all__ = ["Curve", "CurvePoint", "as_dict", "knee", "measure_curve"]
+
+ALLOCATIONS = ("uniform", "base", "ours")
+# A growth of perplexity that most users would take.
+BEARABLE = 0.05
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """
+    :param sparsity: S
+    :param increases: of "uniform", "base" and "ours": growth of the loss over the dense
+        model, nats per token
+    :param errors: their standard errors over samples; NaN for one sample
+    """
+
+    sparsity: float
+    increases: Mapping[str, float]
+    errors: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """
+    :param dense: loss of the dense model, nats per token
+    :param tokens: predicted tokens that it was judged on
+    :param points: ascending in sparsity
+    """
+
+    dense: float
+    tokens: int
+    points: Sequence[CurvePoint]
+
+
+@plain_torch()
+def measure_curve(
+    model: PreTrainedModel,
+    samples: Dataset,
+    sparsities: Sequence[float],
+    settings: AllocationSettings,
+    *,
+    pruner: str,
+) -> Curve:
+    """
+    Judged by the pruner's arithmetic, on held-out samples. The search runs once, at the
+    middle; every other budget starts from its neighbour's allocation.
+
+    :param samples: rows of `input_ids` and `attention_mask`
+    :param sparsities: budgets, ascending
+    :param pruner: name of the pruner, with its default settings
+    """
+    with computing_on_one_device(model):
+        linearize_moe(model)
+        blocks, arithmetic = find_blocks(model), PRUNERS[pruner]()
+        budgets = {
+            sparsity: with_present_zeros(
+                budget_of(blocks, sparsity, settings), blocks, arithmetic, {}
+            )
+            for sparsity in sparsities
+        }
+        batches = samples_of(samples)
+        method = Method(model, blocks, batches, pruner=arithmetic, settings=settings)
+        dense, tokens = dense_loss(method.setting)
+        ours: dict[float, np.ndarray] = {}
+        points = []
+        order = _from_the_middle(sparsities)
+        hidden = not distributed.is_first()
+        for sparsity in tqdm(order, desc="Sparsities", disable=hidden):
+            budget = budgets[sparsity]
+            allocations = _allocations(method, budget, _near(ours, sparsity))
+            ours[sparsity] = allocations[-1]
+            losses = pruned_loss(method.setting, allocations)
+            points.append(_point(sparsity, losses, dense[0]))
+    points.sort(key=lambda point: point.sparsity)
+    return Curve(float(dense.sum() / tokens.sum()), int(tokens.sum()), points)
+
+
+def _allocations(
+    method: Method, budget: Budget, near: np.ndarray | None
+) -> list[np.ndarray]:
+    """Uniform, base, ours."""
+    base = method.base(budget)
+    if near is None:
+        found = method.search(base, budget).sparsity
+    else:
+        found = method.refine(near, budget)
+    return [budget.uniform(), base.sparsity, found]
+
+
+def _from_the_middle(sparsities: Sequence[float]) -> list[float]:
+    """So that each has a neighbour before it."""
+    middle = sparsities[len(sparsities) // 2]
+    return sorted(sparsities, key=lambda sparsity: abs(sparsity - middle))
+
+
+def _near(ours: Mapping[float, np.ndarray], sparsity: float) -> np.ndarray | None:
+    nearest = min(ours, key=lambda other: abs(other - sparsity), default=None)
+    return None if nearest is None else ours[nearest]
+
+
+def _point(sparsity: float, losses: Losses, dense: np.ndarray) -> CurvePoint:
+    sums, tokens = losses
+    found = {
+        name: gain(own, dense, tokens)
+        for name, own in zip(ALLOCATIONS, sums, strict=True)
+    }
+    return CurvePoint(
+        sparsity,
+        {name: increase for name, (increase, _) in found.items()},
+        {name: error for name, (_, error) in found.items()},
+    )
+
+
+def knee(curve: Curve) -> str:
+    """In words: up to where the model bears it."""
+    bound = math.log1p(BEARABLE)
+    kept = []
+    for point in curve.points:
+        if point.increases["ours"] > bound:
+            break
+        kept.append(point.sparsity)
+    if not kept:
+        first = curve.points[0]
+        growth = math.expm1(min(first.increases["ours"], 50.0))
+        return f"{first.sparsity:.1%} already costs {growth:.0%} of perplexity"
+    return f"up to {kept[-1]:.1%} costs less than {BEARABLE:.0%} of perplexity"
+
+
+def as_dict(curve: Curve, pruner: str, allocator: str) -> dict[str, Any]:
+    """What `absorb curve --json` prints; None is what overflowed."""
+    return {
+        "pruner": pruner,
+        "allocator": allocator,
+        "tokens": curve.tokens,
+        "dense_loss": curve.dense,
+        "knee": knee(curve),
+        "points": [
+            {
+                "sparsity": point.sparsity,
+                "loss_increase": _numbers(point.increases),
+                "standard_error": _numbers(point.errors),
+                "perplexity": _numbers(
+                    {
+                        name: math.exp(min(curve.dense + increase, 700.0))
+                        for name, increase in point.increases.items()
+                    }
+                ),
+            }
+            for point in curve.points
+        ],
+    }
+
+
+def _numbers(values: Mapping[str, float]) -> dict[str, float | None]:
+    return dict(zip(values, json_numbers(values.values()), strict=True))

@@ -1,0 +1,500 @@
+"""
+Checks absorb_plugin on a GPU, in less than ten minutes on one H100.
+
+    python integration/gpu_check.py [--device cuda:0] [--size 1B] [--model DIRECTORY]
+                                    [--json FILE]       (make gpu-check DEVICE=cuda:0)
+
+Prints, as tables for docs/benchmarks.md: versions; sorting against selecting; every
+probe on the device against the CPU; time of every probe against the cost model
+(benchmarks/gpu_trace.py) and its peak memory against what the package says it takes; a
+run of `oneshot` with each pruner; and the same allocation on two ranks, where there are
+two devices. Exit code 1 if something is not as it should be. It also runs on the CPU
+(--device cpu --size tiny).
+"""
+
+import argparse
+import copy
+import json
+import platform
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from compressed_tensors.offload import set_onload_device
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.core import reset_session
+from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+from loguru import logger
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from absorb_plugin import AbsorptionAllocationModifier
+from absorb_plugin.blocks import BlockMap, find_blocks
+from absorb_plugin.evaluation.allocation import allocate_model
+from absorb_plugin.fingerprint import device_name
+from absorb_plugin.forward.inputs import InputStatistics
+from absorb_plugin.forward.memory import footprint, limit_by_machine
+from absorb_plugin.forward.probe import Probe
+from absorb_plugin.forward.run import run_probes
+from absorb_plugin.groups import Groups
+from absorb_plugin.judges import MaskedLoss, PrunedLoss
+from absorb_plugin.pruners import PRUNERS
+from absorb_plugin.pruners.weights import MaskedSlopes, MaskedWeights, PrunedSlopes
+from absorb_plugin.settings import AllocationSettings
+from absorb_plugin.signals.gradient import GradientProbe
+from absorb_plugin.signals.noise import NoiseProbe
+from absorb_plugin.signals.pruned_model import PrunedModel
+from absorb_plugin.signals.response import ResponseProbe
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+from gpu_trace import RATES, tracing
+
+PACKAGES = ("torch", "llmcompressor", "compressed-tensors", "transformers")
+SIZES: dict[str, dict[str, int]] = {
+    "1B": dict(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=32000,
+    ),
+    "tiny": dict(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=256,
+    ),
+}
+S, STEP = 0.5, 0.1
+# Largest difference of the device's numbers from the CPU's, relative to the largest.
+TOLERANCE = 2e-3
+# By the pruner's own arithmetic: a rounding may move a weight across its threshold.
+PRUNER_TOLERANCE = 2e-2
+Row = dict[str, Any]
+Statistics = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Check:
+    """
+    A probe, and what it is run on when it is timed.
+
+    :param make: the probe, of blocks and of Σ x² of their Linears' inputs
+    """
+
+    make: Callable[[BlockMap, Statistics], Probe]
+    samples: int
+    tokens: int
+    tolerance: float = TOLERANCE
+
+
+def flat(blocks: BlockMap, sparsity: float = S) -> np.ndarray:
+    return np.full(len(blocks.linears()), sparsity)
+
+
+def masks(blocks: BlockMap, sums: Statistics) -> MaskedWeights:
+    return MaskedWeights(blocks, PRUNERS["wanda"]().masks, sums)
+
+
+def noise(blocks: BlockMap, sums: Statistics) -> Probe:
+    return NoiseProbe(blocks.prunable, len(blocks), 1e-2, 0)
+
+
+def response(blocks: BlockMap, sums: Statistics) -> Probe:
+    groups = Groups.at("block", blocks)
+    return ResponseProbe(blocks, groups, masks(blocks, sums), flat(blocks), STEP)
+
+
+def slope(blocks: BlockMap, sums: Statistics) -> Probe:
+    slopes = MaskedSlopes(blocks, masks(blocks, sums), flat(blocks), STEP)
+    return GradientProbe(blocks, slopes)
+
+
+def masked_loss(blocks: BlockMap, sums: Statistics) -> Probe:
+    candidates = [flat(blocks, s) for s in (0.4, 0.5, 0.6)]
+    return MaskedLoss(blocks, PRUNERS["wanda"]().masks, sums, candidates, {})
+
+
+def pruned_loss(pruner: str, blocks: BlockMap, sums: Statistics) -> Probe:
+    candidates = [flat(blocks, s) for s in (0.4, 0.5)]
+    return PrunedLoss(blocks, PRUNERS[pruner](), candidates, 2)
+
+
+def pruned_model(blocks: BlockMap, sums: Statistics) -> Probe:
+    return PrunedModel(blocks, PRUNERS["sparsegpt"](), flat(blocks), STEP)
+
+
+def slope_of_pruner(blocks: BlockMap, sums: Statistics) -> Probe:
+    kept = {
+        index: {
+            name: [linear.weight.detach() * share for share in (0.9, 1.0, 0.8)]
+            for name, linear in blocks.blocks[index].linears.items()
+        }
+        for index in blocks.prunable
+    }
+    made = PrunedSlopes(blocks, kept, flat(blocks), flat(blocks, 0.52), step=STEP)
+    return GradientProbe(blocks, made)
+
+
+CHECKS: dict[str, Check] = {
+    "statistics": Check(lambda blocks, sums: InputStatistics(blocks), 8, 1024),
+    "noise": Check(noise, 1, 128),
+    "response": Check(response, 4, 128),
+    "slope": Check(slope, 16, 128),
+    "masked loss": Check(masked_loss, 16, 128),
+    "loss by wanda": Check(
+        lambda blocks, sums: pruned_loss("wanda", blocks, sums), 16, 128
+    ),
+    "loss by sparsegpt": Check(
+        lambda blocks, sums: pruned_loss("sparsegpt", blocks, sums),
+        8,
+        512,
+        PRUNER_TOLERANCE,
+    ),
+    "model by sparsegpt": Check(pruned_model, 8, 512, PRUNER_TOLERANCE),
+    "slope of sparsegpt": Check(slope_of_pruner, 16, 128),
+}
+
+
+def build(size: str, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
+    """Random weights; on "meta" under `torch.device("meta")`."""
+    fields = SIZES[size] | ({"num_hidden_layers": layers} if layers else {})
+    config = LlamaConfig(**fields, max_position_embeddings=2048)
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def batch(model: PreTrainedModel, samples: int, tokens: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (samples, tokens)
+    ids = torch.randint(3, model.config.vocab_size, shape, generator=generator)
+    return {"input_ids": ids}
+
+
+def square_sums(blocks: BlockMap, device: torch.device) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.linspace(0.5, 1.5, linear.in_features).to(device)
+        for name, linear in blocks.linears().items()
+    }
+
+
+def numbers(result: Any) -> np.ndarray:
+    """All numbers of a result, one after the other."""
+    if isinstance(result, PrunedSlopes):
+        result = result.identity()[0]
+    if isinstance(result, torch.Tensor):
+        return result.detach().cpu().float().numpy().ravel()
+    if isinstance(result, np.ndarray | float | int):
+        return np.asarray(result, dtype=float).ravel()
+    if is_dataclass(result):
+        result = vars(result)
+    if isinstance(result, Mapping):
+        result = list(result.values())
+    if isinstance(result, Sequence) and not isinstance(result, str) and len(result):
+        return np.concatenate([numbers(one) for one in result])
+    return np.array([])
+
+
+def seconds(device: torch.device, work: Callable[[], object]) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def versions(device: torch.device) -> list[Row]:
+    rows = [{"what": name, "is": version(name)} for name in PACKAGES]
+    rows.append({"what": "python", "is": platform.python_version()})
+    return [{"what": "device", "is": device_name(device)}, *rows]
+
+
+def primitives(device: torch.device, size: str) -> list[Row]:
+    """What absorb_plugin/pruners/thresholds.py chooses between."""
+    large = 2**18 if size == "tiny" else 2**25
+    shapes = [(large // 2**13, 2**13), (large // 2**12, 2**12), (1, large // 2**3)]
+    rows = []
+    for shape in shapes:
+        scores = torch.rand(shape, device=device)
+        half = shape[1] // 2
+        for name, work in {
+            "sort": lambda x=scores: x.sort(dim=1),
+            "kthvalue": lambda x=scores, k=half: x.kthvalue(k, dim=1),
+        }.items():
+            work()
+            took = min(seconds(device, work) for _ in range(3))
+            speed = scores.numel() / took / 1e9
+            rows.append({"rows": shape, "by": name, "G elements/s": round(speed, 3)})
+    return rows
+
+
+def against_cpu(device: torch.device) -> list[Row]:
+    """In float32, offloaded, three blocks."""
+    here = build("tiny", torch.float32)
+    there = set_onload_device(copy.deepcopy(here), device)
+    rows = []
+    for name, check in CHECKS.items():
+        found = []
+        for model, place in ((here, torch.device("cpu")), (there, device)):
+            blocks = find_blocks(model)
+            probe = check.make(blocks, square_sums(blocks, place))
+            run_probes(model, blocks, [batch(model, 4, 48)], [probe])
+            found.append(numbers(probe.result()))
+        largest = np.nanmax(np.abs(found[0]))
+        # of single weights, the few that crossed a threshold do not count
+        off = np.abs(found[1] - found[0]) / largest
+        worst = float(np.nanquantile(off, 0.99 if found[0].size > 1000 else 1.0))
+        rows.append({"probe": name, "off": worst, "ok": worst <= check.tolerance})
+    return rows
+
+
+def stations(device: torch.device, size: str) -> list[Row]:
+    """Time and memory in bfloat16, weights on the host."""
+    model = set_onload_device(build(size, torch.bfloat16), device)
+    blocks = find_blocks(model)
+    limit = limit_by_machine(model, blocks.modules)
+    rows = []
+    for name, check in CHECKS.items():
+        probe = check.make(blocks, square_sums(blocks, device))
+        tokens = check.tokens if size != "tiny" else 64
+        data = batch(model, check.samples, tokens)
+        need = footprint(model, blocks.modules, [probe.needs], limit)
+        stated = need.fixed + check.samples * need.sample(tokens)
+        before = reset_peak(device)
+
+        def work(probe: Probe = probe, data: dict = data) -> None:
+            run_probes(model, blocks, [data], [probe], memory=limit)
+
+        took = seconds(device, work)
+        peak = peak_memory(device, before)
+        rows.append(
+            {
+                "probe": name,
+                "samples": f"{check.samples} x {tokens}",
+                "seconds": round(took, 3),
+                "by the model": round(modelled(size, check, tokens), 3),
+                "peak MiB": peak,
+                "stated MiB": round(stated / 2**20, 1),
+                "ok": peak is None or peak * 2**20 <= stated,
+            }
+        )
+    return rows
+
+
+def modelled(size: str, check: Check, tokens: int) -> float:
+    """Seconds by gpu_trace, from two and three blocks, with each block onloaded."""
+    total = SIZES[size]["num_hidden_layers"]
+    found = {layers: _traced(size, check, tokens, layers) for layers in (2, 3)}
+    return found[2] + (total - 2) * (found[3] - found[2])
+
+
+def _traced(size: str, check: Check, tokens: int, layers: int) -> float:
+    meta = torch.device("meta")
+    with meta:
+        model = build(size, torch.bfloat16, layers)
+    blocks = find_blocks(model)
+    probe = check.make(blocks, square_sums(blocks, meta))
+    ids = torch.ones(check.samples, tokens, dtype=torch.long, device=meta)
+    visits = 2 if probe.needs.backward else 1
+    moved = visits * sum(x.nbytes for x in model.parameters())
+    with tracing(dict(model.named_parameters()), dict(model.named_buffers())) as cost:
+        run_probes(model, blocks, [{"input_ids": ids}], [probe])
+    return cost.total + moved / RATES.bus
+
+
+def reset_peak(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 0
+    torch.accelerator.reset_peak_memory_stats(device)
+    return torch.accelerator.memory_allocated(device)
+
+
+def peak_memory(device: torch.device, before: int) -> float | None:
+    if device.type == "cpu":
+        return None
+    peak = torch.accelerator.max_memory_allocated(device) - before
+    return round(peak / 2**20, 1)
+
+
+def dataset(model: PreTrainedModel, samples: int, tokens: int) -> Dataset:
+    ids = batch(model, samples, tokens)["input_ids"]
+    return Dataset.from_dict(
+        {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
+    )
+
+
+def pruned(size: str, folder: str | None) -> list[Row]:
+    """`oneshot` with each pruner: the budget, and how long it took."""
+    rows, few = [], size == "tiny"
+    samples, tokens = (8, 32) if few else (32, 512)
+    for pruner in (WandaPruningModifier, SparseGPTModifier):
+        reset_session()
+        if folder is None:
+            model = build(
+                size, torch.bfloat16, min(4, SIZES[size]["num_hidden_layers"])
+            )
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        ours = AbsorptionAllocationModifier(effort="quick", rounds=2)
+        ignore = ["re:.*lm_head"]
+        theirs = pruner(sparsity=S, targets=["Linear"], ignore=ignore)
+        start = time.perf_counter()
+        with TemporaryDirectory() as directory:
+            model.config.save_pretrained(directory)  # oneshot reads it again
+            model.config._name_or_path = directory
+            oneshot(
+                model=model,
+                processor=empty_tokenizer(),
+                recipe=[ours, theirs],
+                dataset=dataset(model, samples, tokens),
+                num_calibration_samples=samples,
+                max_seq_length=tokens,
+            )
+        took = time.perf_counter() - start
+        share = zeros(model)
+        rows.append(
+            {
+                "pruner": pruner.__name__,
+                "model": folder or f"random, {size}",
+                "seconds": round(took, 1),
+                "zeros": round(share, 4),
+                "ok": abs(share - S) < 0.01,
+            }
+        )
+    return rows
+
+
+def empty_tokenizer() -> PreTrainedTokenizerFast:
+    """The data are tokens already; `oneshot` wants one all the same."""
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def zeros(model: PreTrainedModel) -> float:
+    """Share of zeros among the weights of the blocks' Linears."""
+    linears = find_blocks(model).linears().values()
+    count = sum(int((linear.weight == 0).sum()) for linear in linears)
+    return count / sum(linear.weight.numel() for linear in linears)
+
+
+def on_ranks(size: str, world: int) -> list[Row]:
+    """The same allocation on one rank and on several."""
+    context = torch.multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    found: dict[int, list[float]] = {}
+    for ranks in (1, world):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        torch.multiprocessing.spawn(
+            _allocate, (size, ranks, port, answers), nprocs=ranks
+        )
+        found |= {ranks: answers.get()}
+    off = float(np.abs(np.subtract(found[1], found[world])).max())
+    return [{"ranks": world, "largest difference": off, "ok": off < 1e-4}]
+
+
+def _allocate(rank: int, size: str, ranks: int, port: int, answers: Any) -> None:
+    address = f"tcp://localhost:{port}"
+    torch.accelerator.set_device_index(rank)
+    torch.distributed.init_process_group(
+        init_method=address, rank=rank, world_size=ranks
+    )
+    device = torch.device(torch.accelerator.current_accelerator().type, rank)
+    model = set_onload_device(build("tiny", torch.float32), device)
+    settings = AllocationSettings(strength=0.2, signal="gradient", allocator="owl")
+    found = allocate_model(model, dataset(model, 12, 64), S, settings)
+    if rank == 0:
+        answers.put(found.sparsity.tolist())
+    torch.distributed.destroy_process_group()
+
+
+def table(title: str, rows: list[Row]) -> str:
+    """Markdown."""
+    if not rows:
+        return f"{title}: not run\n"
+    names = list(rows[0])
+    lines = [f"{title}:", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for row in rows:
+        cells = [_cell(row[name]) for name in names]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return {True: "yes", False: "NO", None: ""}.get(value, str(value))
+
+
+def run_checks(device: torch.device, size: str, folder: str | None) -> dict[str, Any]:
+    """Title -> rows of every table."""
+    cards = torch.accelerator.device_count() if device.type == "cuda" else 1
+    return {
+        "versions": versions(device),
+        "sorting and selecting": primitives(device, size),
+        "against the CPU": against_cpu(device),
+        "time and memory": stations(device, size),
+        "oneshot": pruned(size, folder),
+        "ranks": on_ranks(size, 2) if cards > 1 else [],
+    }
+
+
+def default_device() -> str:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else f"{accelerator.type}:0"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--size", choices=SIZES, help="of the random model")
+    parser.add_argument("--model", help="directory of a real model for oneshot")
+    parser.add_argument("--json", type=Path, help="file for the results")
+    options = parser.parse_args(arguments)
+    logger.remove()
+    logger.add(sys.stderr, level="WARNING", format="{message}")
+    device = torch.device(options.device)
+    size = options.size or ("tiny" if device.type == "cpu" else "1B")
+    found = run_checks(device, size, options.model)
+    for title, rows in found.items():
+        print(table(title, rows))
+    if options.json is not None:
+        options.json.write_text(json.dumps(found, indent=1))
+    failed = [
+        f"{title}: {next(iter(row.values()))}"
+        for title, rows in found.items()
+        for row in rows
+        if row.get("ok") is False
+    ]
+    print("all as it should be" if not failed else f"not as it should be: {failed}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""`absorb curve`."""
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers.cli import absorb, error_of, files_in
+
+from absorb_plugin.cli.curve import parse_sparsities
+from absorb_plugin.evaluation.curve import Curve, CurvePoint, knee
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", "0.3:0.8", "0.8:0.3:0.1", "0.3:0.8:0", "1,,2"]
+)
+def test_bad_sparsities_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="--sparsities"):
+        parse_sparsities(text)
+
+
+def test_a_million_budgets_are_refused() -> None:
+    with pytest.raises(ValueError, match="the most"):
+        parse_sparsities("0:0.9:0.000001")
+
+
+def test_ranges_and_lists() -> None:
+    assert parse_sparsities("0.3:0.5:0.1") == [0.3, 0.4, 0.5]
+    assert parse_sparsities("0.5, 0.3,0.5") == [0.3, 0.5]
+    assert len(parse_sparsities("0.3:0.8:0.05")) == 11
+
+
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
+def test_command(pruner: str, model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    figure = tmp_path / "curve.png"
+    options = [
+        "--text",
+        text_file,
+        "--samples",
+        8,
+        "--seq-len",
+        16,
+        "--effort",
+        "quick",
+    ]
+    options += ["--sparsities", "0.2:0.6:0.2", "--pruner", pruner]
+    result = absorb("curve", model_dir, *options, "--json", "--figure", figure)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [point["sparsity"] for point in found["points"]] == [0.2, 0.4, 0.6]
+    for point in found["points"]:
+        names = {"uniform", "base", "ours"}
+        assert point["loss_increase"].keys() == point["perplexity"].keys() == names
+    assert found["pruner"] == pruner and found["tokens"] > 0
+    assert files_in(tmp_path) == {"curve.png"} and figure.stat().st_size > 1000
+
+
+def test_the_table(model_dir: Path, text_file: Path) -> None:
+    options = [
+        "--text",
+        text_file,
+        "--samples",
+        8,
+        "--seq-len",
+        16,
+        "--effort",
+        "quick",
+    ]
+    result = absorb("curve", model_dir, *options, "--sparsities", "0.5")
+    assert result.exit_code == 0, result.output
+    for part in ("sparsity", "uniform", "owl", "corrected", "0.5", "held-out"):
+        assert part in result.stdout
+
+
+def test_a_budget_out_of_reach_is_refused_first(
+    model_dir: Path, text_file: Path
+) -> None:
+    line = error_of("curve", model_dir, "--text", text_file, "--sparsities", "0.5,0.99")
+    assert "0.99" in line and "max_sparsity" in line
+
+
+def curve_of(*increases: float) -> Curve:
+    points = [
+        CurvePoint(0.1 * (i + 1), {"ours": increase}, {"ours": 0.0})
+        for i, increase in enumerate(increases)
+    ]
+    return Curve(3.0, 100, points)
+
+
+def test_the_knee_in_words() -> None:
+    assert knee(curve_of(0.01, 0.04, 0.2, 0.03)) == (
+        "up to 20.0% costs less than 5% of perplexity"
+    )
+    assert knee(curve_of(0.1, 0.2)) == "10.0% already costs 11% of perplexity"

@@ -1,0 +1,101 @@
+"""The largest budget that keeps a bound, on loss curves that are known."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from absorb_plugin.search.quality import LEAST, RESOLUTION, Quality, largest_budget
+
+
+class Model:
+    """Its loss grows as scale·(exp(steep·s) − 1), known to `error`."""
+
+    def __init__(self, scale: float, steep: float, error: float = 0.0) -> None:
+        self.scale, self.steep, self.error = scale, steep, error
+        self.asked: list[float] = []
+        self.starts: list[float | None] = []
+
+    def increase(self, sparsity: float) -> float:
+        return self.scale * math.expm1(self.steep * sparsity)
+
+    def allocate(self, sparsity: float, near: np.ndarray | None) -> np.ndarray:
+        self.starts.append(None if near is None else float(near[0]))
+        return np.array([sparsity])
+
+    def judge(self, allocation: np.ndarray) -> tuple[float, float]:
+        self.asked.append(float(allocation[0]))
+        return self.increase(float(allocation[0])), self.error
+
+    def search(self, bound: float, upper: float = 0.8) -> Quality:
+        return largest_budget(bound, upper, self.allocate, self.judge)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.floats(1e-3, 0.5), st.floats(0.5, 12), st.floats(1e-3, 2), st.floats(0.1, 0.95)
+)
+def test_the_bound_is_kept_and_a_step_more_breaks_it(
+    scale: float, steep: float, bound: float, upper: float
+) -> None:
+    model = Model(scale, steep)
+    if model.increase(min(LEAST, upper)) > bound:
+        with pytest.raises(ValueError, match="cannot be kept"):
+            model.search(bound, upper)
+        return
+    found = model.search(bound, upper).found.sparsity
+    assert model.increase(found) <= bound
+    if found < upper:
+        assert model.increase(found + RESOLUTION + 1e-9) > bound or found == LEAST
+    assert len(model.asked) == len(set(model.asked)) <= 12
+
+
+def test_an_upper_budget_that_keeps_it_is_taken_at_once() -> None:
+    model = Model(0.01, 1.0)
+    found = model.search(0.5)
+    assert found.found.sparsity == 0.8 and model.asked == [0.8]
+    assert found.points == [found.found]
+
+
+def test_every_budget_starts_from_its_nearest_neighbour() -> None:
+    model = Model(0.05, 5.0)
+    model.search(0.1)
+    assert model.starts[0] is None and len(model.asked) > 2
+    for number, start in enumerate(model.starts[1:], start=1):
+        here = model.asked[number]
+        assert start == min(model.asked[:number], key=lambda s: abs(s - here))
+
+
+def test_the_bound_holds_with_a_standard_error() -> None:
+    sure, unsure = Model(0.05, 5.0), Model(0.05, 5.0, error=0.05)
+    found = unsure.search(0.1).found
+    assert found.sparsity < sure.search(0.1).found.sparsity
+    assert found.increase + 0.05 <= 0.1
+
+
+def test_one_sample_has_no_error_to_keep() -> None:
+    found = Model(0.05, 5.0, error=math.nan).search(0.1).found
+    assert found.increase <= 0.1
+
+
+def test_what_cannot_be_kept_says_what_would() -> None:
+    model = Model(1.0, 5.0, error=0.01)
+    with pytest.raises(ValueError, match="max_loss_increase=0.01 cannot") as told:
+        model.search(0.01)
+    needed = model.increase(LEAST) + 0.01
+    assert f"above {needed:.4g}" in str(told.value)
+    assert model.asked[-1] == LEAST
+
+
+def test_a_loss_that_overflows_breaks_the_bound() -> None:
+    model = Model(0.05, 5.0)
+    judge = model.judge
+
+    def overflowing(allocation: np.ndarray) -> tuple[float, float]:
+        increase, error = judge(allocation)
+        return (math.inf, math.nan) if allocation[0] > 0.5 else (increase, error)
+
+    found = largest_budget(0.3, 0.8, model.allocate, overflowing).found
+    assert model.increase(found.sparsity) <= 0.3
