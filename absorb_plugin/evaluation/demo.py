@@ -109,6 +109,8 @@ def run_demo(out: Path, tell: Callable[[str], None]) -> DemoResult:
     """
     start = time.perf_counter()
     check_output(out / "model", overwrite=True)
+    if not _cached_model().is_dir():
+        tell("Making a checkpoint of the model, which is kept for the next time")
     source = demo_model()
     tokenizer = AutoTokenizer.from_pretrained(source)
     calibration_text, evaluation_text = demo_texts()
@@ -225,8 +227,7 @@ def demo_model() -> Path:
     :return: directory of model and tokenizer
     :raises ModuleNotFoundError: if the package that carries it is missing
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    target = cache / "absorb_plugin" / "SmolLM2-135M-Instruct-bf16"
+    target = _cached_model()
     if target.is_dir():  # it is put there in one piece
         return target
     gguf = _gguf_file()
@@ -245,6 +246,11 @@ def demo_model() -> Path:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
     return target
+
+
+def _cached_model() -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "absorb_plugin" / "SmolLM2-135M-Instruct-bf16"
 
 
 def _gguf_file() -> Path:

@@ -15,6 +15,7 @@ from absorb_plugin.evaluation.perplexity import linear_sparsity
 @pytest.fixture(autouse=True)
 def small(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "demo_model", lambda: model_dir)
+    monkeypatch.setattr(demo, "_cached_model", lambda: model_dir)
     monkeypatch.setattr(demo, "demo_texts", lambda: (words(2000, 1), words(2000, 2)))
     monkeypatch.setattr(demo, "SEQ_LEN", 32)
     monkeypatch.setattr(demo, "WINDOWS", 4)
