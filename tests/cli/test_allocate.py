@@ -82,7 +82,7 @@ def test_allocators_json():
             *("cost", "paper"),
         }
         assert listed[name]["distribution"].startswith("absorb-plugin ")
-        assert listed[name]["paper"].startswith("https://arxiv.org/abs/")
+        assert listed[name]["paper"].startswith("https://")
     assert listed["owl"]["arguments"] == {"m": 5.0, "lmbda": 0.08}
     assert listed["alpha_pruning"]["granularities"] == ["block", "linear"]
     assert listed["uniform"]["needs"] == "none"
@@ -105,10 +105,8 @@ def test_without_correction_the_base_is_the_answer(allocate, allocator):
     assert (len(set(column(found, "base_sparsity"))) == 1) == (allocator == "uniform")
     for block in found["blocks"]:
         own = [linear.get("metric") for linear in block["linears"].values()]
-        if allocator == "alpha_pruning":
+        if allocator in ("alpha_pruning", "lsa"):
             assert block["metric"] == pytest.approx(np.mean(own))
-        elif allocator == "lsa":  # an error of reconstruction, which adds up
-            assert block["metric"] == pytest.approx(sum(own))
         else:
             assert set(own) == {None}
 
