@@ -153,12 +153,6 @@ OURS = {
     "search_samples": rarely(st.integers(1, 9), NUMBERS),
     "confirm_samples": rarely(st.integers(0, 9), NUMBERS),
     "probe_tokens": rarely(st.integers(2, 9), NUMBERS),
-    "max_loss_increase": rarely(st.none() | st.floats(0.1, 5), NUMBERS),
-    "limits": st.dictionaries(
-        st.sampled_from(["re:.*down_proj", "re:.*", "model.layers.0.mlp.up_proj", "x"]),
-        st.tuples(st.floats(0, 0.4), st.floats(0.3, 1)),
-        max_size=1,
-    ),
     "max_sparsity": rarely(st.floats(0.6, 0.999), NUMBERS | st.floats(0, 1)),
     "probe_memory": rarely(st.integers(1, 2**40) | st.just("auto"), NUMBERS),
     "limits": rarely(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from absorb_plugin.calibration import pad_to_batch, token_mask
 from absorb_plugin.forward.probe import Probe
 from absorb_plugin.forward.runner import ProbeRunner
+from absorb_plugin.judges import PrunedLoss
 from absorb_plugin.sample_split import SampleSplit
 from absorb_plugin.settings import Effort
 
@@ -211,8 +212,8 @@ def test_what_an_allocation_really_runs(
     def spy(
         self: ProbeRunner, what: str, samples: Sequence[dict], probe: Probe
     ) -> object:
-        if what.startswith("Pruning as"):
-            split_at = probe._calibrating  # type: ignore[attr-defined]
+        if isinstance(probe, PrunedLoss):
+            split_at = probe._calibrating
             judged["confirm"] = numbers(samples[split_at:])
             seen.setdefault("pruning", set()).update(numbers(samples[:split_at]))
         elif what == "Held-out loss":

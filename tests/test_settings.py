@@ -95,7 +95,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "of what auto stands for": (
         {"signal": "auto", "signal_args": {"seed": 1}},
-        "'response': seed=1: ",
+        "'gradient': seed=1: ",
     ),
     "signal": (
         {"signal": "loud"},

@@ -37,10 +37,10 @@ def command(debug: bool, quiet: bool = False) -> Iterator[TextIO]:
     exception becomes one line on stderr and exit code 1.
 
     :param debug: show a traceback and all logs instead
-    :param quiet: unless `debug`, show warnings of ours and nothing else: no bars, and
-        no lines of other libraries
+    :param quiet: unless `debug`, show errors and nothing else: no bars, no logs, no
+        warnings, of which a report tells as well
     """
-    stdout, stderr = sys.stdout, sys.stderr
+    stdout = sys.stdout
     quiet = quiet and not debug
     silence = io.StringIO() if quiet else sys.stderr
     try:
@@ -49,7 +49,7 @@ def command(debug: bool, quiet: bool = False) -> Iterator[TextIO]:
             contextlib.redirect_stderr(silence),
             contextlib.redirect_stdout(silence),
         ):
-            route_logs(debug, quiet, stderr)
+            route_logs(debug, silence)
             keep_freed_memory()
             yield stdout
     except (typer.Exit, typer.Abort):
@@ -85,10 +85,10 @@ def keep_freed_memory() -> None:
     cpu.keep_freed_memory()
 
 
-def route_logs(debug: bool, quiet: bool, stderr: TextIO) -> None:
+def route_logs(debug: bool, stream: TextIO) -> None:
     """
-    Send loguru to stderr: our lines and warnings of llm-compressor, or everything, or
-    our warnings alone. LLM_COMPRESSOR_LOG_LEVEL is obeyed as in llm-compressor itself.
+    Send loguru to a stream: our lines and warnings of llm-compressor, or everything.
+    LLM_COMPRESSOR_LOG_LEVEL is obeyed as in llm-compressor itself.
     """
     # It sets up loguru when it is first imported, and says if there is no accelerator.
     with contextlib.redirect_stdout(io.StringIO()):
@@ -102,12 +102,12 @@ def route_logs(debug: bool, quiet: bool, stderr: TextIO) -> None:
         # "METRIC" (no. 38): four lines for each pruned Linear, not a warning
         is_metric = record["level"].name == "METRIC"
         if (record["name"] or "").startswith("absorb_plugin"):
-            return not quiet or record["level"].no >= logger.level("WARNING").no
-        return debug or (record["level"].no >= lowest and not is_metric and not quiet)
+            return True
+        return debug or (record["level"].no >= lowest and not is_metric)
 
     logger.remove()
     logger.add(
-        stderr,
+        stream,
         level="DEBUG" if debug else "INFO",
         format="{level: <7} {message}" if not debug else "{time} {level} {message}",
         filter=wanted,

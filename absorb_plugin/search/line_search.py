@@ -1,6 +1,7 @@
 """
 The search for the correction, judged on held-out calibration text: never worse there
-than the base allocation or than uniform.
+than the base allocation or than uniform, but for a descent of several stages, whose end
+is for the pruner's own judge (`search.confirm`).
 """
 
 from collections.abc import Callable, Sequence

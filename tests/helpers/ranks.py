@@ -38,13 +38,13 @@ ALLOCATIONS: dict[str, dict[str, Any]] = {
         "strength": "auto",
         "rounds": 2,
         "report_dir": "for the noise probe",
-        "seed": 6,  # a model on which a step is taken
+        "seed": 0,  # a model on which a step is taken
     },
     "confirmed": {
         "allocator": "uniform",
         "strength": "auto",
         "rounds": 2,
-        "seed": 1,
+        "seed": 0,
         "kind": "sparsegpt",
     },
     "pruner": {"signal": "pruner", "kind": "sparsegpt", "level": "part"},
@@ -149,7 +149,8 @@ def failures(world: int, rank: int) -> dict[str, str]:
     model = tiny.make_model("llama")
     model.get_input_embeddings().weight.data[1] = torch.inf
     batches = samples()[:2]
-    batches[1]["input_ids"][:] = 1  # no other sample has this token
+    # no other sample has this token; the shortest one every rank tries
+    batches[0]["input_ids"][:] = 1
     found["infinity"] = _error(lambda: runs.allocate(model, batches, 0.6))
     unlike = samples()[rank:]
     found["not alike"] = _error(lambda: runs.allocate(model, unlike, 0.6))
