@@ -75,7 +75,7 @@ def test_allocators_json():
     assert result.stdout.count("\n") == 1
     listed = {entry["name"]: entry for entry in json.loads(result.stdout)}
     assert list(listed) == list(allocators())
-    assert list(listed)[:5] == BUILTINS
+    assert list(listed)[:6] == BUILTINS
     for name in BUILTINS:
         assert set(listed[name]) == {
             *("name", "distribution", "arguments", "needs", "granularities"),
@@ -104,11 +104,13 @@ def test_without_correction_the_base_is_the_answer(allocate, allocator):
     assert column(found, "sparsity") == column(found, "base_sparsity")
     assert (len(set(column(found, "base_sparsity"))) == 1) == (allocator == "uniform")
     for block in found["blocks"]:
-        alphas = [linear.get("metric") for linear in block["linears"].values()]
+        own = [linear.get("metric") for linear in block["linears"].values()]
         if allocator == "alpha_pruning":
-            assert block["metric"] == pytest.approx(np.mean(alphas))
+            assert block["metric"] == pytest.approx(np.mean(own))
+        elif allocator == "lsa":  # an error of reconstruction, which adds up
+            assert block["metric"] == pytest.approx(sum(own))
         else:
-            assert set(alphas) == {None}
+            assert set(own) == {None}
 
 
 def test_deterministic_in_the_seed(allocate):
@@ -127,7 +129,8 @@ def test_granularity_linear(allocate, allocator, correction):
         for block in found["blocks"]
         for linear in block["linears"].values()
     ]
-    assert len(set(targets)) > 3
+    if correction == "--no-correction":  # else uniform may have been better
+        assert len(set(targets)) > 3
     assert max(targets) <= 0.95
 
 
