@@ -12,8 +12,8 @@ measured: read every time as good to a factor of 2.
 import argparse
 import json
 import math
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -38,7 +38,7 @@ from absorb_plugin.forward.probe import Needs, Probe
 from absorb_plugin.forward.run import run_probes
 from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.judges import MaskedLoss, PrunedLoss
-from absorb_plugin.pruners import PRUNERS, Pruner
+from absorb_plugin.pruners import PRUNERS, Pruner, sparsegpt
 from absorb_plugin.pruners.thresholds import LEVELS
 from absorb_plugin.pruners.weights import (
     MaskedSlopes,
@@ -164,7 +164,7 @@ def schedule(pruner: Pruner, widest: int, samples: int, tokens: int) -> list[Sta
         )
     found: dict[tuple, Station] = {}
     for station in Recorder.last.stations:
-        key = (station.name, station.samples, station.candidates)
+        key = (station.name, station.needs, station.samples, station.candidates)
         runs = found[key].runs + 1 if key in found else 1
         found[key] = replace(station, runs=runs)
     return list(found.values())
@@ -238,9 +238,48 @@ def traced(
     counted = station.pruning / station.samples if station.pruning else 1.0
     own = dict(model.named_parameters()), dict(model.named_buffers())
     limit = memory_limit() if station.needs.single_batch else None
-    with tracing(*own, counted=counted) as cost:
+    with tracing(*own, counted=counted) as cost, columns_once(cost):
         run_probes(model, blocks, data, [probe], memory=limit)
     return cost
+
+
+@contextmanager
+def columns_once(cost: Cost) -> Iterator[None]:
+    """
+    Within the context the columns that SparseGPT walks through one by one, ours and
+    llm-compressor's, are traced once for each shape: the others cost the same.
+    """
+    original, known = sparsegpt._prune_columns, {}
+
+    def prune(
+        part: torch.Tensor, mask: torch.Tensor, inverse: torch.Tensor
+    ) -> torch.Tensor:
+        if part.shape in known:
+            cost.add(known[part.shape])
+            return torch.empty_like(part)
+        before = cost.copy()
+        errors = original(part, mask, inverse)
+        known[part.shape] = cost.plus(before, -1)
+        return errors
+
+    def columns(*bounds: int) -> Iterable[int]:
+        if len(bounds) > 1:  # the outer loop, over groups of columns
+            return range(*bounds)
+        if bounds in known:
+            cost.add(known[bounds])
+            return ()
+        return first(bounds)
+
+    def first(bounds: tuple[int, ...]) -> Iterator[int]:
+        before = cost.copy()
+        yield from range(*bounds)
+        known[bounds] = cost.plus(before, -1)
+
+    with (
+        patch.object(sparsegpt, "_prune_columns", prune),
+        patch.object(sgpt_sparsify, "range", columns, create=True),
+    ):
+        yield
 
 
 def memory_limit() -> int:
@@ -404,7 +443,11 @@ def pruner_cost(name: str, pruner: str, samples: int, tokens: int) -> dict[str, 
                     x, module, wanda_sparsify.make_empty_row_scalars(module), 0
                 )
         observe = observe.plus(cost)
-        with tracing(dict(module.named_parameters())) as cost, torch.no_grad():
+        with (
+            tracing(dict(module.named_parameters())) as cost,
+            columns_once(cost),
+            torch.no_grad(),
+        ):
             _prune(pruner, module, seen)
         prune = prune.plus(cost)
     size = shape(name)
@@ -517,5 +560,4 @@ def _seconds(row: dict[str, Any]) -> float:
 
 
 if __name__ == "__main__":
-    with ExitStack():
-        main()
+    main()

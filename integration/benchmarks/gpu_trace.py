@@ -60,9 +60,17 @@ class Cost:
     def total(self) -> float:
         return sum(self.seconds.values())
 
+    def copy(self) -> "Cost":
+        return Cost(Counter(self.count), Counter(self.seconds), self.peak)
+
+    def add(self, other: "Cost") -> None:
+        """In place, but for the peak."""
+        self.count.update(other.count)
+        self.seconds.update(other.seconds)
+
     def plus(self, other: "Cost", times: float = 1.0) -> "Cost":
         """The sum; negative `times` take away."""
-        both = Cost(Counter(self.count), Counter(self.seconds), self.peak)
+        both = self.copy()
         for mine, theirs in (
             (both.count, other.count),
             (both.seconds, other.seconds),
