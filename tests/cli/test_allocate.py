@@ -82,7 +82,7 @@ def test_allocators_json():
             *("cost", "paper"),
         }
         assert listed[name]["distribution"].startswith("absorb-plugin ")
-        assert listed[name]["paper"].startswith("https://arxiv.org/abs/")
+        assert listed[name]["paper"].startswith("https://")
     assert listed["owl"]["arguments"] == {"m": 5.0, "lmbda": 0.08}
     assert listed["alpha_pruning"]["granularities"] == ["block", "linear"]
     assert listed["uniform"]["needs"] == "none"
