@@ -80,12 +80,12 @@ def read_batches(loader: DataLoader | Iterable[Batch] | None) -> list[dict]:
         under torch.distributed those of all ranks, the same on every rank
     :raises ValueError: if there is no data, or batches have no input_ids
     """
-    if loader is None:
-        raise ValueError(
-            "no calibration data: absorption needs text to run the model on. Pass "
-            "oneshot(dataset=..., num_calibration_samples=...)"
-        )
     with distributed.fail_together():
+        if loader is None:
+            raise ValueError(
+                "no calibration data: absorption needs text to run the model on. Pass "
+                "oneshot(dataset=..., num_calibration_samples=...)"
+            )
         own = _read(loader)
     batches = _union(distributed.gather(own))
     if not batches:

@@ -138,7 +138,8 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
                 check_predicts_tokens(state.model)
             budget_of(found.blocks, found.sparsity, self)
         calib = state.data.calib
-        if calib is None or (hasattr(calib, "__len__") and not len(calib)):
+        missing = calib is None or (hasattr(calib, "__len__") and not len(calib))
+        if all(distributed.gather(missing)):  # one rank may be without samples
             read_batches(calib)  # says what is missing
         for field in ("report_dir", "profile_cache"):
             if (directory := getattr(self, field)) is not None:

@@ -102,6 +102,7 @@ def test_what_fails_on_one_rank_fails_on_all(folder: Path, world: int) -> None:
         if number != last:
             assert f"rank {last} of torch.distributed" in entry["no input_ids"]
         assert entry["no data"].startswith("ValueError: no calibration data")
+        assert "ValueError: no calibration data" in entry["no loader"]
         assert "NonFiniteHiddenState: block model.layers.0" in entry["infinity"]
         assert "given different calibration samples" in entry["not alike"]
     culprits = [x["infinity"].startswith("NonFinite") for x in said]

@@ -145,6 +145,8 @@ def failures(world: int, rank: int) -> dict[str, str]:
         poisoned[-1] = {"text": ["no tokens"]}
     found = {"no input_ids": _error(lambda: read_batches(poisoned))}
     found["no data"] = _error(lambda: read_batches([]))
+    loader = None if rank == world - 1 else samples()
+    found["no loader"] = _error(lambda: read_batches(loader))
 
     model = tiny.make_model("llama")
     model.get_input_embeddings().weight.data[1] = torch.inf
