@@ -44,7 +44,7 @@ def check_forward(
     """
     calls, chain = _LinearCalls(blocks), _ChainCheck(blocks, by_loss)
     run_probes(model, blocks, [sample, sample], [calls, chain], description="Checking")
-    calls.check()
+    calls.result()
 
 
 class _LinearCalls(Probe):
@@ -73,7 +73,7 @@ class _LinearCalls(Probe):
             handle.remove()
         self._handles.clear()
 
-    def check(self) -> None:
+    def result(self) -> None:
         """Warn of those that are never called: their weight is used past them."""
         linears = self._blocks.linears()
         passed = [
@@ -186,6 +186,9 @@ class _ChainCheck(Probe):
         assert self._future is not None
         earlier = slice(0, self._last_token)
         return relative(self._future[:, earlier], self._after[:, earlier])
+
+    def result(self) -> None:
+        """Nothing: what is wrong is raised while it runs."""
 
     def _check_future(self) -> None:
         if self._changes_before > tolerance(self._after):
