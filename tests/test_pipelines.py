@@ -69,7 +69,7 @@ def test_every_pipeline_and_pruner(tmp_path: Path, kind: str, pipeline: str) -> 
     runs.run(model, [ours, pruner], tmp_path, pipeline=pipeline)
     targets = targets_of(tmp_path)
     assert targets.keys() == find_blocks(model).linears().keys()
-    assert len({round(target, 6) for target in targets.values()}) == 3
+    assert len({round(target, 6) for target in targets.values()}) > 3
     check(model, before, targets, kind)
     assert pruner.sparsity == [*targets.values(), 0.0]  # module order, the head last
 
@@ -243,14 +243,18 @@ def test_no_calibration_pass_of_the_toolkit_for_us(
         ("owl", 0, "gradient"): [1, 1],
         ("owl", 0.2, "gradient"): [1 + 2, 1 + 2],
         ("owl", 0.2, "response"): [1 + 2, 1 + 3],
-        # the noise behind block 0 and the rounding floor pass block 1
+        # the noise after block 0 and the rounding floor pass block 1
         ("uniform", 0.2, "noise"): [1, 1 + 2],
         ("owl", 0.2, "noise"): [1 + 1, 1 + 1 + 2],
     }
     for (allocator, strength, signal), expected in own_passes.items():
-        ours = runs.absorption(allocator=allocator, strength=strength, signal=signal)
+        ours = runs.absorption(
+            allocator=allocator, strength=strength, signal=signal, level="block"
+        )
         with_us = sample_passes(tmp_path, [ours, runs.pruner()], pipeline)
-        extra = (with_us - alone) / samples
+        # the check of the model before all else: of one sample three passes, then one
+        check = 0 if strength == 0 else 4
+        extra = (with_us - alone - check) / samples
         assert extra.tolist() == expected, (allocator, strength, signal)
     assert len(alone) == blocks
 
