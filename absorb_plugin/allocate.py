@@ -23,6 +23,7 @@ from absorb_plugin.choices import (
     needs_loss,
     unseen,
     warn_of_few_tokens,
+    warn_of_granularity,
     widest,
 )
 from absorb_plugin.forward.check import check_forward
@@ -152,6 +153,7 @@ class Method:
             pruning_tokens=pruner.judge_tokens(widest(blocks)) if prunes else None,
         )
         warn_of_few_tokens(pruner, blocks, batches)
+        warn_of_granularity(settings)
         runner = ProbeRunner(
             model, blocks, settings.probe_memory, settings.profile_cache
         )

@@ -22,11 +22,14 @@ __all__ = [
     "needs_loss",
     "unseen",
     "warn_of_few_tokens",
+    "warn_of_granularity",
     "widest",
 ]
 
 # Up to so many blocks the response of each takes no more passes than the gradient.
 RESPONSE_BLOCKS = 6
+# Allocators whose authors rank blocks.
+BLOCKWISE = ("owl", "dlp", "alpha_pruning")
 
 
 def choose_signal(
@@ -81,6 +84,16 @@ def warn_of_few_tokens(
             f"the widest Linear has {widest(blocks)} columns: with fewer than {wanted} "
             "tokens it can be worse than Wanda. Raise num_calibration_samples or "
             "max_seq_length"
+        )
+
+
+def warn_of_granularity(settings: AllocationSettings) -> None:
+    """Of what is known to end badly, though it can be asked for."""
+    if settings.granularity == "linear" and settings.allocator in BLOCKWISE:
+        logger.warning(
+            f"granularity: linear has {settings.allocator} rank single Linears: in "
+            "published results before Wanda and SparseGPT models collapse by that. Use "
+            "granularity: block; level: linear corrects every Linear by the loss"
         )
 
 

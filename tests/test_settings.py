@@ -8,6 +8,7 @@ from helpers import runs, tiny
 from pydantic import ValidationError
 
 from absorb_plugin import AbsorptionAllocationModifier
+from absorb_plugin.choices import warn_of_granularity
 from absorb_plugin.settings import EFFORTS, AllocationSettings
 from absorb_plugin.signals import SIGNALS
 
@@ -147,3 +148,14 @@ def test_effort_is_the_default_of_what_is_left_out() -> None:
         probe_tokens=6,
     ).measuring()
     assert list(vars(mine).values()) == [1, 2, 3, 4, 0, 6]
+
+
+@pytest.mark.parametrize("allocator", ["owl", "dlp", "alpha_pruning", "uniform"])
+@pytest.mark.parametrize("granularity", ["block", "linear"])
+def test_blockwise_allocators_by_linear_are_warned_of(
+    allocator: str, granularity: str, warnings: list[str]
+) -> None:
+    settings = AllocationSettings(allocator=allocator, granularity=granularity)
+    warn_of_granularity(settings)
+    told = [line for line in warnings if "granularity: linear" in line]
+    assert len(told) == (granularity == "linear" and allocator != "uniform")
