@@ -2,7 +2,7 @@
 What the ranks of torch.distributed tell each other; without a process group, nothing.
 
 Every rank calls these functions in the same order: they are collectives. The ranks
-share out the samples of a sweep (`share`), and what they measured is put together
+share out the samples of a run (`share`), and what they measured is put together
 where a result is read (`add`, `gather_shares`), as sums and counts that are divided
 last. Decisions are those of the first rank (`from_first`): ranks of unequal hardware
 must not part ways over a last digit.
