@@ -11,13 +11,18 @@ from torch.nn.functional import linear as apply_linear
 
 from absorb_plugin.forward.replaced import replaced_forward
 
-__all__ = ["Weights", "differentiated", "replaced_weights"]
+__all__ = ["Weights", "given", "differentiated", "replaced_weights"]
 
 # name of a Linear -> its weight, made or fetched when the Linear runs and let go after
 Weights = Mapping[str, Callable[[], torch.Tensor]]
 # takes what entered a Linear, (..., in_features), and the gradient of what left it,
 # (..., out_features): of the two, ∂loss/∂W is made
 Sink = Callable[[torch.Tensor, torch.Tensor], None]
+
+
+def given(weight: torch.Tensor) -> torch.Tensor:
+    """Of a weight that is made already; for `Weights`."""
+    return weight
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from absorb_plugin import distributed
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch, token_mask
 from absorb_plugin.forward.head import OutputHead
-from absorb_plugin.forward.linears import replaced_weights
+from absorb_plugin.forward.linears import given, replaced_weights
 from absorb_plugin.forward.loss import check_predicted, score_states
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.pruners.base import Pruner
@@ -130,7 +130,7 @@ class PrunedLoss(Probe):
         linears = self._blocks.blocks[index].linears
         wanted = {name: [s] for name, s in sparsities.items()}
         pruned = observed.prune(self._pruner, linears, wanted)
-        weights = {name: partial(_given, one) for name, (one,) in pruned.items()}
+        weights = {name: partial(given, one) for name, (one,) in pruned.items()}
         with replaced_weights(linears, weights):
             return run(state)
 
@@ -139,7 +139,3 @@ def judged_rows(batch: Batch, calibrating: int) -> dict[str, torch.Tensor]:
     """Of a batch the samples that weights are not pruned by."""
     names = ("input_ids", "attention_mask")
     return {name: batch[name][calibrating:] for name in names if name in batch}
-
-
-def _given(weight: torch.Tensor) -> torch.Tensor:
-    return weight

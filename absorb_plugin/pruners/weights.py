@@ -16,7 +16,7 @@ from absorb_plugin.forward.chunks import row_chunks
 from absorb_plugin.forward.inputs import real_tokens
 from absorb_plugin.forward.linears import Weights
 from absorb_plugin.forward.parts import current_part
-from absorb_plugin.groups import linear_names
+from absorb_plugin.groups import named
 from absorb_plugin.pruners.base import MaskPruner, Pruner
 
 __all__ = [
@@ -40,7 +40,7 @@ def block_sparsities(
     """
     An allocation, one sparsity per prunable Linear, by block and relative name.
     """
-    by_name = dict(zip(linear_names(blocks), allocation.tolist(), strict=True))
+    by_name = named(blocks, allocation)
     return {
         index: {
             name: by_name[blocks.blocks[index].full_name(name)]

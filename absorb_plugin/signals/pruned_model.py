@@ -9,7 +9,7 @@ from torch.nn import Linear, Module
 
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch, token_mask
-from absorb_plugin.forward.linears import replaced_weights
+from absorb_plugin.forward.linears import given, replaced_weights
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.pruners.base import Pruner
 from absorb_plugin.pruners.weights import (
@@ -75,7 +75,7 @@ class PrunedModel(Probe):
             name: [weight.to(_home(linears[name])) for weight in weights]
             for name, weights in pruned.items()
         }
-        weights = {name: partial(_given, found[0]) for name, found in pruned.items()}
+        weights = {name: partial(given, found[0]) for name, found in pruned.items()}
         with replaced_weights(linears, weights):
             return run(before)
 
@@ -86,10 +86,6 @@ class PrunedModel(Probe):
         """The pruned weights, where the model's own lie."""
         made_at = self._allocation
         return PrunedSlopes(self._blocks, self._kept, made_at, made_at, step=self._step)
-
-
-def _given(weight: torch.Tensor) -> torch.Tensor:
-    return weight
 
 
 def _home(linear: Linear) -> torch.device:
