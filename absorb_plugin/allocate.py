@@ -86,23 +86,24 @@ def allocate(
     if pruner.keeps_zeros and (seen := method.setting.statistics):
         budget = with_present_zeros(cap, blocks, pruner, seen)
     search, confirmed, quality = None, None, None
-    if settings.max_loss_increase is not None:
-        quality = method.largest_budget(budget, settings.max_loss_increase)
-        budget = budget.at(quality.found.sparsity)
-    base = method.base(budget)
-    final, direction = base.sparsity, np.zeros_like(base.sparsity)
-    if quality is not None:
-        final = quality.found.allocation
-    elif settings.strength == "auto":
-        search = method.search(base, budget)
-        final, direction = search.sparsity, search.direction
-    elif settings.strength != 0:
-        direction = measure_direction(method.setting, method.signal, final)
-        final = budget.meet(corrected(final, direction, float(settings.strength)))
-    if method.confirms and final is not base.sparsity:
-        judge = partial(pruned_loss, method.setting)
-        confirmed = confirm(final, base.sparsity, budget, judge)
-        final = confirmed.sparsity
+    with method.setting.runner.kept_onloaded():
+        if settings.max_loss_increase is not None:
+            quality = method.largest_budget(budget, settings.max_loss_increase)
+            budget = budget.at(quality.found.sparsity)
+        base = method.base(budget)
+        final, direction = base.sparsity, np.zeros_like(base.sparsity)
+        if quality is not None:
+            final = quality.found.allocation
+        elif settings.strength == "auto":
+            search = method.search(base, budget)
+            final, direction = search.sparsity, search.direction
+        elif settings.strength != 0:
+            direction = measure_direction(method.setting, method.signal, final)
+            final = budget.meet(corrected(final, direction, float(settings.strength)))
+        if method.confirms and final is not base.sparsity:
+            judge = partial(pruned_loss, method.setting)
+            confirmed = confirm(final, base.sparsity, budget, judge)
+            final = confirmed.sparsity
     signal = method.signal
     return Allocation(
         blocks=blocks,

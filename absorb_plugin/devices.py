@@ -15,7 +15,13 @@ from llmcompressor.utils.dev import get_main_device
 from torch.nn import Module
 from transformers import PreTrainedModel
 
-__all__ = ["computing_on_one_device", "dtype_of", "empty_cache", "free_memory"]
+__all__ = [
+    "computing_on_one_device",
+    "dtype_of",
+    "empty_cache",
+    "free_memory",
+    "is_offloaded",
+]
 
 
 @contextmanager
@@ -66,6 +72,14 @@ def empty_cache() -> None:
     there = torch.accelerator.is_available()
     if there and hasattr(torch.accelerator, "empty_cache"):
         torch.accelerator.empty_cache()
+
+
+def is_offloaded(module: Module) -> bool:
+    """Whether its own tensors are onloaded from elsewhere while they are used."""
+    tensors = module._parameters
+    if not isinstance(tensors, OffloadCache):
+        return False
+    return str(tensors.offload_device) != str(tensors.onload_device)
 
 
 def _compute_devices(model: Module) -> set[torch.device]:

@@ -19,6 +19,9 @@ from absorb_plugin.settings import Effort
 
 __all__ = ["SampleSplit", "SampleUse"]
 
+# Tokens of a window to prune by, where those of the judges are too few in all. Not fewer:
+# the activations of a first token are like no other's, and should not count for much.
+PRUNING_WINDOW = 512
 # Of so many samples there are enough for a share of their own for the last comparison.
 APART = 4
 
@@ -97,23 +100,29 @@ class SampleSplit:
     def next_pruning(self) -> list[dict]:
         """
         What the pruner's own arithmetic prunes by, other samples every time as far as
-        there are any: windows as the judges see, or whole samples where these have too
-        few tokens.
+        there are any: windows as the judges see, or more and longer ones where these
+        have too few tokens.
         """
         count = min(self._effort.confirm or self._effort.signal, len(self._measuring))
         self._prunings += 1
-        windows = self._windows(self._turn(count), f"pruning {self._prunings}")
-        if SampleUse("", windows).tokens >= self._pruning_tokens:
-            return windows
-        each = SampleUse("", self._measuring).tokens / len(self._measuring)
-        wanted = math.ceil(self._pruning_tokens / each)
-        return self._turn(min(wanted, len(self._measuring)))
+        windows = self._pruning_windows(count, self._effort.tokens)
+        lengths = [int(token_mask(sample).sum()) for sample in self._measuring]
+        length = max(self._effort.tokens, PRUNING_WINDOW)
+        while SampleUse("", windows).tokens < self._pruning_tokens:
+            each = sum(min(length, one) for one in lengths) / len(lengths)
+            wanted = math.ceil(self._pruning_tokens / each)
+            windows = self._pruning_windows(min(wanted, len(lengths)), length)
+            if length >= max(lengths):
+                break
+            length *= 2
+        return windows
 
-    def _turn(self, count: int) -> list[dict]:
-        """So many samples, at even distances, of the turn that it is."""
+    def _pruning_windows(self, count: int, length: int) -> list[dict]:
+        """Of so many samples, at even distances, of the turn that it is."""
         start = (self._prunings - 1) % len(self._measuring)
         order = self._measuring[start:] + self._measuring[:start]
-        return evenly_spaced(order, count)
+        chosen = evenly_spaced(order, count)
+        return self._windows(chosen, f"pruning {self._prunings}", length)
 
     def in_turn(self) -> list[dict]:
         """All that are not held out, whole, the first few spread over the text."""
@@ -134,8 +143,10 @@ class SampleSplit:
         uses = measuring | held_out
         return [SampleUse(use, samples) for use, samples in uses.items() if samples]
 
-    def _windows(self, samples: Iterable[dict], salt: str) -> list[dict]:
-        length = self._effort.tokens
+    def _windows(
+        self, samples: Iterable[dict], salt: str, length: int | None = None
+    ) -> list[dict]:
+        length = length or self._effort.tokens
         return [cut_tokens(sample, length, salt, self._first) for sample in samples]
 
 

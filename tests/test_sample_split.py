@@ -13,7 +13,7 @@ from absorb_plugin.calibration import pad_to_batch, token_mask
 from absorb_plugin.forward.probe import Probe
 from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.judges import PrunedLoss
-from absorb_plugin.sample_split import SampleSplit
+from absorb_plugin.sample_split import PRUNING_WINDOW, SampleSplit
 from absorb_plugin.settings import Effort
 
 # Tokens of one sample; no two samples have a token in common, so each tells its own.
@@ -173,6 +173,16 @@ def test_a_pruner_that_needs_more_tokens_gets_whole_samples() -> None:
     assert tokens(0) == 2 * 8
     assert tokens(200) == 200
     assert tokens(10_000) == 12 * 40  # all that do not judge
+
+
+def test_a_pruner_that_needs_more_tokens_sees_parts_of_long_samples() -> None:
+    """More samples, not whole ones: what is judged is padded to their length."""
+    samples = [sample(i, 2000) for i in range(16)]
+    pruning = split(samples, pruning_tokens=2500).pruning
+    assert [one["input_ids"].numel() for one in pruning] == [PRUNING_WINDOW] * 5
+    pruning = split(samples, pruning_tokens=12 * PRUNING_WINDOW + 1).pruning
+    assert {one["input_ids"].numel() for one in pruning} == {2 * PRUNING_WINDOW}
+    assert sum(one["input_ids"].numel() for one in pruning) > 12 * PRUNING_WINDOW
 
 
 def test_the_report_tells_what_served() -> None:

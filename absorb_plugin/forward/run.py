@@ -35,6 +35,7 @@ from absorb_plugin.forward.head import OutputHead
 from absorb_plugin.forward.memory import Footprint, footprint
 from absorb_plugin.forward.parts import Parts
 from absorb_plugin.forward.probe import Probe, RunBlock
+from absorb_plugin.forward.resident import release
 from absorb_plugin.language_model import forward_inputs, language_model
 
 __all__ = ["NonFiniteHiddenState", "run_probes"]
@@ -94,7 +95,8 @@ def _run_all(
     description: str,
 ) -> None:
     """
-    Batch by batch; where one does not fit the device, in halves from there on.
+    Batch by batch; where one does not fit the device, without the blocks that are kept
+    there, and where that is not enough, in halves from there on.
 
     :param parts: in which blocks run a batch that must stay whole; None if none must
     """
@@ -106,6 +108,9 @@ def _run_all(
             said = _out_of_memory(model, batch, hooks)
             if said is None:
                 bar.update()
+                continue
+            if hooks.release():
+                waiting.appendleft(batch)
                 continue
             samples = len(batch["input_ids"])
             at_a_time = samples if parts is None else parts.size or samples
@@ -244,6 +249,10 @@ class _BlockHooks:
             self._listening = False
         for probe in self._probes:
             probe.finish(batch, self._head)
+
+    def release(self) -> bool:
+        """Of blocks that are kept on the device, give the room back; if there are."""
+        return release(self._blocks.modules)
 
     def measured(self) -> list[dict[str, Any]]:
         """What every probe has measured; a batch adds to it."""

@@ -1,6 +1,7 @@
 """Runs probes: every rank its share, within the memory, and each measurement once."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 from loguru import logger
@@ -12,6 +13,7 @@ from absorb_plugin.cache import ProfileCache
 from absorb_plugin.calibration import join_samples, pad_to_batch
 from absorb_plugin.forward.memory import limit_by_machine
 from absorb_plugin.forward.probe import Probe
+from absorb_plugin.forward.resident import kept_onloaded
 from absorb_plugin.forward.run import run_probes
 from absorb_plugin.language_model import language_model
 
@@ -38,6 +40,12 @@ class ProbeRunner:
         self._model, self._blocks, self._memory = model, blocks, memory
         self.cache = (
             None if cache is None else ProfileCache(cache, language_model(model))
+        )
+
+    def kept_onloaded(self) -> AbstractContextManager[None]:
+        """Within the context blocks stay on the device, where it has room for them."""
+        return kept_onloaded(
+            language_model(self._model), self._blocks.modules, self._memory
         )
 
     def run(self, what: str, samples: Sequence[dict], probe: Probe) -> Any:

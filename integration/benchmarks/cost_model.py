@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -35,6 +35,7 @@ from absorb_plugin.forward import memory
 from absorb_plugin.forward.inputs import InputStatistics
 from absorb_plugin.forward.memory import footprint
 from absorb_plugin.forward.probe import Needs, Probe
+from absorb_plugin.forward.resident import room
 from absorb_plugin.forward.run import run_probes
 from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.judges import MaskedLoss, PrunedLoss
@@ -102,6 +103,9 @@ class Recorder(ProbeRunner):
         self.cache = None
         self.stations: list[Station] = []
         Recorder.last = self
+
+    def kept_onloaded(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def run(self, what: str, samples: Sequence[dict], probe: Probe) -> Any:
         candidates = len(getattr(probe, "_candidates", ()))
@@ -283,8 +287,15 @@ def columns_once(cost: Cost) -> Iterator[None]:
 
 
 def memory_limit() -> int:
-    """`probe_memory: auto` on a card with nothing but a block on it."""
-    return memory._power_of_two(FREE * memory.SHARE, memory.MOST)
+    """`probe_memory: auto` on a card with nothing but a block of a model on it."""
+    return memory._power_of_two(FREE * memory.SHARE_BESIDE_KEPT, memory.MOST)
+
+
+def kept_share(name: str) -> float:
+    """Of the blocks, that stay on the card once they are onloaded."""
+    size = shape(name)
+    left = room(FREE, memory_limit(), 2 * size["block"], 2 * 2 * size["head"])
+    return min(1.0, left // (2 * size["block"]) / size["layers"])
 
 
 def station_cost(
@@ -353,9 +364,11 @@ def _moved(name: str, station: Station, batches: int) -> int:
     if station.needs.kept_weights:  # of three weights, moved for every use
         visits = 4 if station.needs.backward else 1 + 3
     heads = 2 if station.probe == "InputStatistics" else 3
-    return (
-        2 * batches * (visits * size["layers"] * size["block"] + heads * size["head"])
-    )
+    blocks = visits * size["layers"] * size["block"]
+    # the statistics come first; what the pruner has made does not stay
+    if station.probe != "InputStatistics" and not station.needs.kept_weights:
+        blocks = round(blocks * (1 - kept_share(name)))
+    return 2 * batches * (blocks + heads * size["head"])
 
 
 @cache
@@ -384,7 +397,9 @@ def allocator_cost(name: str) -> dict[str, Any]:
         with tracing(dict(model.named_parameters())) as costs[layers]:
             base_allocation(Owl(), blocks, sums, Budget.of(sizes, S, 0.95))
     size = shape(name)
-    moved = 2 * 2 * size["layers"] * size["block"]
+    # the first read brings in what stays
+    reads = 2 - kept_share(name)
+    moved = round(2 * reads * size["layers"] * size["block"])
     return {
         "station": "OWL",
         "runs": 1,

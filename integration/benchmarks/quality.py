@@ -2,12 +2,13 @@
 Perplexity of every allocation on held-out text, through the real `oneshot`.
 
     python integration/benchmarks/quality.py MODEL --text CALIBRATION \
-        --eval-text HELD_OUT [--allocators owl alpha_pruning] \
+        --eval-text HELD_OUT [OTHER ...] [--allocators owl alpha_pruning] \
         [--pruners wanda sparsegpt] [--sparsities 0.5 0.6 0.7] [--seeds 0 1 2] \
         [--methods dense uniform atp base paper ours] [--tasks FILE ...] \
         --out results.jsonl
 
-An allocator may have arguments: `--allocators lsa:beta=0.07 dlp:reduce=median`.
+An allocator may have arguments: `--allocators lsa:beta=0.07 dlp:reduce=median`. Every
+pruned model is judged by every held-out text; each text has its table.
 
 One line of JSON per run, appended as it completes; a run whose line is there already is
 not repeated. `--table` prints the Markdown tables of files of results and runs nothing:
@@ -15,14 +16,14 @@ not repeated. `--table` prints the Markdown tables of files of results and runs 
     python integration/benchmarks/quality.py --table --out one.jsonl other.jsonl
 
 Methods: `dense`; `uniform`; `atp`, the depth-only ramp at the best of a few β, chosen
-on the very text that it is judged by, which favours it; `base`, the allocator alone;
-`paper`, the noise ratio at η = 1e-2 with noise on every token and strength 0.1; `ours`,
-the defaults of the modifier. Not in the table, but in the results: `masks`, ours
-without the last comparison; `gradient`, `pruner`, `response` and `noise`, ours with
-that signal; `block`, `part` and `linear`, with that level; `quick` and `thorough`, with
-that effort; `random`, ours with a random direction of the same length and the judge;
-`evolution`, an evolutionary search per Linear in the manner of EvoPress by KL
-divergence, from uniform, at as many tokens as ours (`controls.py`).
+on the very text that it is judged by (each by its own), which favours it; `base`, the
+allocator alone; `paper`, the noise ratio at η = 1e-2 with noise on every token and
+strength 0.1; `ours`, the defaults of the modifier. Not in the table, but in the
+results: `masks`, ours without the last comparison; `gradient`, `pruner`, `response` and
+`noise`, ours with that signal; `block`, `part` and `linear`, with that level; `quick`
+and `thorough`, with that effort; `random`, ours with a random direction of the same
+length and the judge; `evolution`, an evolutionary search per Linear in the manner of
+EvoPress by KL divergence, from uniform, at as many tokens as ours (`controls.py`).
 
 `--tasks` adds zero-shot accuracies (task files as of `absorb eval`) and a table of
 them; runs whose line lacks a task, or has it with another `--limit`, are repeated.
@@ -34,6 +35,7 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import geometric_mean, mean, stdev
@@ -72,6 +74,7 @@ from absorb_plugin.search.budget import Budget
 from absorb_plugin.settings import AllocationSettings
 from absorb_plugin.signals import SIGNALS
 
+Windows = Sequence[Sequence[int]]
 PRUNERS = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}
 ATP_BETAS = (0.0025, 0.005, 0.01)
 
@@ -145,7 +148,7 @@ def run(
     cell: dict,
     options: argparse.Namespace,
     tokenizer,
-    windows: list[list[int]],
+    texts: dict[str, Windows],
     tasks: list[EncodedTask],
 ) -> dict:
     samples = calibration_samples(
@@ -171,10 +174,8 @@ def run(
         recipe = [pruner] if modifier is None else [modifier, pruner]
         pruned = prune(model, tokenizer, recipe, samples, seed=cell["seed"])
     seconds = time.perf_counter() - begin
-    value, tokens = perplexity(pruned, windows)
     line = cell | {
-        "perplexity": value,
-        "tokens": tokens,
+        "texts": {name: judged(pruned, windows) for name, windows in texts.items()},
         "realised": linear_sparsity(pruned),
         "seconds": round(seconds, 1),
     }
@@ -184,11 +185,15 @@ def run(
     return line
 
 
+def judged(model: PreTrainedModel, windows: Windows) -> dict:
+    value, tokens = perplexity(model, windows)
+    return {"perplexity": value, "tokens": tokens}
+
+
 def cells(options: argparse.Namespace) -> list[dict]:
     fixed = {
         "model": Path(options.model).name,
         "text": Path(options.text).name,
-        "eval_text": Path(options.eval_text).name,
         "samples": options.samples,
         "seq_len": options.seq_len,
         "dtype": options.dtype,
@@ -219,14 +224,15 @@ def cells(options: argparse.Namespace) -> list[dict]:
 
 
 class Results:
-    """Perplexities of one model by cell."""
+    """Perplexities of one model on one text by cell."""
 
-    def __init__(self, lines: list[dict]) -> None:
-        self.lines = lines
+    def __init__(self, lines: list[dict], text: str) -> None:
+        self.lines = [line for line in lines if text in line["texts"]]
+        self.text = text
         self.keys = sorted(
             {
                 (line["pruner"], line["sparsity"], line["allocator"])
-                for line in lines
+                for line in self.lines
                 if line["allocator"] != "-"
             }
         )
@@ -235,7 +241,7 @@ class Results:
         """Seed -> perplexity."""
         wanted = (method, pruner, sparsity, allocator)
         return {
-            line["seed"]: line["perplexity"]
+            line["seed"]: line["texts"][self.text]["perplexity"]
             for line in self.lines
             if tuple(
                 line[name] for name in ("method", "pruner", "sparsity", "allocator")
@@ -332,7 +338,8 @@ def accuracies(lines: list[dict]) -> str:
     out = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for (pruner, sparsity, allocator, seed, method), line in sorted(runs.items()):
         cells = [pruner, f"{sparsity:.0%}", allocator, str(seed), method]
-        cells.append(f"{line['perplexity']:.1f}")
+        first = next(iter(line["texts"].values()))
+        cells.append(f"{first['perplexity']:.1f}")
         cells += [shown_accuracy(line["tasks"].get(name)) for name in names]
         out.append(f"| {' | '.join(cells)} |")
     return "\n".join(out)
@@ -354,26 +361,36 @@ def items(line: dict) -> dict[str, int]:
 
 
 def print_tables(lines: list[dict]) -> None:
-    models: dict[str, Results] = {}
-    for name in dict.fromkeys(line["model"] for line in lines):
-        models[name] = Results([line for line in lines if line["model"] == name])
-    for name, results in models.items():
-        first = results.lines[0]
-        dense = results.of("dense", "-", 0.0, "-")
-        print(
-            f"### {name}\n\nDense {shown(dense)}; {first['samples']} × "
-            f"{first['seq_len']} tokens of {first['text']}, perplexity on "
-            f"{max(line['tokens'] for line in results.lines):,} tokens of "
-            f"{first['eval_text']}.\n\n{table(results)}\n"
-        )
-        if with_tasks := [line for line in results.lines if "tasks" in line]:
+    names = dict.fromkeys(line["model"] for line in lines)
+    for text in dict.fromkeys(text for line in lines for text in line["texts"]):
+        models = {}
+        for name in names:
+            models[name] = Results([x for x in lines if x["model"] == name], text)
+        for name, results in models.items():
+            print_results(name, results)
+        if len(models) > 1:
+            print(f"### All models, {text}\n\n{summary(models)}\n")
+    for name in names:
+        with_tasks = [x for x in lines if x["model"] == name and "tasks" in x]
+        if with_tasks:
             count = max(n for line in with_tasks for n in items(line).values())
             print(
-                f"Zero-shot accuracy, at most {count:,} items per task.\n\n"
-                f"{accuracies(with_tasks)}\n"
+                f"### {name}\n\nZero-shot accuracy, at most {count:,} items per "
+                f"task.\n\n{accuracies(with_tasks)}\n"
             )
-    if len(models) > 1:
-        print(f"### All models\n\n{summary(models)}")
+
+
+def print_results(name: str, results: Results) -> None:
+    if not results.lines:
+        return
+    first, text = results.lines[0], results.text
+    dense = results.of("dense", "-", 0.0, "-")
+    tokens = max(line["texts"][text]["tokens"] for line in results.lines)
+    print(
+        f"### {name}\n\nDense {shown(dense)}; {first['samples']} × "
+        f"{first['seq_len']} tokens of {first['text']}, perplexity on {tokens:,} "
+        f"tokens of {text}.\n\n{table(results)}\n"
+    )
 
 
 def main() -> None:
@@ -382,7 +399,7 @@ def main() -> None:
     )
     parser.add_argument("model", nargs="?")
     parser.add_argument("--text", type=Path)
-    parser.add_argument("--eval-text", type=Path)
+    parser.add_argument("--eval-text", type=Path, nargs="+")
     parser.add_argument("--allocators", nargs="+", default=["owl", "alpha_pruning"])
     parser.add_argument("--pruners", nargs="+", default=["wanda", "sparsegpt"])
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.6, 0.7])
@@ -418,9 +435,12 @@ def main() -> None:
         logger.remove()
         logger.add(sys.stderr, level="WARNING")
         tokenizer = AutoTokenizer.from_pretrained(options.model)
-        windows = evaluation_windows(
-            read_text(options.eval_text), tokenizer, options.seq_len, options.windows
-        )
+        texts = {
+            path.name: evaluation_windows(
+                read_text(path), tokenizer, options.seq_len, options.windows
+            )
+            for path in options.eval_text
+        }
         tasks = encode_tasks(
             read_tasks(options.tasks, options.limit),
             tokenizer,
@@ -429,11 +449,13 @@ def main() -> None:
         wanted = {encoded.task.name: len(encoded.requests) for encoded in tasks}
         for cell in cells(options):
             if any(
-                cell.items() <= line.items() and wanted.items() <= items(line).items()
+                cell.items() <= line.items()
+                and texts.keys() <= line["texts"].keys()
+                and wanted.items() <= items(line).items()
                 for line in done
             ):
                 continue
-            line = run(cell, options, tokenizer, windows, tasks)
+            line = run(cell, options, tokenizer, texts, tasks)
             done.append(line)
             with options.out[0].open("a") as file:
                 file.write(json.dumps(line) + "\n")

@@ -4,11 +4,13 @@ what the loss really grew by, on held-out text.
 
     python integration/benchmarks/quality_target.py MODEL --text CALIBRATION \
         --eval-text HELD_OUT [--bounds 0.1 0.3 0.6] [--pruners wanda sparsegpt] \
-        [--seeds 0] --out results.jsonl
+        [--uniform 0.2 0.3 0.4 0.5 0.6] [--effort standard] [--seeds 0] \
+        --out results.jsonl
 
 One line of JSON per run, appended as it completes; a run whose line is there is not
-repeated. Beside each it prunes uniformly to sparsities around the one found, for what
-uniform reaches at the same loss. `--table` prints the Markdown table and runs nothing.
+repeated. Pruned uniformly to the sparsities of `--uniform` it says, interpolated, what
+uniform reaches at the loss that a bound came to. `--table` prints the Markdown table
+and runs nothing.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from loguru import logger
@@ -33,8 +36,6 @@ from absorb_plugin.evaluation.text import calibration_samples, evaluation_window
 
 PRUNERS = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}
 UPPER = 0.8
-# Below what was found: uniform is pruned to these, and one that keeps the loss counts.
-BELOW = (0.0, 0.05, 0.1, 0.15, 0.2)
 
 
 def load(options: argparse.Namespace) -> PreTrainedModel:
@@ -42,49 +43,33 @@ def load(options: argparse.Namespace) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
 
 
-def pruned(
-    cell: dict, options: argparse.Namespace, tokenizer, sparsity: float, bound: float
-) -> tuple[PreTrainedModel, float]:
-    """
-    :param bound: 0 for uniform
-    :return: the model and seconds
-    """
+def run(
+    cell: dict, options: argparse.Namespace, tokenizer, windows: list[list[int]]
+) -> dict:
     documents = read_text(options.text)
     samples = calibration_samples(
         documents, tokenizer, options.samples, options.seq_len, cell["seed"]
     )
     recipe = [
         PRUNERS[cell["pruner"]](
-            sparsity=sparsity, targets=["Linear"], ignore=["re:.*lm_head"]
+            sparsity=cell.get("uniform", UPPER),
+            targets=["Linear"],
+            ignore=["re:.*lm_head"],
         )
     ]
-    if bound:
-        recipe.insert(0, AbsorptionAllocationModifier(max_loss_increase=bound))
+    if "bound" in cell:
+        allocation = AbsorptionAllocationModifier(
+            max_loss_increase=cell["bound"], effort=cell["effort"]
+        )
+        recipe.insert(0, allocation)
+    model = load(options)
+    dense = math.log(perplexity(model, windows)[0])
     begin = time.perf_counter()
-    model = prune(load(options), tokenizer, recipe, samples, seed=cell["seed"])
-    return model, time.perf_counter() - begin
-
-
-def run(
-    cell: dict, options: argparse.Namespace, tokenizer, windows: list[list[int]]
-) -> dict:
-    dense = math.log(perplexity(load(options), windows)[0])
-    model, seconds = pruned(cell, options, tokenizer, UPPER, cell["bound"])
-    found = linear_sparsity(model)
-    increase = math.log(perplexity(model, windows)[0]) - dense
-    uniform = 0.0
-    for below in BELOW:
-        sparsity = found - below
-        if sparsity <= 0:
-            break
-        other, _ = pruned(cell, options, tokenizer, sparsity, 0.0)
-        if math.log(perplexity(other, windows)[0]) - dense <= increase:
-            uniform = linear_sparsity(other)
-            break
+    model = prune(model, tokenizer, recipe, samples, seed=cell["seed"])
+    seconds = time.perf_counter() - begin
     return cell | {
-        "sparsity": found,
-        "increase": increase,
-        "uniform": uniform,
+        "sparsity": linear_sparsity(model),
+        "increase": math.log(perplexity(model, windows)[0]) - dense,
         "seconds": round(seconds, 1),
     }
 
@@ -98,25 +83,44 @@ def cells(options: argparse.Namespace) -> list[dict]:
         "seq_len": options.seq_len,
         "dtype": options.dtype,
     }
+    kinds = [{"uniform": sparsity} for sparsity in options.uniform]
+    kinds += [{"bound": bound, "effort": options.effort} for bound in options.bounds]
     return [
-        fixed | {"pruner": pruner, "bound": bound, "seed": seed}
+        fixed | {"pruner": pruner, "seed": seed} | kind
         for seed in options.seeds
         for pruner in options.pruners
-        for bound in options.bounds
+        for kind in kinds
     ]
+
+
+def uniform_at(lines: list[dict], line: dict) -> str:
+    """What uniform pruning reaches at the loss of a line, linear between its own."""
+    alike = ("model", "text", "eval_text", "samples", "seq_len", "pruner", "seed")
+    points = sorted(
+        (other["increase"], other["sparsity"])
+        for other in lines
+        if "uniform" in other and all(other[name] == line[name] for name in alike)
+    )
+    if not points or line["increase"] > points[-1][0]:
+        return "–"
+    increases, sparsities = zip(*[(0.0, 0.0), *points], strict=True)
+    return f"{np.interp(line['increase'], increases, sparsities):.1%}"
 
 
 def table(lines: list[dict]) -> str:
     out = [
-        "| model | pruner | bound | seed | sparsity found | realised increase "
-        "| within 10 % | uniform at that loss |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | pruner | effort | bound | seed | sparsity found | realised increase "
+        "| within 10 % | uniform at that loss | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for line in lines:
+        if "bound" not in line:
+            continue
         kept = "yes" if line["increase"] <= 1.1 * line["bound"] else "no"
-        cells = [line["model"], line["pruner"], f"{line['bound']:g}", str(line["seed"])]
-        cells += [f"{line['sparsity']:.1%}", f"{line['increase']:+.3f}", kept]
-        cells.append(f"{line['uniform']:.1%}")
+        cells = [line["model"], line["pruner"], line["effort"], f"{line['bound']:g}"]
+        cells += [str(line["seed"]), f"{line['sparsity']:.1%}"]
+        cells += [f"{line['increase']:+.3f}", kept, uniform_at(lines, line)]
+        cells.append(f"{line['seconds']:.0f}")
         out.append(f"| {' | '.join(cells)} |")
     return "\n".join(out)
 
@@ -130,6 +134,10 @@ def main() -> None:
     parser.add_argument("--eval-text", type=Path)
     parser.add_argument("--bounds", nargs="+", type=float, default=[0.1, 0.3, 0.6])
     parser.add_argument("--pruners", nargs="+", default=["wanda", "sparsegpt"])
+    parser.add_argument(
+        "--uniform", nargs="*", type=float, default=[0.2, 0.3, 0.4, 0.5, 0.6]
+    )
+    parser.add_argument("--effort", default="standard")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=256)
