@@ -17,7 +17,7 @@ CODE := absorb_plugin tests integration
 # make contract-0.11.0 TORCH=torch==2.11.0
 VERSIONS := 0.13.0 0.14.0.1
 
-.PHONY: demo test fuzz quality style vllm-check gpu-check contract
+.PHONY: demo test fuzz nightly quality style vllm-check gpu-check contract
 
 demo: $(DEMO_STAMP)
 	$(BIN)/absorb demo
@@ -28,6 +28,11 @@ test: $(STAMP)
 # Nightly: 2,000 random recipes, and an interrupt at every line of the measurements.
 fuzz: $(STAMP)
 	ABSORB_NIGHTLY=1 $(BIN)/python -m pytest -n 2 tests/test_fuzz.py tests/test_faults.py
+
+# Nightly too: every recipe on real models, through prune, check and eval. MODELS names
+# directories with some, for example of Gemma 3 270M; without it SmolLM2-135M of the demo.
+nightly: fuzz $(DEMO_STAMP)
+	$(BIN)/python integration/recipe_check.py $(MODELS)
 
 contract: $(VERSIONS:%=contract-%)
 

