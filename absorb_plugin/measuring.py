@@ -56,7 +56,7 @@ def masked_loss(setting: Setting, candidates: Sequence[np.ndarray]) -> Losses:
     probe = MaskedLoss(
         setting.blocks,
         setting.pruner.masks,
-        setting.inputs,
+        setting.statistics,
         candidates,
         setting.quantiles,
     )

@@ -19,8 +19,8 @@ from absorb_plugin.settings import Effort
 
 __all__ = ["SampleSplit", "SampleUse"]
 
-# Tokens of a window to prune by, where those of the judges are too few in all: many,
-# because a first token's activations are like no other's.
+# Tokens of a window to prune by, where those of the judges are too few in all. No fewer:
+# a first token's activations are like no other's, and should not count for much.
 PRUNING_WINDOW = 512
 # Of so many samples there are enough for a share of their own for the last comparison.
 APART = 4
@@ -123,10 +123,6 @@ class SampleSplit:
         order = self._measuring[start:] + self._measuring[:start]
         chosen = evenly_spaced(order, count)
         return self._windows(chosen, f"pruning {self._prunings}", length)
-
-    def long_windows(self) -> list[dict]:
-        """Of the statistics' samples, for what runs all of them in one batch."""
-        return self._windows(self.statistics, "inputs", PRUNING_WINDOW)
 
     def in_turn(self) -> list[dict]:
         """All that are not held out, whole, the first few spread over the text."""

@@ -140,7 +140,7 @@ def descent_search(
     :param stages: each from where the one before ended
     :param groups: spreads one number per group over the Linears
     """
-    found, *_ = _started(base, budget, judge)
+    found, own, tokens = _started(base, budget, judge)
     descents, current = [], found.sparsity
     for stage in stages:
         descents.append(descend(current, budget, stage, groups))
@@ -149,7 +149,7 @@ def descent_search(
     made = [step for descent in descents for step in descent.steps]
     found = replace(found, direction=descents[0].direction, steps=made)
     if len(stages) == 1:
-        return _best_of_path(found, descents[0].path, judge)
+        return _best_of_path(found, descents[0].path, own, tokens, judge)
     return replace(
         found,
         sparsity=current,
@@ -160,25 +160,27 @@ def descent_search(
 
 
 def _best_of_path(
-    found: SearchResult, path: Sequence[np.ndarray], judge: Judge
+    found: SearchResult,
+    path: Sequence[np.ndarray],
+    own: np.ndarray,
+    tokens: np.ndarray,
+    judge: Judge,
 ) -> SearchResult:
     """
-    The start is judged once more, for meanwhile the judge knows more of the pruned
-    network than it did.
-
     :param found: with the start of the path
+    :param own: loss sums of that, per sample
     """
     made = len(path) - 1
-    points = sorted({made * part // PARTS for part in range(PARTS + 1)})
-    if not made:
+    points = sorted({made * part // PARTS for part in range(1, PARTS + 1)} - {0})
+    if not points:
         return replace(found, judged={0: found.loss})
     sums, tokens = judge([path[point] for point in points])
     means = _means(sums, tokens)
-    judged = dict(zip(points, means, strict=True))
-    least = 1 + int(np.argmin(means[1:]))
-    won, error = gain(sums[0], sums[least], tokens)
+    judged = {0: found.loss} | dict(zip(points, means, strict=True))
+    least = int(np.argmin(means))
+    won, error = gain(own, sums[least], tokens)
     if won <= TIE or won <= error:
-        return replace(found, loss=means[0], judged=judged)
+        return replace(found, judged=judged)
     return replace(
         found,
         sparsity=path[points[least]],

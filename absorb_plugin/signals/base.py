@@ -13,12 +13,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.groups import Groups
-from absorb_plugin.pruners.base import MaskPruner, Pruner
+from absorb_plugin.pruners.base import Pruner
 from absorb_plugin.pruners.weights import MaskedWeights
 from absorb_plugin.sample_split import SampleSplit
 from absorb_plugin.search.correction import direction_from_response
 from absorb_plugin.search.descent import Slopes, Stage
-from absorb_plugin.signals.pruned_model import PrunedInputs
 
 __all__ = ["Setting", "Signal"]
 
@@ -34,9 +33,8 @@ class Setting:
     :param runner: runs probes
     :param pruner: that will prune
     :param statistics: full name of a Linear -> a_j of the dense network
-    :param pruned_inputs: the same of the pruned network, as `observe` found it last
-    :param quantiles: of the scores by which weights are masked, found out once for as
-        long as these are the same (`MaskedWeights`)
+    :param quantiles: of the scores by which weights are masked, found out once for all
+        rounds (`MaskedWeights`)
     :param known: signal -> what it has measured, of those that measure once
     """
 
@@ -46,7 +44,6 @@ class Setting:
     runner: ProbeRunner
     pruner: Pruner
     statistics: Mapping[str, torch.Tensor]
-    pruned_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     quantiles: dict[str, torch.Tensor] = field(default_factory=dict)
     known: dict[Signal, Any] = field(default_factory=dict)
 
@@ -54,27 +51,8 @@ class Setting:
     def masks(self) -> MaskedWeights:
         """Masked weights, with thresholds of their own."""
         return MaskedWeights(
-            self.blocks, self.pruner.masks, self.inputs, self.quantiles
+            self.blocks, self.pruner.masks, self.statistics, self.quantiles
         )
-
-    @property
-    def inputs(self) -> dict[str, torch.Tensor]:
-        """a_j that masks go by: of the pruned network, where they are known."""
-        return {**self.statistics, **self.pruned_inputs}
-
-    def observe(self, allocation: np.ndarray) -> None:
-        """
-        From here on masks go by the inputs of the network as a pruner that only masks
-        prunes it to `allocation`. With another pruner nothing changes: under its masks
-        alone the network is not what that pruner makes of it.
-        """
-        pruner = self.pruner
-        if not isinstance(pruner, MaskPruner):
-            return
-        probe = PrunedInputs(self.blocks, pruner, allocation)
-        samples = self.samples.long_windows()
-        self.pruned_inputs.update(self.runner.run("Pruned inputs", samples, probe))
-        self.quantiles.clear()
 
 
 class Signal(BaseModel):

@@ -185,33 +185,18 @@ class Gradient(Signal):
     The slope under masks.
 
     :param step: δ/2: weights are looked at within so much of the threshold
-    :param refresh: steps after which the masks of a pruner that only masks go by the
-        inputs of the network as it is pruned now; 0 for those of the dense network
     """
 
     name: ClassVar[str] = "gradient"
     differentiates: ClassVar[bool] = True
 
     step: float = Field(default=0.05, gt=0, lt=1)
-    refresh: int = Field(default=4, ge=0)
 
     def measurer(self, setting: Setting) -> Callable[[np.ndarray], Slopes]:
-        return _MaskSlopes(setting, self).measure
+        return partial(self._slopes, setting)
 
-
-class _MaskSlopes:
-    """The slopes of one descent under masks."""
-
-    def __init__(self, setting: Setting, signal: Gradient) -> None:
-        self._setting, self._signal, self._age = setting, signal, 0
-
-    def measure(self, allocation: np.ndarray) -> Slopes:
-        setting, refresh = self._setting, self._signal.refresh
-        if refresh and self._age % refresh == 0:
-            setting.observe(allocation)
-        self._age += 1
-        step = self._signal.step
-        source = MaskedSlopes(setting.blocks, setting.masks, allocation, step)
+    def _slopes(self, setting: Setting, allocation: np.ndarray) -> Slopes:
+        source = MaskedSlopes(setting.blocks, setting.masks, allocation, self.step)
         return _slopes(setting, source)
 
 

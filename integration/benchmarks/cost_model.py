@@ -49,7 +49,7 @@ from absorb_plugin.pruners.weights import (
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.settings import AllocationSettings
 from absorb_plugin.signals.gradient import GradientProbe, LinearSlopes
-from absorb_plugin.signals.pruned_model import PrunedInputs, PrunedModel
+from absorb_plugin.signals.pruned_model import PrunedModel
 
 GIB = 2**30
 CONFIGS = {
@@ -135,8 +135,6 @@ def _answer(probe: Probe, samples: int, candidates: int) -> Any:
     if isinstance(probe, PrunedModel):
         flat = probe._allocation
         return PrunedSlopes(probe._blocks, {}, flat, flat, step=0.1)
-    if isinstance(probe, PrunedInputs):
-        return {}
     losses = 300.0 - 20 * np.arange(candidates)[:, None] * np.ones((1, samples))
     return losses, np.full(samples, 100.0)
 
@@ -199,8 +197,6 @@ def make_probe(station: Station, blocks: BlockMap, pruner: Pruner) -> Probe:
     flats = [np.full(count, S + 0.01 * i) for i in range(station.candidates)]
     if station.probe == "InputStatistics":
         return InputStatistics(blocks)
-    if station.probe == "PrunedInputs":
-        return PrunedInputs(blocks, pruner.masks, np.full(count, S))
     if station.probe == "PrunedModel":
         return PrunedModel(blocks, pruner, np.full(count, S), 0.1)
     if station.probe == "GradientProbe" and station.needs.kept_weights:

@@ -14,7 +14,7 @@ from absorb_plugin.blocks import find_blocks
 from absorb_plugin.forward.probe import Probe
 from absorb_plugin.forward.run import run_probes
 
-TOGETHER = ("pruner of", "model pruned", "pruned inputs", "second moments")
+TOGETHER = ("pruner of", "model pruned", "second moments")
 AT_ONCE = {name for name in PROBES if name.startswith(TOGETHER)}
 DIVISIBLE = [
     name for name, case in PROBES.items() if name not in AT_ONCE and not case.same_batch

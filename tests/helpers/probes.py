@@ -27,7 +27,7 @@ from absorb_plugin.pruners.weights import MaskedSlopes, MaskedWeights, PrunedSlo
 from absorb_plugin.signals import SIGNALS
 from absorb_plugin.signals.gradient import GradientProbe, LinearSlopes
 from absorb_plugin.signals.noise import NoiseProbe, NoiseProfile
-from absorb_plugin.signals.pruned_model import PrunedInputs, PrunedModel
+from absorb_plugin.signals.pruned_model import PrunedModel
 from absorb_plugin.signals.response import Response, ResponseProbe
 from helpers import naive
 
@@ -175,10 +175,6 @@ def _pruned_model(pruner: str, where: Place) -> Probe:
     return PrunedModel(where.blocks, PRUNERS[pruner](), where.flat(), STEP)
 
 
-def _pruned_inputs(where: Place) -> Probe:
-    return PrunedInputs(where.blocks, PRUNERS["wanda"](), where.flat())
-
-
 def _pruned_slope(pruner: str, where: Place) -> Probe:
     tokens = torch.arange(3, 35).view(2, 16) % where.model.config.vocab_size
     pruned = _pruned_model(pruner, where)
@@ -232,7 +228,6 @@ PROBES: dict[str, ProbeCase] = {
         )
         for pruner in PRUNERS
     },
-    "pruned inputs": ProbeCase(_pruned_inputs, lambda count: 2 * count),
     **{
         f"slope of {pruner}": ProbeCase(
             partial(_pruned_slope, pruner),
