@@ -19,8 +19,8 @@ from absorb_plugin.settings import Effort
 
 __all__ = ["SampleSplit", "SampleUse"]
 
-# Tokens of a window to prune by, where those of the judges are too few in all. No fewer:
-# a first token's activations are like no other's, and should not count for much.
+# Tokens of a window to prune by, where those of the judges are too few in all: many,
+# because a first token's activations are like no other's.
 PRUNING_WINDOW = 512
 # Of so many samples there are enough for a share of their own for the last comparison.
 APART = 4
