@@ -20,7 +20,7 @@ from torch.nn import Linear, Module
 from transformers import PreTrainedModel
 
 from absorb_plugin.cpu import bfloat16_is_slow
-from absorb_plugin.devices import dtype_of, free_memory, is_offloaded
+from absorb_plugin.devices import dtype_of, free_memory
 from absorb_plugin.forward import chunks
 from absorb_plugin.forward import head as output_head
 from absorb_plugin.forward.probe import Needs
@@ -39,10 +39,10 @@ SCORE_COPIES = 5
 # round, the factor; and afterwards the factor, its inverse and the unit matrix.
 INVERSE_COPIES = 4
 
-# "auto": this share of what is free, rounded down to a power of two, within bounds.
-# Where a model is offloaded, what is left keeps blocks on the device (resident.py).
+# "auto": this share of what is free, rounded down to a power of two, within bounds. On
+# an accelerator every batch onloads the model anew, so more memory is less traffic;
+# what is left is for blocks that stay (resident.py).
 SHARE = 0.5
-SHARE_BESIDE_KEPT = 0.25
 LEAST = 2**30
 MOST = 32 * 2**30
 MOST_ON_CPU = 4 * 2**30
@@ -184,21 +184,18 @@ def footprint(
 
 def limit_by_machine(model: PreTrainedModel, blocks: Sequence[Module]) -> int:
     """
-    `probe_memory: auto`, in bytes: half of what is free where the model computes (a
-    quarter where the blocks are offloaded from there), and on an accelerator not taken
-    by the block that is onloaded, rounded down to a power of two; 1 GiB at least, and
-    32 GiB at most (4 on a CPU).
+    `probe_memory: auto`, in bytes: half of what is free where the model computes, and
+    on an accelerator not taken by the block that is onloaded, rounded down to a power
+    of two; 1 GiB at least, and 32 GiB at most (4 on a CPU).
     """
     device = torch.device(get_execution_device(model))
     if device.type == "cpu":
         return _power_of_two(psutil.virtual_memory().available * SHARE, MOST_ON_CPU)
-    size = dtype_of(model).itemsize * _Shapes.of(blocks).block
+    block = dtype_of(model).itemsize * _Shapes.of(blocks).block
     free = free_memory(device)
     if free is None:
         return MOST_ON_CPU
-    offloaded = any(is_offloaded(one) for block in blocks for one in block.modules())
-    share = SHARE_BESIDE_KEPT if offloaded else SHARE
-    return _power_of_two((free - size) * share, MOST)
+    return _power_of_two((free - block) * SHARE, MOST)
 
 
 def _power_of_two(memory: float, most: int) -> int:

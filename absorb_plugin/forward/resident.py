@@ -72,10 +72,10 @@ class Kept(OffloadCache):
 @contextmanager
 def kept_onloaded(
     model: PreTrainedModel, blocks: Sequence[Module], memory: int
-) -> Iterator[None]:
+) -> Iterator[int]:
     """
-    Within the context the first blocks are onloaded once, as many as there is room for.
-    Nothing changes for a model that is not offloaded from an accelerator.
+    Within the context the first blocks are onloaded once, as many as there is room for:
+    the number that is yielded. For a model that is not offloaded it is none.
 
     :param memory: bytes that a probe may take beside the model
     """
@@ -96,7 +96,7 @@ def kept_onloaded(
                 f"{chosen} of {len(blocks)} blocks stay on "
                 f"{get_execution_device(model)} while the allocation is made"
             )
-        yield
+        yield chosen
 
 
 def release(blocks: Sequence[Module]) -> bool:

@@ -77,6 +77,8 @@ def run_probes(
         needs = [probe.needs for probe in probes]
         need = footprint(model, blocks.modules, needs, memory)
         head.chunk_bytes = need.chunk
+        if memory is not None and need.fixed > memory:
+            release(blocks.modules)  # it needs the room of blocks that are kept
         parts = Parts()
         stack.enter_context(parts.applied(blocks.modules))
         whole = any(one.single_batch for one in needs)

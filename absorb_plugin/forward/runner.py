@@ -1,7 +1,7 @@
 """Runs probes: every rank its share, within the memory, and each measurement once."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from loguru import logger
@@ -35,6 +35,7 @@ class ProbeRunner:
         memory: int | Literal["auto"],
         cache: str | None = None,
     ) -> None:
+        self._free_to_choose = memory == "auto"
         if memory == "auto":
             memory = limit_by_machine(model, blocks.modules)
         self._model, self._blocks, self._memory = model, blocks, memory
@@ -42,11 +43,20 @@ class ProbeRunner:
             None if cache is None else ProfileCache(cache, language_model(model))
         )
 
-    def kept_onloaded(self) -> AbstractContextManager[None]:
-        """Within the context blocks stay on the device, where it has room for them."""
-        return kept_onloaded(
-            language_model(self._model), self._blocks.modules, self._memory
-        )
+    @contextmanager
+    def kept_onloaded(self) -> Iterator[None]:
+        """
+        Within the context blocks stay on the device, where it has room for them; probes
+        then make do with half of the memory, unless it is the user's number.
+        """
+        before, model = self._memory, language_model(self._model)
+        less = before // 2 if self._free_to_choose else before
+        with kept_onloaded(model, self._blocks.modules, less) as kept:
+            self._memory = less if kept else before
+            try:
+                yield
+            finally:
+                self._memory = before
 
     def run(self, what: str, samples: Sequence[dict], probe: Probe) -> Any:
         """

@@ -241,7 +241,7 @@ def traced(
     data: list[Batch] = [{"input_ids": ids} for _ in range(batches)]
     counted = station.pruning / station.samples if station.pruning else 1.0
     own = dict(model.named_parameters()), dict(model.named_buffers())
-    limit = memory_limit() if station.needs.single_batch else None
+    limit = station_limit(station) if station.needs.single_batch else None
     with tracing(*own, counted=counted) as cost, columns_once(cost):
         run_probes(model, blocks, data, [probe], memory=limit)
     return cost
@@ -287,14 +287,20 @@ def columns_once(cost: Cost) -> Iterator[None]:
 
 
 def memory_limit() -> int:
-    """`probe_memory: auto` on a card with nothing but a block of a model on it."""
-    return memory._power_of_two(FREE * memory.SHARE_BESIDE_KEPT, memory.MOST)
+    """`probe_memory: auto` on a card with nothing but a block on it."""
+    return memory._power_of_two(FREE * memory.SHARE, memory.MOST)
+
+
+def station_limit(station: Station) -> int:
+    """Half of it for all but the statistics, since blocks stay on the card."""
+    whole = station.probe == "InputStatistics"
+    return memory_limit() if whole else memory_limit() // 2
 
 
 def kept_share(name: str) -> float:
     """Of the blocks, that stay on the card once they are onloaded."""
     size = shape(name)
-    left = room(FREE, memory_limit(), 2 * size["block"], 2 * 2 * size["head"])
+    left = room(FREE, memory_limit() // 2, 2 * size["block"], 2 * 2 * size["head"])
     return min(1.0, left // (2 * size["block"]) / size["layers"])
 
 
@@ -304,7 +310,7 @@ def station_cost(
     """Of all runs of a station on one of the GPUs."""
     model = build(name, CONFIGS[name]["num_hidden_layers"])
     blocks = find_blocks(model)
-    limit = memory_limit()
+    limit = station_limit(station)
     need = footprint(model, blocks.modules, [station.needs], limit)
     # what the pruner has made is kept where the weights are, on the host
     size = shape(name)

@@ -19,6 +19,7 @@ from absorb_plugin.devices import is_offloaded
 from absorb_plugin.evaluation.allocation import allocate_model
 from absorb_plugin.forward.resident import RESERVE, Kept, kept_onloaded, release, room
 from absorb_plugin.forward.run import run_probes
+from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.settings import AllocationSettings
 
 MEMORY = 1000  # that a probe may take, for the room only
@@ -36,12 +37,18 @@ def offloaded(device: FakeDevice) -> PreTrainedModel:
 
 
 def set_room(
-    model: PreTrainedModel, blocks: int, monkeypatch: pytest.MonkeyPatch
+    model: PreTrainedModel,
+    blocks: int,
+    monkeypatch: pytest.MonkeyPatch,
+    memory: int = MEMORY,
 ) -> None:
-    """So much is free on the device that this number of blocks may stay."""
+    """
+    So much is free on the device that this number of blocks may stay beside a probe
+    that takes `memory` bytes.
+    """
     sizes = [bytes_of(block) for block in find_blocks(model).modules]
     outside = bytes_of(model) - sum(sizes)
-    wanted = MEMORY + 2 * max(sizes) + outside + sum(sizes[:blocks])
+    wanted = memory + 2 * max(sizes) + outside + sum(sizes[:blocks])
     free = int(wanted / (1 - RESERVE)) + 2
     monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda *_: (free, 2**40))
 
@@ -142,6 +149,18 @@ def test_room_is_given_back_before_a_batch_is_halved(
     assert not any("does not fit" in message for message in warnings)
 
 
+def test_what_passes_the_limit_takes_the_room(
+    offloaded: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_room(offloaded, 3, monkeypatch)
+    where = place(offloaded, tiny.make_batch())
+    probe = PROBES["pruner of sparsegpt"].make(where)
+    with kept_onloaded(offloaded, where.blocks.modules, MEMORY):
+        slopes(offloaded, where)
+        run_probes(offloaded, where.blocks, [tiny.make_batch(3)], [probe], memory=1)
+        assert not release(where.blocks.modules)
+
+
 def test_without_offload_nothing_is_kept(device: FakeDevice) -> None:
     for model in (tiny.make_model("llama"), tiny.make_model("llama").to("fake:0")):
         with kept_onloaded(model, find_blocks(model).modules, MEMORY):
@@ -153,13 +172,24 @@ def test_room(free: int, found: int) -> None:
     assert room(free, memory=100, block=10, outside=5) == found
 
 
+@pytest.mark.parametrize(("given", "share"), [("auto", 2), (2**24, 1)])
+def test_probes_make_do_with_less_beside_them(
+    given: Any, share: int, offloaded: PreTrainedModel
+) -> None:
+    runner = ProbeRunner(offloaded, find_blocks(offloaded), given)
+    before = runner._memory
+    with runner.kept_onloaded():
+        assert runner._memory == before // share
+    assert runner._memory == before
+
+
 def test_an_allocation_keeps_blocks_and_is_the_same(
     device: FakeDevice, offloaded: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fields: dict[str, Any] = {"rounds": 3, "probe_memory": MEMORY}
+    fields: dict[str, Any] = {"rounds": 3, "probe_memory": 2**24}
     moved, found = [], []
     for blocks in (0, 3):
-        set_room(offloaded, blocks, monkeypatch)
+        set_room(offloaded, blocks, monkeypatch, 2**24)
         with counted(device) as count:
             settings = AllocationSettings(**fields)
             allocation = allocate_model(offloaded, tiny.make_dataset(6), 0.5, settings)
