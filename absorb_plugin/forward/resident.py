@@ -2,7 +2,7 @@
 Offloaded blocks that stay on the accelerator from one forward to the next.
 
 An allocation runs dozens of forwards of few tokens, and offloaded weights are onloaded
-in every one of them: two thirds of its time (docs/scaling.md). So as many blocks as the
+in every one of them, for most of its time (docs/scaling.md). So as many blocks as the
 device has room for beside a probe are onloaded once. The room is given back where a
 batch does not fit.
 """
