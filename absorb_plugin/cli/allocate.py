@@ -7,26 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from absorb_plugin.cli import options
 from absorb_plugin.cli.frame import command, show
 from absorb_plugin.cli.inputs import Source, read_model
-from absorb_plugin.cli.options import (
-    AsJson,
-    Cache,
-    DatasetName,
-    Debug,
-    Dtype,
-    DtypeOption,
-    Effort,
-    Model,
-    PrunerName,
-    Samples,
-    Seed,
-    SeqLen,
-    Split,
-    Text,
-    TextColumn,
-    TrustRemoteCode,
-)
 
 if TYPE_CHECKING:
     from absorb_plugin.allocation import Allocation
@@ -47,36 +30,36 @@ class Level(str, Enum):
 
 
 def allocate(
-    model: Model,
+    model: options.Model,
     allocator: Annotated[str, typer.Option(help="See `absorb allocators`.")],
     sparsity: Annotated[float, typer.Option(help="The budget, in [0, 1).")],
     arguments: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Argument of the allocator."),
     ] = None,
-    text: Text = None,
-    dataset: DatasetName = None,
-    split: Split = "train",
-    text_column: TextColumn = None,
-    samples: Samples = 128,
-    seq_len: SeqLen = 512,
-    seed: Seed = 0,
+    text: options.Text = None,
+    dataset: options.DatasetName = None,
+    split: options.Split = "train",
+    text_column: options.TextColumn = None,
+    samples: options.Samples = 128,
+    seq_len: options.SeqLen = 512,
+    seed: options.Seed = 0,
     granularity: Annotated[
         Granularity, typer.Option(help="What the base allocator ranks.")
     ] = Granularity.block,
     level: Annotated[Level, typer.Option(help="What is corrected alike.")] = Level.auto,
     effort: Annotated[
-        Effort, typer.Option(help="How much is measured.")
-    ] = Effort.standard,
+        options.Effort, typer.Option(help="How much is measured.")
+    ] = options.Effort.standard,
     pruner: Annotated[
-        PrunerName, typer.Option(help="What the allocation is for.")
-    ] = PrunerName.wanda,
+        options.PrunerName, typer.Option(help="What the allocation is for.")
+    ] = options.PrunerName.wanda,
     correction: Annotated[
         bool, typer.Option(help="Correct the base allocation by absorption.")
     ] = True,
-    dtype: DtypeOption = Dtype.auto,
-    trust_remote_code: TrustRemoteCode = False,
-    profile_cache: Cache = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    trust_remote_code: options.TrustRemoteCode = False,
+    profile_cache: options.Cache = None,
     recipe_out: Annotated[
         Path | None,
         typer.Option(
@@ -88,8 +71,8 @@ def allocate(
         Path | None,
         typer.Option(metavar="FILE", help="Save Linear -> sparsity, JSON."),
     ] = None,
-    as_json: AsJson = False,
-    debug: Debug = False,
+    as_json: options.AsJson = False,
+    debug: options.Debug = False,
 ) -> None:
     """Compute the sparsity of every block of MODEL, without pruning."""
     with command(debug) as stdout:

@@ -5,26 +5,9 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
+from absorb_plugin.cli import options
 from absorb_plugin.cli.frame import command, show
 from absorb_plugin.cli.inputs import Source, read_model
-from absorb_plugin.cli.options import (
-    AsJson,
-    Cache,
-    DatasetName,
-    Debug,
-    Dtype,
-    DtypeOption,
-    Effort,
-    Model,
-    PrunerName,
-    Samples,
-    Seed,
-    SeqLen,
-    Split,
-    Text,
-    TextColumn,
-    TrustRemoteCode,
-)
 
 if TYPE_CHECKING:
     from absorb_plugin.evaluation.curve import Curve
@@ -35,14 +18,14 @@ MOST = 100
 
 
 def curve(
-    model: Model,
-    text: Text = None,
-    dataset: DatasetName = None,
-    split: Split = "train",
-    text_column: TextColumn = None,
+    model: options.Model,
+    text: options.Text = None,
+    dataset: options.DatasetName = None,
+    split: options.Split = "train",
+    text_column: options.TextColumn = None,
     pruner: Annotated[
-        PrunerName, typer.Option(help="Whose arithmetic judges.")
-    ] = PrunerName.wanda,
+        options.PrunerName, typer.Option(help="Whose arithmetic judges.")
+    ] = options.PrunerName.wanda,
     allocator: Annotated[str, typer.Option(help="See `absorb allocators`.")] = "owl",
     sparsities: Annotated[
         str,
@@ -51,19 +34,19 @@ def curve(
         ),
     ] = "0.3:0.8:0.05",
     effort: Annotated[
-        Effort, typer.Option(help="How much is measured.")
-    ] = Effort.standard,
-    samples: Samples = 128,
-    seq_len: SeqLen = 512,
-    seed: Seed = 0,
-    dtype: DtypeOption = Dtype.auto,
-    trust_remote_code: TrustRemoteCode = False,
-    profile_cache: Cache = None,
+        options.Effort, typer.Option(help="How much is measured.")
+    ] = options.Effort.standard,
+    samples: options.Samples = 128,
+    seq_len: options.SeqLen = 512,
+    seed: options.Seed = 0,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    trust_remote_code: options.TrustRemoteCode = False,
+    profile_cache: options.Cache = None,
     figure: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw a figure, PNG.")
     ] = None,
-    as_json: AsJson = False,
-    debug: Debug = False,
+    as_json: options.AsJson = False,
+    debug: options.Debug = False,
 ) -> None:
     """Loss and perplexity of MODEL over sparsity: uniform, base, corrected."""
     with command(debug) as stdout:

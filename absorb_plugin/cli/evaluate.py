@@ -7,38 +7,26 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
+from absorb_plugin.cli import options
 from absorb_plugin.cli.frame import command, show
 from absorb_plugin.cli.inputs import Source, read_model
-from absorb_plugin.cli.options import (
-    AsJson,
-    DatasetName,
-    Debug,
-    Dtype,
-    DtypeOption,
-    Model,
-    SeqLen,
-    Split,
-    Text,
-    TextColumn,
-    TrustRemoteCode,
-)
 
 __all__ = ["evaluate"]
 
 
 def evaluate(
-    model: Model,
+    model: options.Model,
     more: Annotated[
         list[Path] | None,
         typer.Argument(
             metavar="[FILE]...", help="More task files: --tasks tasks/*.jsonl works."
         ),
     ] = None,
-    text: Text = None,
-    dataset: DatasetName = None,
-    split: Split = "test",
-    text_column: TextColumn = None,
-    seq_len: SeqLen = 512,
+    text: options.Text = None,
+    dataset: options.DatasetName = None,
+    split: options.Split = "test",
+    text_column: options.TextColumn = None,
+    seq_len: options.SeqLen = 512,
     windows: Annotated[
         int | None,
         typer.Option(min=1, help="First windows of the text; by default all."),
@@ -60,10 +48,10 @@ def evaluate(
         Path | None,
         typer.Option(metavar="FILE", help="Save the result, for `absorb compare`."),
     ] = None,
-    dtype: DtypeOption = Dtype.auto,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
-    debug: Debug = False,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.AsJson = False,
+    debug: options.Debug = False,
 ) -> None:
     """Perplexity of MODEL over windows of a text, and its accuracy on tasks."""
     with command(debug) as stdout:

@@ -7,23 +7,9 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
+from absorb_plugin.cli import options
 from absorb_plugin.cli.frame import command, show
 from absorb_plugin.cli.inputs import Source, read_model
-from absorb_plugin.cli.options import (
-    AsJson,
-    DatasetName,
-    Debug,
-    Dtype,
-    DtypeOption,
-    Model,
-    Samples,
-    Seed,
-    SeqLen,
-    Split,
-    Text,
-    TextColumn,
-    TrustRemoteCode,
-)
 
 if TYPE_CHECKING:
     from absorb_plugin.signals.noise_scan import NoiseScan
@@ -43,17 +29,17 @@ class NoiseDtype(str, Enum):
 
 
 def noise(
-    model: Model,
+    model: options.Model,
     eta: Annotated[
         str, typer.Option(help="Lengths η of the noise, with commas between them.")
     ] = "1e-4,1e-3,1e-2,0.1,0.3,1",
-    text: Text = None,
-    dataset: DatasetName = None,
-    split: Split = "train",
-    text_column: TextColumn = None,
-    samples: Samples = 8,
-    seq_len: SeqLen = 128,
-    seed: Seed = 0,
+    text: options.Text = None,
+    dataset: options.DatasetName = None,
+    split: options.Split = "train",
+    text_column: options.TextColumn = None,
+    samples: options.Samples = 8,
+    seq_len: options.SeqLen = 128,
+    seed: options.Seed = 0,
     sink_tokens: Annotated[
         SinkTokens, typer.Option(help="Tokens that get no noise.")
     ] = SinkTokens.auto,
@@ -63,10 +49,10 @@ def noise(
     figure: Annotated[
         Path | None, typer.Option(help="PNG file to draw the result into.")
     ] = None,
-    dtype: DtypeOption = Dtype.auto,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
-    debug: Debug = False,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.AsJson = False,
+    debug: options.Debug = False,
 ) -> None:
     """Measure how MODEL absorbs or amplifies noise, over depth and over η."""
     with command(debug) as stdout:

@@ -8,26 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from absorb_plugin.cli import options
 from absorb_plugin.cli.frame import command, show
 from absorb_plugin.cli.inputs import Source, read_model
-from absorb_plugin.cli.options import (
-    AsJson,
-    Cache,
-    DatasetName,
-    Debug,
-    Dtype,
-    DtypeOption,
-    Effort,
-    Model,
-    PrunerName,
-    Samples,
-    Seed,
-    SeqLen,
-    Split,
-    Text,
-    TextColumn,
-    TrustRemoteCode,
-)
 
 if TYPE_CHECKING:
     from llmcompressor.recipe import Recipe
@@ -53,7 +36,7 @@ class Quantization(str, Enum):
 
 
 def prune(
-    model: Model,
+    model: options.Model,
     out: Annotated[Path, typer.Option(help="Directory for the pruned model.")],
     recipe: Annotated[
         Path | None,
@@ -71,35 +54,36 @@ def prune(
         ),
     ] = None,
     pruner: Annotated[
-        PrunerName | None, typer.Option(help="By default sparsegpt.")
+        options.PrunerName | None, typer.Option(help="By default sparsegpt.")
     ] = None,
     allocator: Annotated[
         str | None, typer.Option(help="See `absorb allocators`; by default owl.")
     ] = None,
     effort: Annotated[
-        Effort | None, typer.Option(help="How much is measured; by default standard.")
+        options.Effort | None,
+        typer.Option(help="How much is measured; by default standard."),
     ] = None,
     quantize: Annotated[
         Quantization | None, typer.Option(help="Quantise after pruning.")
     ] = None,
-    text: Text = None,
-    dataset: DatasetName = None,
-    split: Split = "train",
-    text_column: TextColumn = None,
-    samples: Samples = 128,
-    seq_len: SeqLen = 512,
-    seed: Seed = 0,
+    text: options.Text = None,
+    dataset: options.DatasetName = None,
+    split: options.Split = "train",
+    text_column: options.TextColumn = None,
+    samples: options.Samples = 128,
+    seq_len: options.SeqLen = 512,
+    seed: options.Seed = 0,
     pipeline: Annotated[
         Pipeline, typer.Option(help="llm-compressor's calibration pipeline.")
     ] = Pipeline.independent,
-    dtype: DtypeOption = Dtype.auto,
-    trust_remote_code: TrustRemoteCode = False,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    trust_remote_code: options.TrustRemoteCode = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the model in --out.")
     ] = False,
-    profile_cache: Cache = None,
-    as_json: AsJson = False,
-    debug: Debug = False,
+    profile_cache: options.Cache = None,
+    as_json: options.AsJson = False,
+    debug: options.Debug = False,
 ) -> None:
     """Prune MODEL to a sparsity, a quality or by a recipe, and save it."""
     with command(debug) as stdout:
