@@ -113,9 +113,14 @@ def test_zeros_survive(case: str, pruned: Masks, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model(**tiny.make_batch()).logits
         logits = reloaded(**tiny.make_batch()).logits
-    # int8 activations near a rounding boundary may go either way
-    tolerance = 0.1 if case == "w8a8" else 1e-4
-    torch.testing.assert_close(logits, expected, atol=tolerance, rtol=1e-4)
+    if case == "w8a8":
+        # An int8 activation near a rounding boundary may go either way, and what comes
+        # after it differs; how many do depends on the CPU. Most tokens see none.
+        differences = (logits - expected).abs().amax(dim=-1)
+        assert differences.median() < 1e-4
+        assert (logits - expected).abs().mean() < 1e-2 * expected.std()
+    else:
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     zeros = zeros_of(reloaded, pruned)
     assert lost(pruned, zeros) == 0
     assert stored == pytest.approx(share(zeros))
