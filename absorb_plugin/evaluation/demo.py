@@ -118,9 +118,10 @@ def run_demo(out: Path, tell: Callable[[str], None]) -> DemoResult:
     windows = evaluation_windows([evaluation_text], tokenizer, SEQ_LEN, WINDOWS)
 
     rows: list[Row] = []
+    first = time.perf_counter()  # without making the checkpoint, which is done once
     with staged_directory(out / "model") as staging:
         for number, stage in enumerate(STAGES):
-            tell(_progress(number, time.perf_counter() - start))
+            tell(_progress(number, time.perf_counter() - first))
             model, seconds = _load(source), None
             if stage.pruner is not None:
                 begin = time.perf_counter()
