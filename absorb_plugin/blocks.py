@@ -10,6 +10,7 @@ from loguru import logger
 from transformers import PreTrainedModel
 
 from absorb_plugin.language_model import language_model
+from absorb_plugin.torch_state import stored
 
 __all__ = ["Block", "BlockMap", "find_blocks", "linear_parameters"]
 
@@ -232,8 +233,7 @@ def _linears(block: torch.nn.Module) -> dict[str, torch.nn.Linear]:
 
 def _weight(linear: torch.nn.Linear) -> int:
     """Tells weights apart without reading them, which may onload."""
-    parameters = getattr(linear._parameters, "offloaded_values", linear._parameters)
-    return id(parameters["weight"])
+    return id(stored(linear._parameters)["weight"])
 
 
 def _routers(block: torch.nn.Module) -> list[str]:

@@ -1,12 +1,13 @@
 """Torch as it comes, whatever a script has set around us."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch.nn import Module
 
-__all__ = ["check_differentiable", "plain_torch"]
+__all__ = ["check_differentiable", "plain_torch", "stored"]
 
 
 @contextmanager
@@ -34,15 +35,24 @@ def plain_torch() -> Iterator[None]:
         yield
 
 
+def stored(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+    """
+    Parameters or buffers of a module as they lie, without onloading any.
+
+    :param tensors: `module._parameters` or `module._buffers`
+    """
+    return getattr(tensors, "offloaded_values", tensors)
+
+
 def check_differentiable(model: Module) -> None:
     """
     :raises ValueError: if weights were made in inference mode, which torch does not
         differentiate through
     """
     for name, module in model.named_modules():
-        stored = getattr(module._parameters, "offloaded_values", module._parameters)
         if any(
-            isinstance(x, torch.Tensor) and x.is_inference() for x in stored.values()
+            isinstance(x, torch.Tensor) and x.is_inference()
+            for x in stored(module._parameters).values()
         ):
             raise ValueError(
                 f"model: the weights of {name} were made under torch.inference_mode, "

@@ -3,8 +3,8 @@ Offloaded blocks that stay on the accelerator from one forward to the next.
 
 An allocation runs dozens of forwards of few tokens, and offloaded weights are onloaded
 in every one of them, for most of its time (docs/scaling.md). So as many blocks as the
-device has room for beside a probe are onloaded once. The room is given back where a
-batch does not fit.
+device has room for beside a probe are onloaded once. The room is given back for a probe
+that passes its limit, and where a batch does not fit.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
@@ -18,6 +18,7 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 
 from absorb_plugin.devices import free_memory, is_offloaded
+from absorb_plugin.torch_state import stored
 
 __all__ = ["kept_onloaded", "release", "room"]
 
@@ -79,11 +80,12 @@ def kept_onloaded(
 
     :param memory: bytes that a probe may take beside the model
     """
-    left, chosen = _room_on_device(model, blocks, memory), 0
+    offloaded = [_offloaded(block) for block in blocks]
+    sizes = [sum(map(_size, modules)) for modules in offloaded]
+    left, chosen = _room_on_device(model, sizes, memory), 0
     with ExitStack() as stack:
-        for block in blocks:
-            modules = _offloaded(block)
-            left -= sum(map(_size, modules))
+        for modules, size in zip(offloaded, sizes, strict=True):
+            left -= size
             if left < 0:
                 break
             for module in modules:
@@ -122,16 +124,14 @@ def room(free: int, memory: int, block: int, outside: int) -> int:
     return max(0, int(free * (1 - RESERVE)) - memory - 2 * block - outside)
 
 
-def _room_on_device(
-    model: PreTrainedModel, blocks: Sequence[Module], memory: int
-) -> int:
+def _room_on_device(model: PreTrainedModel, sizes: Sequence[int], memory: int) -> int:
+    """:param sizes: bytes of every block that are offloaded"""
     device = torch.device(get_execution_device(model))
     free = None if device.type == "cpu" else free_memory(device)
     if free is None:
         return 0
-    inside = [sum(map(_size, _offloaded(block))) for block in blocks]
-    outside = sum(map(_size, _offloaded(model))) - sum(inside)
-    return room(free, memory, max(inside, default=0), outside)
+    outside = sum(map(_size, _offloaded(model))) - sum(sizes)
+    return room(free, memory, max(sizes, default=0), outside)
 
 
 def _offloaded(module: Module) -> list[Module]:
@@ -142,7 +142,7 @@ def _size(module: Module) -> int:
     return sum(
         tensor.nbytes
         for tensors in (module._parameters, module._buffers)
-        for tensor in getattr(tensors, "offloaded_values", tensors).values()
+        for tensor in stored(tensors).values()
         if tensor is not None
     )
 

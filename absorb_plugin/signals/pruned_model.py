@@ -18,6 +18,7 @@ from absorb_plugin.pruners.weights import (
     band,
     block_sparsities,
 )
+from absorb_plugin.torch_state import stored
 
 __all__ = ["PrunedModel"]
 
@@ -90,6 +91,5 @@ class PrunedModel(Probe):
 
 def _home(linear: Linear) -> torch.device:
     """Where the weight lies while it is not in use; not on disk."""
-    parameters = getattr(linear._parameters, "offloaded_values", linear._parameters)
-    home = parameters["weight"].device
+    home = stored(linear._parameters)["weight"].device
     return torch.device("cpu") if home.type == "meta" else home

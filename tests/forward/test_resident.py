@@ -26,7 +26,7 @@ MEMORY = 1000  # that a probe may take, for the room only
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDevice]:
+def device() -> Iterator[FakeDevice]:
     with fake_accelerator() as found:
         yield found
 
@@ -137,7 +137,7 @@ def test_room_is_given_back_before_a_batch_is_halved(
 
     def full(module: Module, args: tuple[torch.Tensor]) -> None:
         seen.append(len(args[0]))
-        if module._parameters is not None and len(seen) == 1:
+        if len(seen) == 1:
             raise torch.OutOfMemoryError("the device is full")
 
     hook = modules[-1].mlp.register_forward_pre_hook(full)
