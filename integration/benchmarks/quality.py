@@ -18,12 +18,13 @@ not repeated. `--table` prints the Markdown tables of files of results and runs 
 Methods: `dense`; `uniform`; `atp`, the depth-only ramp at the best of a few β, chosen
 on the very text that it is judged by (each by its own), which favours it; `base`, the
 allocator alone; `paper`, the noise ratio at η = 1e-2 with noise on every token and
-strength 0.1; `ours`, the defaults of the modifier. Not in the table, but in the
-results: `masks`, ours without the last comparison; `gradient`, `pruner`, `response` and
-`noise`, ours with that signal; `block`, `part` and `linear`, with that level; `quick`
-and `thorough`, with that effort; `random`, ours with a random direction of the same
-length and the judge; `evolution`, an evolutionary search per Linear in the manner of
-EvoPress by KL divergence, from uniform, at as many tokens as ours (`controls.py`).
+strength 0.1; `ours`, the defaults of the modifier; `evolution`, an evolutionary search
+per Linear in the manner of EvoPress by KL divergence, from uniform, at as many tokens
+as ours (`controls.py`). In a table of their own, with the seconds of the whole
+`oneshot`: `masks`, ours without the last comparison; `gradient`, `pruner`, `response`
+and `noise`, ours with that signal; `block`, `part` and `linear`, with that level;
+`quick` and `thorough`, with that effort; `random`, ours with a random direction of the
+same length and the judge.
 
 `--tasks` adds zero-shot accuracies (task files as of `absorb eval`) and a table of
 them; runs whose line lacks a task, or has it with another `--limit`, are repeated.
@@ -77,6 +78,10 @@ from absorb_plugin.signals import SIGNALS
 Windows = Sequence[Sequence[int]]
 PRUNERS = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}
 ATP_BETAS = (0.0025, 0.005, 0.01)
+OTHERS = (
+    *("random", "masks", "gradient", "pruner", "response", "noise"),
+    *("block", "part", "linear", "quick", "thorough"),
+)
 
 
 def allocation(
@@ -239,14 +244,21 @@ class Results:
 
     def of(self, method: str, pruner: str, sparsity: float, allocator: str) -> dict:
         """Seed -> perplexity."""
-        wanted = (method, pruner, sparsity, allocator)
+        found = self.runs(method, pruner, sparsity, allocator)
         return {
-            line["seed"]: line["texts"][self.text]["perplexity"]
+            seed: line["texts"][self.text]["perplexity"] for seed, line in found.items()
+        }
+
+    def runs(
+        self, method: str, pruner: str, sparsity: float, allocator: str
+    ) -> dict[int, dict]:
+        """Seed -> line."""
+        wanted = (method, pruner, sparsity, allocator)
+        names = ("method", "pruner", "sparsity", "allocator")
+        return {
+            line["seed"]: line
             for line in self.lines
-            if tuple(
-                line[name] for name in ("method", "pruner", "sparsity", "allocator")
-            )
-            == wanted
+            if tuple(line[name] for name in names) == wanted
         }
 
     def best_atp(self, pruner: str, sparsity: float) -> dict:
@@ -257,6 +269,7 @@ class Results:
         return {
             "uniform": self.of("uniform", pruner, sparsity, "-"),
             "atp": self.best_atp(pruner, sparsity),
+            "evolution": self.of("evolution", pruner, sparsity, "-"),
             "base": self.of("base", pruner, sparsity, allocator),
             "paper": self.of("paper", pruner, sparsity, allocator),
             "ours": self.of("ours", pruner, sparsity, allocator),
@@ -287,18 +300,48 @@ def shown(values: dict) -> str:
 def table(results: Results) -> str:
     """Markdown: a row per pruner, sparsity, allocator."""
     out = [
-        "| pruner | sparsity | uniform | ATP, best β | base | its perplexity "
-        "| paper's setting | ours | vs base | vs uniform | vs ATP |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| pruner | sparsity | uniform | ATP, best β | evolution | base "
+        "| its perplexity | paper's setting | ours | vs base | vs uniform | vs ATP "
+        "| vs evolution |",
+        "|---" * 13 + "|",
     ]
     for pruner, sparsity, allocator in results.keys:
         row = results.row(pruner, sparsity, allocator)
-        cells = [pruner, f"{sparsity:.0%}", shown(row["uniform"]), shown(row["atp"])]
-        cells += [allocator, *(shown(row[name]) for name in ("base", "paper", "ours"))]
-        others = [row[name] for name in ("base", "uniform", "atp")]
+        free = [shown(row[name]) for name in ("uniform", "atp", "evolution")]
+        own = [shown(row[name]) for name in ("base", "paper", "ours")]
+        cells = [pruner, f"{sparsity:.0%}", *free, allocator, *own]
+        others = [row[name] for name in ("base", "uniform", "atp", "evolution")]
         cells += [percent(change(row["ours"], other)) for other in others]
         out.append(f"| {' | '.join(cells)} |")
     return "\n".join(out)
+
+
+def others_table(results: Results) -> str:
+    """Markdown: the methods of OTHERS that were run, beside base and ours."""
+    ran = {line["method"] for line in results.lines}
+    found = [name for name in OTHERS if name in ran]
+    if not found:
+        return ""
+    names = ["base", "ours", *found]
+    out = [f"| pruner | sparsity | base | {' | '.join(['alone', *names[1:]])} |"]
+    out.append("|---" * (3 + len(names)) + "|")
+    for key in results.keys:
+        # of base and ours the same seeds as of the others
+        seeds = {seed for name in found for seed in results.runs(name, *key)}
+        if seeds:
+            pruner, sparsity, allocator = key
+            cells = [pruner, f"{sparsity:.0%}", allocator]
+            cells += [with_seconds(results, name, key, seeds) for name in names]
+            out.append(f"| {' | '.join(cells)} |")
+    return "\n".join(out)
+
+
+def with_seconds(results: Results, method: str, key: tuple, seeds: set[int]) -> str:
+    runs = results.runs(method, *key)
+    values = {s: v for s, v in results.of(method, *key).items() if s in seeds}
+    if not values:
+        return "–"
+    return f"{shown(values)} ({mean(runs[s]['seconds'] for s in values):.0f} s)"
 
 
 def summary(models: dict[str, Results]) -> str:
@@ -389,7 +432,7 @@ def print_results(name: str, results: Results) -> None:
     print(
         f"### {name}\n\nDense {shown(dense)}; {first['samples']} × "
         f"{first['seq_len']} tokens of {first['text']}, perplexity on {tokens:,} "
-        f"tokens of {text}.\n\n{table(results)}\n"
+        f"tokens of {text}.\n\n{table(results)}\n\n{others_table(results)}\n"
     )
 
 

@@ -44,8 +44,13 @@ def load(options: argparse.Namespace) -> PreTrainedModel:
 
 
 def run(
-    cell: dict, options: argparse.Namespace, tokenizer, windows: list[list[int]]
+    cell: dict,
+    options: argparse.Namespace,
+    tokenizer,
+    windows: list[list[int]],
+    dense: float,
 ) -> dict:
+    """:param dense: loss of the dense model on the windows, nats per token"""
     documents = read_text(options.text)
     samples = calibration_samples(
         documents, tokenizer, options.samples, options.seq_len, cell["seed"]
@@ -63,7 +68,6 @@ def run(
         )
         recipe.insert(0, allocation)
     model = load(options)
-    dense = math.log(perplexity(model, windows)[0])
     begin = time.perf_counter()
     model = prune(model, tokenizer, recipe, samples, seed=cell["seed"])
     seconds = time.perf_counter() - begin
@@ -158,10 +162,14 @@ def main() -> None:
         windows = evaluation_windows(
             read_text(options.eval_text), tokenizer, options.seq_len, options.windows
         )
-        for cell in cells(options):
-            if any(cell.items() <= line.items() for line in done):
-                continue
-            done.append(run(cell, options, tokenizer, windows))
+        missing = [
+            cell
+            for cell in cells(options)
+            if not any(cell.items() <= line.items() for line in done)
+        ]
+        dense = math.log(perplexity(load(options), windows)[0]) if missing else 0.0
+        for cell in missing:
+            done.append(run(cell, options, tokenizer, windows, dense))
             with options.out.open("a") as file:
                 file.write(json.dumps(done[-1]) + "\n")
     print(table(done))
