@@ -24,6 +24,9 @@ __all__ = ["SampleSplit", "SampleUse"]
 PRUNING_WINDOW = 512
 # Of so many samples there are enough for a share of their own for the last comparison.
 APART = 4
+# Of small sets the search and the last comparison hold out one sample in so many: what
+# is held out measures nothing, and few samples to measure cost more than few to judge.
+SEARCH_SHARE, CONFIRM_SHARE = 8, 6
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,8 @@ class SampleSplit:
         search, confirm = _held_out(samples, effort) if judged else ([], [])
         out = {id(sample) for sample in [*search, *confirm]}
         self._measuring = [sample for sample in samples if id(sample) not in out]
-        self.search = self._windows(search, "search")
-        self.confirm = self._windows(confirm, "confirm") if confirm else self.search
+        self.search = self._judged(search, effort.search, "search")
+        self.confirm = self._judged(confirm, effort.confirm, "confirm") or self.search
         self.statistics = evenly_spaced(self._measuring, effort.statistics)
         self._pruning_tokens = pruning_tokens or 0
         self.pruning = [] if pruning_tokens is None else self.next_pruning()
@@ -124,6 +127,11 @@ class SampleSplit:
         chosen = evenly_spaced(order, count)
         return self._windows(chosen, f"pruning {self._prunings}", length)
 
+    def _judged(self, samples: list[dict], wanted: int, salt: str) -> list[dict]:
+        """Windows of as many tokens as of the wanted samples, where they are fewer."""
+        longer = math.ceil(self._effort.tokens * wanted / max(1, len(samples)))
+        return self._windows(samples, salt, longer)
+
     def in_turn(self) -> list[dict]:
         """All that are not held out, whole, the first few spread over the text."""
         return interleaved(self._measuring)
@@ -161,8 +169,8 @@ def _held_out(samples: Sequence[dict], effort: Effort) -> tuple[list[dict], list
         )
     if count < APART or not effort.confirm:
         return evenly_spaced(samples, min(effort.search, count // 2)), []
-    search = min(effort.search, count // 4)
-    confirm = min(effort.confirm, count // 4)
+    search = min(effort.search, max(1, count // SEARCH_SHARE))
+    confirm = min(effort.confirm, max(1, count // CONFIRM_SHARE))
     chosen = evenly_spaced(samples, search + confirm)
     # taken in turn: samples are sorted by length, and both shall see all lengths
     by_turn = {

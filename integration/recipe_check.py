@@ -4,9 +4,9 @@ Every recipe of recipes/ on real models: `absorb prune`, then `absorb check --lo
     python integration/recipe_check.py [MODEL ...] [--text FILE] [--samples 16] \
         [--seq-len 128] [--dtype auto] [--recipes PATTERN] [--out DIRECTORY]
 
-Prints a line per model and recipe, with sparsity and perplexity before and after, and
-ends with exit code 1 if any failed. Without MODEL it takes SmolLM2-135M of the demo
-(`make demo` installs it), without --text the demo's text. The text that calibrates is
+Prints perplexity per model, then a line per recipe with share of zeros, perplexity and
+seconds, and ends with exit code 1 if any failed. Without MODEL it takes SmolLM2-135M of
+the demo (`make demo` installs it), without --text the demo's text. The text that calibrates is
 the one that judges: what is looked for is a recipe that breaks, not how good it is.
 """
 
@@ -38,23 +38,26 @@ def absorb(*arguments: object) -> dict:
     return json.loads(done.stdout)
 
 
-def run(model: Path, recipe: Path, text: Path, options: argparse.Namespace) -> str:
-    """A line on one model and one recipe."""
-    shared = ["--text", text, "--seq-len", options.seq_len, "--dtype", options.dtype]
+def perplexity(model: Path, shared: list[object]) -> float:
+    return absorb("eval", model, "--windows", WINDOWS, *shared)["perplexity"]
+
+
+def run(
+    model: Path, recipe: Path, shared: list[object], options: argparse.Namespace
+) -> str:
+    """
+    What one recipe makes of a model, in words.
+
+    :param shared: text and dtype, as every command of `absorb` takes them
+    """
     with tempfile.TemporaryDirectory(dir=options.out) as directory:
         out, begin = Path(directory) / "pruned", time.perf_counter()
         made = ["--recipe", recipe, "--out", out, "--samples", options.samples]
         absorb("prune", model, *made, *shared)
         seconds = time.perf_counter() - begin
         checked = absorb("check", out, "--load")
-        before, after = (
-            absorb("eval", one, "--windows", WINDOWS, *shared)["perplexity"]
-            for one in (model, out)
-        )
-    return (
-        f"sparsity {checked['sparsity']:.4f}, perplexity {before:.2f} -> {after:.2f}, "
-        f"{seconds:.0f} s"
-    )
+        after = perplexity(out, shared)
+    return f"zeros {checked['zeros']:.4f}, perplexity {after:.2f}, {seconds:.0f} s"
 
 
 def main() -> int:
@@ -71,14 +74,19 @@ def main() -> int:
     options = parser.parse_args()
     recipes = sorted(RECIPES.glob(options.recipes))
     failed = 0 if recipes else 1
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
         text = options.text or Path(directory) / "text.txt"
         if options.text is None:
             text.write_text(demo_texts()[0])
+        shared = ["--text", text, "--seq-len", options.seq_len]
+        shared += ["--dtype", options.dtype]
         for model in options.models or [demo_model()]:
+            print(f"{model.name}: perplexity {perplexity(model, shared):.2f}")
             for recipe in recipes:
                 try:
-                    line = run(model, recipe, text, options)
+                    line = run(model, recipe, shared, options)
                 except RuntimeError as error:
                     line, failed = f"FAILED: {error}", failed + 1
                 print(f"{model.name}, {recipe.name}: {line}", flush=True)
