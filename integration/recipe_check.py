@@ -6,8 +6,9 @@ Every recipe of recipes/ on real models: `absorb prune`, then `absorb check --lo
 
 Prints perplexity per model, then a line per recipe with share of zeros, perplexity and
 seconds, and ends with exit code 1 if any failed. Without MODEL it takes SmolLM2-135M of
-the demo (`make demo` installs it), without --text the demo's text. The text that calibrates is
-the one that judges: what is looked for is a recipe that breaks, not how good it is.
+the demo (`make demo` installs it), without --text the demo's text. The text that
+calibrates is the one that judges: what is looked for is a recipe that breaks, not how
+good it is.
 """
 
 import argparse
