@@ -87,12 +87,13 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
     :param rounds: at most so many corrections, each measured where the one before
         ended; the noise signal has one
     :param statistics_samples: calibration samples for the inputs' statistics
-    :param signal_samples: calibration samples of each round's signal
-    :param search_samples: calibration samples held out to judge the rounds
-    :param confirm_samples: calibration samples of the last comparison, by the pruner's
-        own arithmetic: what the search found must not do worse in it than the base
+    :param signal_samples: windows of `probe_tokens`, each of another sample, of every
+        round's signal; of shorter samples so many more, here and below
+    :param search_samples: held-out windows that judge the rounds
+    :param confirm_samples: held-out windows of the last comparison, by the pruner's own
+        arithmetic: what the search found must not do worse in it than the base
         allocation or uniform. 0 for none
-    :param probe_tokens: so many tokens of a sample are used by signals and judges
+    :param probe_tokens: at most so many tokens of a sample make a window
     :param max_sparsity: no Linear is pruned beyond it
     :param limits: pattern -> [low, high]: bounds of the sparsity of the Linears that it
         matches, by full name or "re:…"; the others meet the budget

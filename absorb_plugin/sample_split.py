@@ -92,7 +92,7 @@ class SampleSplit:
 
     def next_signal(self) -> list[dict]:
         """Other samples in every round, as far as there are any, and other windows."""
-        count = min(self._effort.signal, len(self._measuring))
+        count = _enough(self._measuring, self._effort.signal, self._effort.tokens)
         start, order = self._rounds * count, interleaved(self._measuring)
         chosen = [order[(start + i) % len(order)] for i in range(count)]
         self._rounds += 1
@@ -106,15 +106,15 @@ class SampleSplit:
         there are any: windows as the judges see, or more and longer ones where these
         have too few tokens.
         """
-        count = min(self._effort.confirm or self._effort.signal, len(self._measuring))
+        wanted = self._effort.confirm or self._effort.signal
+        count = _enough(self._measuring, wanted, self._effort.tokens)
         self._prunings += 1
         windows = self._pruning_windows(count, self._effort.tokens)
         lengths = [int(token_mask(sample).sum()) for sample in self._measuring]
         length = max(self._effort.tokens, PRUNING_WINDOW)
         while SampleUse("", windows).tokens < self._pruning_tokens:
-            each = sum(min(length, one) for one in lengths) / len(lengths)
-            wanted = math.ceil(self._pruning_tokens / each)
-            windows = self._pruning_windows(min(wanted, len(lengths)), length)
+            count = _enough(self._measuring, self._pruning_tokens / length, length)
+            windows = self._pruning_windows(count, length)
             if length >= max(lengths):
                 break
             length *= 2
@@ -128,9 +128,9 @@ class SampleSplit:
         return self._windows(chosen, f"pruning {self._prunings}", length)
 
     def _judged(self, samples: list[dict], wanted: int, salt: str) -> list[dict]:
-        """Windows of as many tokens as of the wanted samples, where they are fewer."""
-        longer = math.ceil(self._effort.tokens * wanted / max(1, len(samples)))
-        return self._windows(samples, salt, longer)
+        """Of fewer samples than wanted longer windows, so that tokens are as many."""
+        each = math.ceil(self._effort.tokens * wanted / max(1, len(samples)))
+        return self._windows(samples, salt, max(each, self._effort.tokens))
 
     def in_turn(self) -> list[dict]:
         """All that are not held out, whole, the first few spread over the text."""
@@ -158,6 +158,16 @@ class SampleSplit:
         return [cut_tokens(sample, length, salt, self._first) for sample in samples]
 
 
+def _enough(samples: Sequence[dict], wanted: float, length: int) -> int:
+    """
+    How many samples have as many tokens as the wanted windows of such a length: more
+    where samples are shorter, all where even they are too few.
+    """
+    tokens = [min(length, int(token_mask(sample).sum())) for sample in samples]
+    count = math.ceil(wanted * length * len(samples) / sum(tokens))
+    return min(count, len(samples))
+
+
 def _held_out(samples: Sequence[dict], effort: Effort) -> tuple[list[dict], list[dict]]:
     """Samples of the search and of the confirmation, none in both."""
     count = len(samples)
@@ -167,10 +177,12 @@ def _held_out(samples: Sequence[dict], effort: Effort) -> tuple[list[dict], list
             "but one: raise num_calibration_samples, or give strength as a number (0.1 "
             "is a good start)"
         )
+    search = _enough(samples, effort.search, effort.tokens)
+    confirm = _enough(samples, effort.confirm, effort.tokens)
     if count < APART or not effort.confirm:
-        return evenly_spaced(samples, min(effort.search, count // 2)), []
-    search = min(effort.search, max(1, count // SEARCH_SHARE))
-    confirm = min(effort.confirm, max(1, count // CONFIRM_SHARE))
+        return evenly_spaced(samples, min(search, count // 2)), []
+    search = min(search, max(1, count // SEARCH_SHARE))
+    confirm = min(confirm, max(1, count // CONFIRM_SHARE))
     chosen = evenly_spaced(samples, search + confirm)
     # taken in turn: samples are sorted by length, and both shall see all lengths
     by_turn = {

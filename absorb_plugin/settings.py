@@ -35,13 +35,15 @@ class Effort:
     tokens: int
 
 
+# Windows of 256 tokens: as many tokens in windows of 128 give poorer slopes, because a
+# token that has little before it leans on other weights than most do.
 EFFORTS = {
-    "quick": Effort(rounds=6, statistics=8, signal=8, search=8, confirm=8, tokens=128),
+    "quick": Effort(rounds=6, statistics=8, signal=4, search=4, confirm=4, tokens=256),
     "standard": Effort(
-        rounds=12, statistics=16, signal=16, search=16, confirm=16, tokens=128
+        rounds=12, statistics=16, signal=8, search=8, confirm=8, tokens=256
     ),
     "thorough": Effort(
-        rounds=24, statistics=32, signal=32, search=32, confirm=32, tokens=256
+        rounds=24, statistics=32, signal=16, search=16, confirm=16, tokens=512
     ),
 }
 

@@ -4,7 +4,16 @@ import math
 
 import numpy as np
 
-__all__ = ["corrected", "direction_from_ratio", "direction_from_response", "winsorised"]
+__all__ = [
+    "corrected",
+    "direction_from_ratio",
+    "direction_from_response",
+    "relative_slopes",
+    "winsorised",
+]
+
+# A slope counts as at least a tenth and at most ten times the mean.
+LARGEST_RATIO = 10.0
 
 
 def direction_from_ratio(ratio: np.ndarray) -> np.ndarray:
@@ -43,6 +52,29 @@ def winsorised(response: np.ndarray) -> np.ndarray:
 
     :raises ValueError: if a response is not finite
     """
+    response = _finite(response)
+    return np.clip(response, *np.quantile(response, [0.05, 0.95]))
+
+
+def relative_slopes(slopes: np.ndarray, mean: float) -> np.ndarray:
+    """
+    ln(g / ḡ), clipped at ±ln 10. The loss grows about exponentially in a sparsity, and
+    at the best allocation all slopes are equal: this is how far each has to go, up to a
+    common factor, where the slopes themselves would move the steepest few and hardly
+    touch the rest.
+
+    :param slopes: g per weight, any shape; one that is not positive counts as ḡ / 10
+    :param mean: ḡ, over all weights; where it is not positive that of |g| serves
+    :raises ValueError: if a slope is not finite
+    """
+    slopes = _finite(slopes)
+    scale = mean if mean > 0 else float(np.abs(slopes).mean())
+    if scale == 0.0:
+        return np.zeros_like(slopes)
+    return np.log(np.clip(slopes / scale, 1 / LARGEST_RATIO, LARGEST_RATIO))
+
+
+def _finite(response: np.ndarray) -> np.ndarray:
     response = np.asarray(response, dtype=np.float64)
     if not np.isfinite(response).all():
         raise ValueError(
@@ -50,7 +82,7 @@ def winsorised(response: np.ndarray) -> np.ndarray:
             "must be finite: check the weights after the blocks (final norm, lm_head) "
             "and the dtype (float16 overflows in some models, use bfloat16)"
         )
-    return np.clip(response, *np.quantile(response, [0.05, 0.95]))
+    return response
 
 
 def corrected(base: np.ndarray, direction: np.ndarray, strength: float) -> np.ndarray:

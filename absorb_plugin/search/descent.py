@@ -1,10 +1,11 @@
 """
 Down the slope of the loss in the sparsities, in many short steps of decreasing length.
 
-A step follows the slopes of one round's few samples, which are noisy. Short steps, a
-running mean over the rounds and shrinkage towards the mean of the block average that
-noise out; a judge in every round, as a line search has, costs as much as the slopes and
-follows the noise of its own samples.
+A step goes by the logarithms of the slopes, so that all of them become equal. They are
+of one round's few samples, and noisy. Short steps, a running mean over the rounds and
+shrinkage towards the mean of the block average that noise out; a judge in every round,
+as a line search has, costs as much as the slopes and follows the noise of its own
+samples.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from absorb_plugin.search.budget import Budget
-from absorb_plugin.search.correction import winsorised
+from absorb_plugin.search.correction import relative_slopes
 
 __all__ = [
     "LENGTHS",
@@ -126,7 +127,8 @@ def descend(
         variance = MEMORY**2 * variance + (1 - MEMORY) ** 2 * slopes.error**2
         seen = MEMORY * seen + 1 - MEMORY
         known = shrunk(mean / seen, np.sqrt(variance) / seen, groups.block_of)
-        direction = _centred(groups.spread(-winsorised(known)), budget)
+        spread = groups.spread(known)
+        direction = _centred(-relative_slopes(spread, budget.mean(spread)), budget)
         length = _length(number, stage)
         size = float(np.sqrt(budget.mean(direction**2)))
         if size == 0.0:

@@ -9,6 +9,7 @@ from absorb_plugin.search.correction import (
     corrected,
     direction_from_ratio,
     direction_from_response,
+    relative_slopes,
 )
 
 
@@ -68,3 +69,27 @@ def test_a_flat_signal_changes_nothing() -> None:
 def test_base_and_direction_of_one_length() -> None:
     with pytest.raises(ValueError, match="differ"):
         corrected(np.zeros(2), np.zeros(3), 0.1)
+
+
+def test_slopes_are_taken_relative_to_their_mean() -> None:
+    slopes = np.array([2.0, 1.0, 0.5, 0.01, -3.0, 900.0])
+    found = relative_slopes(slopes, 1.0)
+    tenfold = np.log(10)
+    expected = [np.log(2), 0, -np.log(2), -tenfold, -tenfold, tenfold]
+    np.testing.assert_allclose(found, expected)
+    np.testing.assert_allclose(relative_slopes(7 * slopes, 7.0), expected)
+
+
+@given(st.lists(st.floats(-100, 100), min_size=1, max_size=9), st.floats(-10, 10))
+def test_relative_slopes_are_finite_and_keep_the_order(
+    slopes: list[float], mean: float
+) -> None:
+    found = relative_slopes(np.array(slopes), mean)
+    assert np.isfinite(found).all()
+    assert (np.diff(found[np.argsort(slopes)]) >= 0).all()
+
+
+def test_without_any_slope_nothing_moves() -> None:
+    assert not relative_slopes(np.zeros(3), 0.0).any()
+    with pytest.raises(ValueError, match="must be finite: check the weights"):
+        relative_slopes(np.array([1.0, np.nan]), 1.0)

@@ -19,6 +19,8 @@ from absorb_plugin.search.descent import (
 )
 from absorb_plugin.search.line_search import SearchResult, descent_search
 
+MANY = 60  # Linears
+
 
 class EachAlone:
     """Every Linear a group of its own, in two blocks."""
@@ -27,6 +29,12 @@ class EachAlone:
 
     def spread(self, values: np.ndarray) -> np.ndarray:
         return np.asarray(values)
+
+
+class OneBlock(EachAlone):
+    """Of many Linears."""
+
+    block_of = np.zeros(MANY, dtype=int)
 
 
 class Pairs:
@@ -70,6 +78,25 @@ def stepped(
     budget: Budget = BUDGET,
 ) -> Descent:
     return descend(start, budget, Stage(measure, rounds), groups)
+
+
+@pytest.mark.parametrize("spread", [2.0, 30.0])
+def test_an_exponential_loss_is_brought_to_equal_slopes(spread: float) -> None:
+    """However unlike the sensitivities are: the steepest do not hold up the rest."""
+    sensitivity = np.geomspace(1 / spread, spread, MANY)
+    np.random.default_rng(0).shuffle(sensitivity)
+
+    def slopes(allocation: np.ndarray) -> np.ndarray:
+        return sensitivity * np.exp(12 * allocation)
+
+    def measure(allocation: np.ndarray) -> Slopes:
+        return Slopes(slopes(allocation), np.full(MANY, np.nan), 0.0)
+
+    sizes = np.full(MANY, 100.0)
+    budget = Budget(sizes, 0.6, np.zeros(MANY), np.full(MANY, 0.95))
+    found = descend(budget.uniform(), budget, Stage(measure, 12), OneBlock())
+    before, after = (np.std(np.log(slopes(x))) for x in found.path[:: len(found.steps)])
+    assert after < 0.2 * before
 
 
 def test_every_step_meets_the_budget_and_goes_downhill() -> None:
