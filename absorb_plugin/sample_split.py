@@ -181,8 +181,10 @@ def _held_out(samples: Sequence[dict], effort: Effort) -> tuple[list[dict], list
     confirm = _enough(samples, effort.confirm, effort.tokens)
     if count < APART or not effort.confirm:
         return evenly_spaced(samples, min(search, count // 2)), []
-    search = min(search, max(1, count // SEARCH_SHARE))
-    confirm = min(confirm, max(1, count // CONFIRM_SHARE))
+    # two at least, for a standard error, unless that is half of the samples
+    least = min(2, count // 4)
+    search = min(search, max(least, count // SEARCH_SHARE))
+    confirm = min(confirm, max(least, count // CONFIRM_SHARE))
     chosen = evenly_spaced(samples, search + confirm)
     # taken in turn: samples are sorted by length, and both shall see all lengths
     by_turn = {

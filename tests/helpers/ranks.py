@@ -38,13 +38,16 @@ ALLOCATIONS: dict[str, dict[str, Any]] = {
         "strength": "auto",
         "rounds": 2,
         "report_dir": "for the noise probe",
-        "seed": 0,  # a model on which a step is taken
+        # with these a step is taken
+        "probe_tokens": 8,
+        "seed": 15,
     },
     "confirmed": {
         "allocator": "uniform",
         "strength": "auto",
         "rounds": 2,
-        "seed": 0,
+        "probe_tokens": 8,
+        "seed": 15,
         "kind": "sparsegpt",
     },
     "pruner": {"signal": "pruner", "kind": "sparsegpt", "level": "part"},
