@@ -27,6 +27,7 @@ __all__ = [
     "JOINED",
     "Batch",
     "calibrating",
+    "count_tokens",
     "cut_tokens",
     "evenly_spaced",
     "has_media",
@@ -332,6 +333,11 @@ def cut_tokens(
         else tensor
         for name, tensor in sample.items()
     }
+
+
+def count_tokens(batch: Batch) -> int:
+    """Tokens that are no padding, of all samples of a batch."""
+    return int(token_mask(batch).sum())
 
 
 def token_mask(batch: Batch) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 from loguru import logger
 
 from absorb_plugin.blocks import BlockMap
-from absorb_plugin.calibration import Batch, token_mask
+from absorb_plugin.calibration import Batch, count_tokens
 from absorb_plugin.forward.inputs import unseen_linears
 from absorb_plugin.groups import linear_sizes
 from absorb_plugin.limits import bounds_of
@@ -76,7 +76,7 @@ def warn_of_few_tokens(
     pruner: Pruner, blocks: BlockMap, batches: Sequence[Batch]
 ) -> None:
     """A Hessian of too few tokens makes a pruner that uses it worse than masks."""
-    tokens = sum(int(token_mask(batch).sum()) for batch in batches)
+    tokens = sum(map(count_tokens, batches))
     wanted = pruner.tokens_per_column * widest(blocks)
     if tokens < wanted:
         logger.warning(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from absorb_plugin import distributed
 from absorb_plugin.calibration import (
     Batch,
+    count_tokens,
     cut_tokens,
     evenly_spaced,
     interleaved,
@@ -44,7 +45,7 @@ class SampleUse:
     @property
     def tokens(self) -> int:
         """Tokens that are no padding, of all samples."""
-        return sum(int(token_mask(sample).sum()) for sample in self.samples)
+        return sum(map(count_tokens, self.samples))
 
 
 class SampleSplit:
@@ -110,12 +111,12 @@ class SampleSplit:
         count = _enough(self._measuring, wanted, self._effort.tokens)
         self._prunings += 1
         windows = self._pruning_windows(count, self._effort.tokens)
-        lengths = [int(token_mask(sample).sum()) for sample in self._measuring]
+        longest = max(map(count_tokens, self._measuring))
         length = max(self._effort.tokens, PRUNING_WINDOW)
         while SampleUse("", windows).tokens < self._pruning_tokens:
             count = _enough(self._measuring, self._pruning_tokens / length, length)
             windows = self._pruning_windows(count, length)
-            if length >= max(lengths):
+            if length >= longest:
                 break
             length *= 2
         return windows
@@ -163,8 +164,8 @@ def _enough(samples: Sequence[dict], wanted: float, length: int) -> int:
     How many samples have as many tokens as the wanted windows of such a length: more
     where samples are shorter, all where even they are too few.
     """
-    tokens = [min(length, int(token_mask(sample).sum())) for sample in samples]
-    count = math.ceil(wanted * length * len(samples) / sum(tokens))
+    tokens = sum(min(length, count_tokens(sample)) for sample in samples)
+    count = math.ceil(wanted * length * len(samples) / tokens)
     return min(count, len(samples))
 
 

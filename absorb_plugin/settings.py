@@ -35,8 +35,8 @@ class Effort:
     tokens: int
 
 
-# Windows of 256 tokens: as many tokens in windows of 128 give poorer slopes, because a
-# token that has little before it leans on other weights than most do.
+# Not shorter windows: of as many tokens in them more would have little before them, as
+# few tokens of a text have.
 EFFORTS = {
     "quick": Effort(rounds=6, statistics=8, signal=4, search=4, confirm=4, tokens=256),
     "standard": Effort(

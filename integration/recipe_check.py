@@ -4,11 +4,11 @@ Every recipe of recipes/ on real models: `absorb prune`, then `absorb check --lo
     python integration/recipe_check.py [MODEL ...] [--text FILE] [--samples 16] \
         [--seq-len 128] [--dtype auto] [--recipes PATTERN] [--out DIRECTORY]
 
-Prints perplexity per model, then a line per recipe with share of zeros, perplexity and
-seconds, and ends with exit code 1 if any failed. Without MODEL it takes SmolLM2-135M of
-the demo (`make demo` installs it), without --text the demo's text. The text that
-calibrates is the one that judges: what is looked for is a recipe that breaks, not how
-good it is.
+Prints the perplexity of every model, and a line per recipe with share of zeros,
+perplexity and seconds, and ends with exit code 1 if any failed. Without MODEL it takes
+SmolLM2-135M of the demo (`make demo` installs it), without --text the demo's text. The
+text that calibrates is the one that judges: what is looked for is a recipe that breaks,
+not how good it is.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from absorb_plugin.evaluation.demo import demo_model, demo_texts
@@ -43,13 +44,18 @@ def perplexity(model: Path, shared: list[object]) -> float:
     return absorb("eval", model, "--windows", WINDOWS, *shared)["perplexity"]
 
 
+def dense(model: Path, shared: list[object]) -> str:
+    """What the recipes are held against, in words."""
+    return f"perplexity {perplexity(model, shared):.2f}"
+
+
 def run(
     model: Path, recipe: Path, shared: list[object], options: argparse.Namespace
 ) -> str:
     """
     What one recipe makes of a model, in words.
 
-    :param shared: text and dtype, as every command of `absorb` takes them
+    :param shared: text, length and dtype, as every command of `absorb` takes them
     """
     with tempfile.TemporaryDirectory(dir=options.out) as directory:
         out, begin = Path(directory) / "pruned", time.perf_counter()
@@ -84,13 +90,15 @@ def main() -> int:
         shared = ["--text", text, "--seq-len", options.seq_len]
         shared += ["--dtype", options.dtype]
         for model in options.models or [demo_model()]:
-            print(f"{model.name}: perplexity {perplexity(model, shared):.2f}")
+            checks = {"dense": partial(dense, model, shared)}
             for recipe in recipes:
+                checks[recipe.name] = partial(run, model, recipe, shared, options)
+            for name, check in checks.items():
                 try:
-                    line = run(model, recipe, shared, options)
+                    line = check()
                 except RuntimeError as error:
                     line, failed = f"FAILED: {error}", failed + 1
-                print(f"{model.name}, {recipe.name}: {line}", flush=True)
+                print(f"{model.name}, {name}: {line}", flush=True)
     return 1 if failed else 0
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from absorb_plugin.allocation import Allocation
 from absorb_plugin.blocks import linear_parameters
-from absorb_plugin.calibration import Batch, sample_key, token_mask
+from absorb_plugin.calibration import Batch, count_tokens, sample_key
 from absorb_plugin.devices import dtype_of
 from absorb_plugin.files import json_numbers
 from absorb_plugin.groups import named
@@ -205,7 +205,7 @@ def model_entry(model: PreTrainedModel) -> dict[str, str]:
 def calibration_entry(batches: Sequence[Batch]) -> dict[str, int]:
     return {
         "samples": sum(len(batch["input_ids"]) for batch in batches),
-        "tokens": sum(int(token_mask(batch).sum()) for batch in batches),
+        "tokens": sum(map(count_tokens, batches)),
         "longest": max(batch["input_ids"].shape[-1] for batch in batches),
     }
 

@@ -9,7 +9,6 @@ __all__ = [
     "direction_from_ratio",
     "direction_from_response",
     "relative_slopes",
-    "winsorised",
 ]
 
 # A slope counts as at least a tenth and at most ten times the mean.
@@ -41,19 +40,11 @@ def direction_from_response(response: np.ndarray) -> np.ndarray:
 
     :param response: slope of the loss per weight, or what a group's relief brings, (G,)
     :return: Δ, shape (G,): negative for those whose relief helps most
-    """
-    g = winsorised(response)
-    return -(g - g.mean())
-
-
-def winsorised(response: np.ndarray) -> np.ndarray:
-    """
-    Clipped at the 5 % and 95 % quantiles.
-
     :raises ValueError: if a response is not finite
     """
     response = _finite(response)
-    return np.clip(response, *np.quantile(response, [0.05, 0.95]))
+    g = np.clip(response, *np.quantile(response, [0.05, 0.95]))
+    return -(g - g.mean())
 
 
 def relative_slopes(slopes: np.ndarray, mean: float) -> np.ndarray:
