@@ -1,6 +1,7 @@
 """`absorb demo`: see what the package does, without a hub."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
@@ -19,15 +20,23 @@ def demo(
     out: Annotated[
         Path, typer.Option(help="Directory for the best model and the report.")
     ] = Path("demo-output"),
+    sparsegpt: Annotated[
+        bool | None,
+        typer.Option(
+            help="Whether SparseGPT prunes too.",
+            show_default="where all takes less than 6 minutes",
+        ),
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Prune SmolLM2-135M to 60 % in five ways and compare (no hub needed)."""
+    """Prune SmolLM2-135M to 60 % in several ways and compare (no hub needed)."""
     stderr = sys.stderr
     with command(debug, quiet=True) as stdout:
         from absorb_plugin.evaluation.demo import run_demo
 
-        result = run_demo(out, lambda line: print(line, file=stderr, flush=True))
+        tell = partial(print, file=stderr, flush=True)
+        result = run_demo(out, tell, sparsegpt)
         if as_json:
             show(stdout, result.as_dict(), as_json)
         else:
@@ -54,6 +63,8 @@ def _print(result: "DemoResult", file: TextIO) -> None:
             "" if row.seconds is None else f"{row.seconds:.0f}",
         )
     Console(file=file, highlight=False).print(table)
+    if result.left_out:
+        print(result.left_out, file=file)
     for line in _last_lines(result):
         print(line, file=file, flush=True)
 

