@@ -16,6 +16,8 @@ import torch
 from loguru import logger
 from torch import distributed
 
+from absorb_plugin.devices import widest_float
+
 __all__ = [
     "active",
     "add",
@@ -96,7 +98,7 @@ def gather_shares(items: Sequence[T]) -> list[T]:
 
 def add(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    Sums over the ranks, in float64.
+    Sums over the ranks, in float64 where the device has it.
 
     :param tensors: name -> summand; a rank may lack names that others have
     :return: name -> sum, for the names of all ranks, in dtype and on the device of this
@@ -109,7 +111,7 @@ def add(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     device = collective_device()
     sums = {}
     for name, shape in shapes.items():
-        total = torch.zeros(shape, dtype=torch.float64, device=device)
+        total = torch.zeros(shape, dtype=widest_float(device), device=device)
         mine = tensors.get(name)
         if mine is not None:
             total += mine.to(device)

@@ -1,5 +1,6 @@
 """Fixtures of all tests: a clean session of llm-compressor, tiny models, text."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import absorb_plugin  # noqa: F401  registers the modifier
 
-# The models are tiny: a second thread costs more than it brings.
+# The models are tiny: a second thread costs more than it brings, in processes that
+# tests start too.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)

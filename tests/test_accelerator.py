@@ -17,7 +17,7 @@ from helpers.fake_accelerator import DeviceMix, FakeDevice, fake_accelerator, on
 from transformers import PreTrainedModel
 
 from absorb_plugin.allocate import Allocation
-from absorb_plugin.devices import computing_on_one_device
+from absorb_plugin.devices import computing_on_one_device, widest_float
 from absorb_plugin.evaluation.allocation import allocate_model
 from absorb_plugin.pruners.thresholds import global_threshold, row_thresholds
 from absorb_plugin.settings import AllocationSettings
@@ -148,6 +148,34 @@ def test_allocate_offloaded(signal: str) -> None:
     with fake_accelerator():
         found = allocated(offloaded(tiny.make_model("llama")), **fields)
     np.testing.assert_allclose(found.sparsity, expected.sparsity, rtol=0, atol=1e-6)
+
+
+def test_some_devices_refuse_float64() -> None:
+    with fake_accelerator(float64=False):
+        there = torch.ones(2).to("fake")
+        with pytest.raises(TypeError, match="support float64"):
+            there.double()
+
+
+def without_float64(fields: dict[str, Any]) -> None:
+    """An allocation on a device that has none, as Apple's, is that of the CPU."""
+    expected = allocated(tiny.make_model("llama"), **fields)
+    widest_float.cache_clear()
+    with fake_accelerator(float64=False):
+        found = allocated(offloaded(tiny.make_model("llama")), **fields)
+        assert widest_float(torch.device("fake:0")) == torch.float32
+    widest_float.cache_clear()
+    np.testing.assert_allclose(found.sparsity, expected.sparsity, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("signal", list(SIGNALS))
+def test_signals_without_float64(signal: str) -> None:
+    without_float64({"signal": signal, **SEARCH})
+
+
+@pytest.mark.parametrize("allocator", ["owl", "dlp", "lsa", "alpha_pruning"])
+def test_allocators_without_float64(allocator: str) -> None:
+    without_float64({"allocator": allocator, "strength": 0})
 
 
 def to_cpu(model: PreTrainedModel) -> PreTrainedModel:

@@ -16,6 +16,8 @@ from compressed_tensors.distributed import greedy_bin_packing, is_distributed
 from pydantic import Field
 from torch import distributed
 
+from absorb_plugin.devices import widest_float
+
 from .base import Allocator, BaseAllocation, Granularity, LinearGroup, Needs
 from .base import LinearStatistics as Linear
 
@@ -144,16 +146,19 @@ def tail_exponent(weight: torch.Tensor, variant: Variant = "peak") -> float:
     """
     α of one weight matrix, within 1e-3 of the α of its float32 singular values.
 
-    On the CPU a large matrix first gets a float32 Gram matrix, whose error matters for
-    the small eigenvalues alone: of those the fit needs only the smallest (an end of the
-    histogram), which is then refined. Where that does not settle α, and on any other
-    device, Gram matrix and eigenvalues are float64.
+    On the CPU, where a matrix goes whose device has no float64, a large one first gets
+    a float32 Gram matrix, whose error matters for the small eigenvalues alone: of those
+    the fit needs only the smallest (an end of the histogram), which is then refined.
+    Where that does not settle α, and on any other device, Gram matrix and eigenvalues
+    are float64.
 
     :param weight: shape (out_features, in_features), any floating dtype and device
     :param variant: see `AlphaPruning`
     :return: α, NaN if there is nothing to fit
     """
     tall = weight.detach().float()
+    if widest_float(tall.device) != torch.float64:
+        tall = tall.cpu()
     tall = tall if tall.shape[0] >= tall.shape[1] else tall.T
     largest = float(tall.abs().max()) if tall.numel() else 0.0
     if not np.isfinite(largest):

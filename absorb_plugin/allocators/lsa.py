@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from absorb_plugin.devices import widest_float
+
 from .base import Allocator, BaseAllocation, Granularity, LinearGroup, Needs
 from .owl import spread_metric
 
@@ -120,10 +122,11 @@ def _remove(
     :return: the weights that were removed, zero elsewhere, and what they added
     """
     removed = torch.zeros_like(weight)
-    total = weight.new_zeros((), dtype=torch.float64)
+    wide = widest_float(weight.device)
+    total = weight.new_zeros((), dtype=wide)
     for _ in range(count):
         least, index = added.min(dim=1, keepdim=True)
-        total += least.sum(dtype=torch.float64)
+        total += least.sum(dtype=wide)
         chosen = weight.gather(1, index)
         added += 2 * weight * chosen * gram[index[:, 0]]
         added.scatter_(1, index, torch.inf)

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 
 from absorb_plugin import distributed
+from absorb_plugin.devices import widest_float
 
 from .base import Allocator, BaseAllocation, Granularity, LinearGroup, Needs
 from .base import LinearStatistics as Linear
@@ -85,8 +86,9 @@ def _outlier_percent(group: LinearGroup, m: float) -> float:
 def _importance_sum(linear: Linear) -> tuple[float, int]:
     """Σ |W|·√a from the column sums of |W|, and the number of weights."""
     weight = linear.weight
-    columns = weight.abs().sum(dim=0, dtype=torch.float64)
-    return float(columns @ _input_norm(linear, weight).double()), weight.numel()
+    wide = widest_float(weight.device)
+    columns = weight.abs().sum(dim=0, dtype=wide)
+    return float(columns @ _input_norm(linear, weight).to(wide)), weight.numel()
 
 
 def _count_above(linear: Linear, threshold: float) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import torch
 from compressed_tensors.offload import disable_offloading
 
 from absorb_plugin.calibration import Batch, token_mask
+from absorb_plugin.devices import widest_float
 from absorb_plugin.forward.head import OutputHead
 
 __all__ = ["check_predicted", "cross_entropy_sums", "loss_gradient", "score_states"]
@@ -34,7 +35,8 @@ def cross_entropy_sums(
     counted = mask[:, 1:] & mask[:, :-1]
     for placeholder in head.placeholders:
         counted = counted & (ids[:, 1:] != placeholder)
-    total = torch.zeros(samples, dtype=torch.float64, device=hidden.device)
+    wide = widest_float(hidden.device)
+    total = torch.zeros(samples, dtype=wide, device=hidden.device)
     step = max(1, head.chunk_bytes // (4 * head.vocabulary * samples))
     for start in range(0, tokens - 1, step):
         stop = min(start + step, tokens - 1)
@@ -45,7 +47,7 @@ def cross_entropy_sums(
             reduction="none",
         ).view(samples, -1)
         kept = counted[:, start:stop].to(losses.device)
-        sums = torch.where(kept, losses, 0.0).double().sum(dim=1)
+        sums = torch.where(kept, losses, 0.0).sum(dim=1, dtype=wide)
         if each_chunk is not None:
             each_chunk(sums.sum())
         total += sums.detach().to(total.device)

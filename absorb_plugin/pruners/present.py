@@ -39,7 +39,7 @@ def with_present_zeros(
         if pruner.keeps_zeros and name in statistics:
             zero |= (statistics[name] == 0).to(zero.device)
         parts, sizes = pruner.present(zero)
-        zeros.append(LinearZeros.of(parts.double().cpu().numpy(), sizes.numpy()))
+        zeros.append(LinearZeros.of(parts.cpu().double().numpy(), sizes.numpy()))
         shares.append(float(zero.count_nonzero()) / zero.numel())
     present = PresentZeros(zeros)
     if max(shares) == 0 or (max(shares) < FEW and not pruner.keeps_zeros):

@@ -32,6 +32,7 @@ from torch.nn import Module
 from absorb_plugin import distributed
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch
+from absorb_plugin.devices import widest_float
 from absorb_plugin.forward.head import OutputHead
 from absorb_plugin.forward.linears import differentiated, replaced_weights
 from absorb_plugin.forward.loss import check_predicted, loss_gradient
@@ -144,7 +145,8 @@ class GradientProbe(Probe):
             return
         row = self._rows[self._blocks.blocks[index].full_name(name)]
         moved = x.matmul(change.to(x.device).t())
-        by_token = (gradient.float() * moved.float()).sum(dim=-1, dtype=torch.float64)
+        wide = widest_float(moved.device)
+        by_token = (gradient.float() * moved.float()).sum(dim=-1, dtype=wide)
         samples = len(self._current)
         if x.dim() == 3 and len(x) == samples:
             self._current[:, row] += by_token.sum(dim=1).cpu().numpy()

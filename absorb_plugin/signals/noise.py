@@ -28,6 +28,7 @@ from pydantic import Field
 
 from absorb_plugin import distributed
 from absorb_plugin.calibration import Batch, token_mask
+from absorb_plugin.devices import widest_float
 from absorb_plugin.forward.head import OutputHead
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.groups import Groups
@@ -243,7 +244,7 @@ class NoiseProbe(Probe):
             size = torch.where(counted, FLOAT32_UNIT * norm, 0.0)
             self._reference = self._perturbed(clean, size)
         drift = _drift(self._reference, clean, norm)
-        sums = torch.where(counted, drift.double(), 0.0).sum(dim=1).tolist()
+        sums = torch.where(counted, _wide(drift), 0.0).sum(dim=1).tolist()
         start = len(self._floors) - len(sums)
         for sample, pair in enumerate(zip(sums, counted.sum(dim=1).tolist())):
             self._floors[start + sample][:, index] = pair
@@ -287,10 +288,14 @@ class NoiseProbe(Probe):
 
     def _record(self, source: int, index: int, values: torch.Tensor) -> None:
         """:param values: drift, cosine and ratio, shape (3, batch, tokens)"""
-        sums = torch.where(self._counted[source], values.double(), 0.0).sum(dim=-1)
+        sums = torch.where(self._counted[source], _wide(values), 0.0).sum(dim=-1)
         start = len(self._sums) - sums.shape[1]
         for sample, triple in enumerate(sums.T.tolist()):
             self._sums[start + sample][:, self._rows[source], index] = triple
+
+
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    return values.to(widest_float(values.device))
 
 
 def measure_until(

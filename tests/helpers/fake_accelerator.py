@@ -110,12 +110,14 @@ class FakeDevice(TorchDispatchMode):
     """
     Runs operations on fake devices.
 
+    :param float64: whether they have it, which Apple's have not
     :ivar log: "to device", "to host" and "between devices": number of copies;
         "bytes to device"; "operations" on a device
     """
 
-    def __init__(self) -> None:
+    def __init__(self, float64: bool = True) -> None:
         super().__init__()
+        self._float64 = float64
         self.log: Counter[str] = Counter()
 
     def __torch_dispatch__(
@@ -136,6 +138,8 @@ class FakeDevice(TorchDispatchMode):
             kwargs["device"] = torch.device("cpu")
         owners = {id(on_host(x)): x for x in tensors if _is_fake(x)}
         output = func(*tree_map(on_host, args), **tree_map(on_host, kwargs))
+        if not self._float64 and _is_fake_device(target):
+            _check_narrow(func, output)
         return tree_map(lambda x: _returned(x, owners, target), output)
 
     def _count(self, func: Any, args: Sequence, target: torch.device) -> None:
@@ -160,7 +164,7 @@ def on_host(value: Any) -> Any:
 
 
 @contextmanager
-def fake_accelerator(devices: int = 1) -> Iterator[FakeDevice]:
+def fake_accelerator(devices: int = 1, float64: bool = True) -> Iterator[FakeDevice]:
     """Within the context `fake:0` … are there, and torch.accelerator knows them."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(_BACKEND, "devices", devices))
@@ -170,7 +174,7 @@ def fake_accelerator(devices: int = 1) -> Iterator[FakeDevice]:
             stack.enter_context(patch.object(torch.Tensor, name, method, create=True))
         for name, function in _FACTORIES.items():
             stack.enter_context(patch.object(torch, name, function))
-        device = FakeDevice()
+        device = FakeDevice(float64)
         stack.enter_context(patch.object(_Handle, "device_in_use", device))
         yield stack.enter_context(device)
 
@@ -208,6 +212,11 @@ def _check_devices(func: Any, args: Sequence, tensors: list[torch.Tensor]) -> No
     if len({x.device for x in taking_part}) > 1:
         found = ", ".join(f"{tuple(x.shape)} on {x.device}" for x in tensors)
         raise DeviceMix(f"{func} takes tensors of one device, got {found}")
+
+
+def _check_narrow(func: Any, output: Any) -> None:
+    if any(_is_tensor(x) and x.dtype == torch.float64 for x in tree_leaves(output)):
+        raise TypeError(f"{func}: the device doesn't support float64")
 
 
 def _target(
