@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import torch
 from compressed_tensors.offload import (
@@ -22,7 +21,6 @@ __all__ = [
     "empty_cache",
     "free_memory",
     "is_offloaded",
-    "widest_float",
 ]
 
 
@@ -67,19 +65,6 @@ def free_memory(device: torch.device) -> int | None:
     free, _ = torch.accelerator.get_memory_info(device)
     reserved = torch.accelerator.memory_reserved(device)
     return free + reserved - torch.accelerator.memory_allocated(device)
-
-
-@cache
-def widest_float(device: torch.device) -> torch.dtype:
-    """
-    To add up in: float64, or float32 on a device that has nothing wider, as those of
-    Apple and some of Intel.
-    """
-    try:
-        torch.zeros(1, dtype=torch.float64, device=device)
-    except (TypeError, RuntimeError):
-        return torch.float32
-    return torch.float64
 
 
 def empty_cache() -> None:

@@ -16,7 +16,7 @@ import torch
 from loguru import logger
 from torch import distributed
 
-from absorb_plugin.devices import widest_float
+from absorb_plugin.precision import widest_float
 
 __all__ = [
     "active",

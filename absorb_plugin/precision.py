@@ -1,12 +1,16 @@
-"""Float32 that is float32, whatever a script has allowed for speed."""
+"""
+Float32 that is float32, whatever a script has allowed for speed, and float64 where there
+is any.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 
-__all__ = ["ieee_float32", "reduced_precision"]
+__all__ = ["ieee_float32", "reduced_precision", "widest_float"]
 
 # What computes float32 products, each with a setting of its own since torch 2.9.
 BACKENDS: tuple[Any, ...] = (
@@ -40,6 +44,19 @@ def ieee_float32() -> Iterator[None]:
             torch.set_float32_matmul_precision(overall)
         for backend, precision in zip(BACKENDS, single, strict=True):
             _set(backend, precision)
+
+
+@cache
+def widest_float(device: torch.device) -> torch.dtype:
+    """
+    To add up in: float64, or float32 on a device that has nothing wider, as those of
+    Apple and some of Intel.
+    """
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return torch.float32
+    return torch.float64
 
 
 def reduced_precision() -> dict[str, Any]:

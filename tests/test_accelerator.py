@@ -17,8 +17,9 @@ from helpers.fake_accelerator import DeviceMix, FakeDevice, fake_accelerator, on
 from transformers import PreTrainedModel
 
 from absorb_plugin.allocate import Allocation
-from absorb_plugin.devices import computing_on_one_device, widest_float
+from absorb_plugin.devices import computing_on_one_device
 from absorb_plugin.evaluation.allocation import allocate_model
+from absorb_plugin.precision import widest_float
 from absorb_plugin.pruners.thresholds import global_threshold, row_thresholds
 from absorb_plugin.settings import AllocationSettings
 from absorb_plugin.signals import SIGNALS

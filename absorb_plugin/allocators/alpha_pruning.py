@@ -16,7 +16,7 @@ from compressed_tensors.distributed import greedy_bin_packing, is_distributed
 from pydantic import Field
 from torch import distributed
 
-from absorb_plugin.devices import widest_float
+from absorb_plugin.precision import widest_float
 
 from .base import Allocator, BaseAllocation, Granularity, LinearGroup, Needs
 from .base import LinearStatistics as Linear

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from absorb_plugin.devices import widest_float
+from absorb_plugin.precision import widest_float
 
 from .base import Allocator, BaseAllocation, Granularity, LinearGroup, Needs
 from .owl import spread_metric

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from absorb_plugin import distributed
-from absorb_plugin.devices import widest_float
+from absorb_plugin.precision import widest_float
 
 from .base import Allocator, BaseAllocation, Granularity, LinearGroup, Needs
 from .base import LinearStatistics as Linear

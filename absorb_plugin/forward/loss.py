@@ -6,8 +6,8 @@ import torch
 from compressed_tensors.offload import disable_offloading
 
 from absorb_plugin.calibration import Batch, token_mask
-from absorb_plugin.devices import widest_float
 from absorb_plugin.forward.head import OutputHead
+from absorb_plugin.precision import widest_float
 
 __all__ = ["check_predicted", "cross_entropy_sums", "loss_gradient", "score_states"]
 

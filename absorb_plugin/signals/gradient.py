@@ -32,12 +32,12 @@ from torch.nn import Module
 from absorb_plugin import distributed
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch
-from absorb_plugin.devices import widest_float
 from absorb_plugin.forward.head import OutputHead
 from absorb_plugin.forward.linears import differentiated, replaced_weights
 from absorb_plugin.forward.loss import check_predicted, loss_gradient
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.groups import Groups, linear_names
+from absorb_plugin.precision import widest_float
 from absorb_plugin.pruners.weights import MaskedSlopes, PrunedSlopes
 from absorb_plugin.search.descent import Slopes, Stage
 from absorb_plugin.search.standard_error import standard_error

@@ -28,10 +28,10 @@ from pydantic import Field
 
 from absorb_plugin import distributed
 from absorb_plugin.calibration import Batch, token_mask
-from absorb_plugin.devices import widest_float
 from absorb_plugin.forward.head import OutputHead
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.groups import Groups
+from absorb_plugin.precision import widest_float
 from absorb_plugin.search.correction import direction_from_ratio
 from absorb_plugin.search.standard_error import standard_error
 from absorb_plugin.signals.base import Setting, Signal
