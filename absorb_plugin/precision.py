@@ -1,6 +1,6 @@
 """
-Float32 that is float32, whatever a script has allowed for speed, and float64 where there
-is any.
+Float32 that is float32, whatever a script has allowed for speed, and float64 where
+there is any.
 """
 
 from collections.abc import Iterator
