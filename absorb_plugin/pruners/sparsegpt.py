@@ -23,7 +23,7 @@ __all__ = ["SparseGPT"]
 
 GROUP = 32  # columns: what a processor's cache holds of many rows
 # Tokens make a Hessian of no higher rank than their number.
-JUDGE_TOKENS = 2048
+JUDGE_TOKENS = 4096
 
 
 @dataclass(frozen=True)
