@@ -53,3 +53,28 @@ def test_the_package_alone_is_light() -> None:
 )
 def test_the_modifier_is_registered_whatever_is_imported_first(first: str) -> None:
     run(first + "\n" + REGISTERED)
+
+
+LOADED = """
+import ast, sys
+from pathlib import Path
+import absorb_plugin.modifier
+known = {"absorb_plugin.modifier", "absorb_plugin._llmcompressor"}
+names = {name for name in sys.modules if name.startswith("absorb_plugin.")} - known
+assert "absorb_plugin.distributed" in names
+for name in sorted(names):
+    tree = ast.parse(Path(sys.modules[name].__file__).read_text())
+    for node in tree.body:
+        found = [x.name for x in node.names] if isinstance(node, ast.Import) else []
+        found += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        for one in found:
+            assert one.partition(".")[0] != "llmcompressor", (name, one)
+"""
+
+
+def test_what_the_modifier_needs_at_once_does_not_import_llmcompressor() -> None:
+    """
+    The first import of llm-compressor imports the modifier: what does that import, and
+    is needed by the modifier, would be half imported then.
+    """
+    run(LOADED)
