@@ -244,7 +244,8 @@ class NoiseProbe(Probe):
             size = torch.where(counted, FLOAT32_UNIT * norm, 0.0)
             self._reference = self._perturbed(clean, size)
         drift = _drift(self._reference, clean, norm)
-        sums = torch.where(counted, _wide(drift), 0.0).sum(dim=1).tolist()
+        kept, wide = torch.where(counted, drift, 0.0), widest_float(drift.device)
+        sums = kept.sum(dim=1, dtype=wide).tolist()
         start = len(self._floors) - len(sums)
         for sample, pair in enumerate(zip(sums, counted.sum(dim=1).tolist())):
             self._floors[start + sample][:, index] = pair
@@ -288,14 +289,11 @@ class NoiseProbe(Probe):
 
     def _record(self, source: int, index: int, values: torch.Tensor) -> None:
         """:param values: drift, cosine and ratio, shape (3, batch, tokens)"""
-        sums = torch.where(self._counted[source], _wide(values), 0.0).sum(dim=-1)
+        kept = torch.where(self._counted[source], values, 0.0)
+        sums = kept.sum(dim=-1, dtype=widest_float(values.device))
         start = len(self._sums) - sums.shape[1]
         for sample, triple in enumerate(sums.T.tolist()):
             self._sums[start + sample][:, self._rows[source], index] = triple
-
-
-def _wide(values: torch.Tensor) -> torch.Tensor:
-    return values.to(widest_float(values.device))
 
 
 def measure_until(
