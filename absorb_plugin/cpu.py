@@ -2,7 +2,9 @@
 
 import contextlib
 import ctypes
+import functools
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,14 +17,37 @@ __all__ = ["bfloat16_is_slow", "fast_bfloat16", "keep_freed_memory"]
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
+# Times as long as a product in float32 that one in bfloat16 may take.
+BEARABLE = 1.25
+SIDE, REPETITIONS = 512, 5
+
+
 def bfloat16_is_slow() -> bool:
     """
-    Whether models run on a CPU whose bfloat16 matrix products do not go through
-    oneDNN (on x86: no AVX-512), and take several times as long as float32.
+    Whether models run on a CPU that takes longer for matrix products of bfloat16 than
+    for those of float32: on x86 without AVX-512 several times as long, and on some that
+    have its bfloat16 instructions, but no AMX, twice as long. Tried out once.
     """
     if torch.accelerator.is_available():
         return False
-    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return True
+    return _times_as_long() > BEARABLE
+
+
+@functools.cache
+def _times_as_long() -> float:
+    """As products in float32 those in bfloat16 take."""
+    wide = torch.ones(SIDE, SIDE)
+    short = wide.bfloat16()
+    seconds: dict[torch.dtype, list[float]] = {wide.dtype: [], short.dtype: []}
+    with torch.inference_mode():
+        for _ in range(REPETITIONS):
+            for one in (wide, short):
+                begin = time.perf_counter()
+                torch.nn.functional.linear(one, one)
+                seconds[one.dtype].append(time.perf_counter() - begin)
+    return min(seconds[short.dtype]) / min(seconds[wide.dtype])
 
 
 @contextlib.contextmanager

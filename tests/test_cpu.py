@@ -50,3 +50,32 @@ def test_mode_ends_with_the_block(slow):
     with cpu.fast_bfloat16():
         assert torch.overrides._len_torch_function_stack() == 1
     assert torch.overrides._len_torch_function_stack() == 0
+
+
+def test_bfloat16_is_slow_where_float32_takes_less_time(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(cpu, "_times_as_long", lambda: 1.8)
+    assert cpu.bfloat16_is_slow()
+    monkeypatch.setattr(cpu, "_times_as_long", lambda: 0.5)
+    assert not cpu.bfloat16_is_slow()
+
+
+def test_bfloat16_is_slow_without_instructions_for_it(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(cpu, "_times_as_long", lambda: 0.5)
+    assert cpu.bfloat16_is_slow()
+
+
+def test_products_are_timed_once(monkeypatch):
+    products = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "linear",
+        lambda *args: products.append(args[0].dtype) or linear(*args),
+    )
+    cpu._times_as_long.cache_clear()
+    assert cpu._times_as_long() == cpu._times_as_long() > 0
+    assert products == [torch.float32, torch.bfloat16] * cpu.REPETITIONS

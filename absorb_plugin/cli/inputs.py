@@ -69,6 +69,4 @@ def _warn_if_slow(config: Any, dtype: Dtype) -> None:
         dtype is Dtype.auto and config.get_text_config().dtype == torch.bfloat16
     )
     if is_bfloat16 and bfloat16_is_slow():
-        logger.warning(
-            "This CPU has no fast bfloat16: --dtype float32 is several times faster"
-        )
+        logger.warning("This CPU has no fast bfloat16: --dtype float32 takes less time")

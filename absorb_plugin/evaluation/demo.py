@@ -299,7 +299,7 @@ def _gguf_file() -> Path:
 
 
 def _dtype() -> torch.dtype:
-    """bfloat16, or float32 where the CPU takes several times as long for bfloat16."""
+    """bfloat16, or float32 where the CPU takes longer for bfloat16."""
     return torch.float32 if bfloat16_is_slow() else torch.bfloat16
 
 
