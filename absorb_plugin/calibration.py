@@ -7,6 +7,8 @@ from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 import torch
+from compressed_tensors.offload import get_execution_device
+from compressed_tensors.utils import patch_attr
 from datasets import Dataset
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.utils.helpers import (
@@ -46,6 +48,8 @@ __all__ = [
 # Samples that are joined to a batch at most; `probe_memory` cuts it again. An offloaded
 # model is onloaded anew for every batch.
 JOINED = 32
+# The field of a configuration that names the form of attention, and PyTorch's own.
+ATTENTION, FUSED = "_attn_implementation", "sdpa"
 
 Batch = Mapping[str, torch.Tensor]
 T = TypeVar("T")
@@ -61,14 +65,24 @@ def calibrating(model: torch.nn.Module) -> Iterator[None]:
 
     :param model: not wrapped: llm-compressor's context passes over wrappers
     """
+    attention = _attention(model)
     with ExitStack() as stack:
         stack.enter_context(calibration_forward_context(model))
+        if attention == FUSED and get_execution_device(model).type == "cpu":
+            # eager attention is for graphs that are traced, and none are here; of 512
+            # tokens it takes a CPU as long as all other products
+            stack.enter_context(patch_attr(model.config, ATTENTION, FUSED))
         stack.enter_context(without_cache(model))
         stack.enter_context(DisableQuantization(model))
         stack.enter_context(HooksMixin.disable_hooks())
         stack.enter_context(fast_bfloat16())
         stack.enter_context(ieee_float32())
         yield
+
+
+def _attention(model: torch.nn.Module) -> str | None:
+    """How a Hugging Face model computes attention; None of another."""
+    return getattr(getattr(model, "config", None), ATTENTION, None)
 
 
 @plain_torch()

@@ -6,8 +6,10 @@ from helpers import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, RandomSampler
+from transformers import PreTrainedModel
 
 from absorb_plugin.calibration import (
+    calibrating,
     cut_tokens,
     evenly_spaced,
     interleaved,
@@ -178,3 +180,26 @@ def test_the_fixed_order_depends_on_the_samples_alone() -> None:
     ]
     again = [x["input_ids"][:, 3:].tolist() for x in sort_samples(padded)]
     assert again == ordered
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_stays_as_it_is_on_a_cpu(
+    llama: PreTrainedModel, attention: str
+) -> None:
+    llama.set_attn_implementation(attention)
+    with calibrating(llama):
+        assert llama.config._attn_implementation == attention
+    assert llama.config._attn_implementation == attention
+
+
+def test_attention_is_as_llm_compressor_wants_it_elsewhere(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama.set_attn_implementation("sdpa")
+    monkeypatch.setattr(
+        "absorb_plugin.calibration.get_execution_device",
+        lambda model: torch.device("cuda"),
+    )
+    with calibrating(llama):
+        assert llama.config._attn_implementation == "eager"
+    assert llama.config._attn_implementation == "sdpa"

@@ -177,8 +177,34 @@ class MaskPruner(Pruner):
         pruned = torch.empty_like(weight)
         for part in row_chunks(weight):
             kept = self.score(weight[part], observed) > threshold[part]
-            pruned[part] = torch.where(kept, weight[part], 0)
+            # not torch.where, which takes more than twice as long on a CPU
+            torch.mul(weight[part], kept, out=pruned[part])
         return pruned
+
+    def masked_and_between(
+        self,
+        weight: torch.Tensor,
+        observed: torch.Tensor,
+        threshold: torch.Tensor,
+        low: torch.Tensor,
+        high: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Both by one look at the scores.
+
+        :param threshold: as of `masked`
+        :param low: of a lower sparsity, likewise
+        :param high: of a higher one
+        :return: the masked weight, and the weights that are masked at the higher
+            sparsity but not at the lower, the others zero
+        """
+        pruned, between = torch.empty_like(weight), torch.empty_like(weight)
+        for part in row_chunks(weight):
+            scores = self.score(weight[part], observed)
+            torch.mul(weight[part], scores > threshold[part], out=pruned[part])
+            within = (scores > low[part]) & (scores <= high[part])
+            torch.mul(weight[part], within, out=between[part])
+        return pruned, between
 
     def prune(
         self,

@@ -5,6 +5,7 @@ as the pruner itself makes them.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -12,7 +13,6 @@ import torch
 from torch.nn import Linear, Module
 
 from absorb_plugin.blocks import BlockMap
-from absorb_plugin.forward.chunks import row_chunks
 from absorb_plugin.forward.inputs import real_tokens
 from absorb_plugin.forward.linears import Weights
 from absorb_plugin.forward.parts import current_part
@@ -20,6 +20,7 @@ from absorb_plugin.groups import named
 from absorb_plugin.pruners.base import MaskPruner, Pruner
 
 __all__ = [
+    "Change",
     "MaskedSlopes",
     "MaskedWeights",
     "Observed",
@@ -97,13 +98,27 @@ class MaskedWeights:
 
     def weight(self, index: int, name: str, sparsity: float) -> torch.Tensor:
         """The masked weight of one Linear."""
+        weight, observed, (at,) = self._ranked(index, name, [sparsity])
+        return self._pruner.masked(weight, observed, at)
+
+    def weight_and_between(
+        self, index: int, name: str, sparsity: float, low: float, high: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, and the weights that go between two other sparsities."""
+        weight, observed, at = self._ranked(index, name, [sparsity, low, high])
+        return self._pruner.masked_and_between(weight, observed, *at)
+
+    def _ranked(
+        self, index: int, name: str, sparsities: Sequence[float]
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """Weight, a_j, and the threshold per row of every sparsity."""
         block = self._blocks.blocks[index]
         weight, full = block.linears[name].weight.detach(), block.full_name(name)
-        observed = self._square_sums[full].to(weight.device)
-        if (full, sparsity) not in self._thresholds:
-            self.rank(index, name, [sparsity])
-        at = self._thresholds[full, sparsity].to(weight.device)
-        return self._pruner.masked(weight, observed, at)
+        new = [s for s in sparsities if (full, s) not in self._thresholds]
+        if new:
+            self.rank(index, name, new)
+        at = [self._thresholds[full, s].to(weight.device) for s in sparsities]
+        return weight, self._square_sums[full].to(weight.device), at
 
     def rank(self, index: int, name: str, sparsities: Sequence[float]) -> None:
         """Find the thresholds of several sparsities at once, which costs as one."""
@@ -132,20 +147,17 @@ def band(sparsity: float, step: float) -> tuple[float, float]:
     return max(0.0, sparsity - step), min(1.0, sparsity + step)
 
 
-def _difference(less: torch.Tensor, more: torch.Tensor) -> torch.Tensor | None:
+@dataclass(frozen=True)
+class Change:
     """
-    ΔW/Δs between weights of two sparsities; None where these do not differ.
+    dW/ds of a Linear, times a number.
 
-    :param less: the denser weights
-    :param more: the sparser ones
+    :param matrix: of the weight's shape and dtype
+    :param factor: what the matrix is to be multiplied by
     """
-    share = (less.count_nonzero() - more.count_nonzero()).item() / less.numel()
-    if share <= 0:
-        return None
-    change = torch.empty_like(less)
-    for part in row_chunks(less):
-        change[part] = (more[part].float() - less[part].float()) / share
-    return change
+
+    matrix: torch.Tensor
+    factor: float
 
 
 class MaskedSlopes:
@@ -168,6 +180,8 @@ class MaskedSlopes:
     ) -> None:
         self._masks, self._step = masks, step
         self._sparsities = block_sparsities(blocks, allocation)
+        # what the backward pass asks for after a change, made with it
+        self._next: dict[tuple[int, str], torch.Tensor] = {}
 
     def identity(self) -> list[object]:
         """What makes two of them equal (`fingerprint.digest`)."""
@@ -177,7 +191,9 @@ class MaskedSlopes:
         """Relative name -> weight, of the Linears of a block that are pruned."""
         if index not in self._sparsities:
             return {}
-        return self._masks.weights(index, self._sparsities[index])
+        return {
+            name: partial(self._weight, index, name) for name in self._masks.seen(index)
+        }
 
     def rank(self, index: int) -> None:
         """Rank the weights of a block for all that follows."""
@@ -185,11 +201,20 @@ class MaskedSlopes:
             sparsity = self._sparsities[index][name]
             self._masks.rank(index, name, [sparsity, *band(sparsity, self._step)])
 
-    def change(self, index: int, name: str) -> torch.Tensor | None:
+    def change(self, index: int, name: str) -> Change | None:
         """dW/ds of one Linear; None where W does not change."""
-        low, high = band(self._sparsities[index][name], self._step)
-        less = self._masks.weight(index, name, low)
-        return _difference(less, self._masks.weight(index, name, high))
+        sparsity = self._sparsities[index][name]
+        weight, between = self._masks.weight_and_between(
+            index, name, sparsity, *band(sparsity, self._step)
+        )
+        self._next = {(index, name): weight}
+        share = between.count_nonzero().item() / between.numel()
+        return Change(between, -1 / share) if share > 0 else None
+
+    def _weight(self, index: int, name: str) -> torch.Tensor:
+        if (made := self._next.pop((index, name), None)) is not None:
+            return made
+        return self._masks.weight(index, name, self._sparsities[index][name])
 
 
 class PrunedSlopes:
@@ -203,6 +228,8 @@ class PrunedSlopes:
     :param made_at: the allocation of s, one sparsity per prunable Linear
     :param allocation: the one under which the network runs
     :param step: δ
+    :param shares: index and name -> of all weights those that go from s − δ to s + δ,
+        noted as they are counted
     """
 
     kept_weights = 3
@@ -215,16 +242,23 @@ class PrunedSlopes:
         allocation: np.ndarray,
         *,
         step: float,
+        shares: dict[tuple[int, str], float] | None = None,
     ) -> None:
         self._blocks, self._kept, self._step = blocks, kept, step
         self._made_at = made_at
+        self._shares = {} if shares is None else shares
         self._made = block_sparsities(blocks, made_at)
         self._wanted = block_sparsities(blocks, allocation)
 
     def at(self, allocation: np.ndarray) -> "PrunedSlopes":
         """The weights of another allocation, near the one that they were made of."""
         return PrunedSlopes(
-            self._blocks, self._kept, self._made_at, allocation, step=self._step
+            self._blocks,
+            self._kept,
+            self._made_at,
+            allocation,
+            step=self._step,
+            shares=self._shares,
         )
 
     def identity(self) -> list[object]:
@@ -249,10 +283,14 @@ class PrunedSlopes:
         share = min(FARTHEST, (wanted - made) / way) if way else 0.0
         return own if share == 0.0 else torch.lerp(own, other, share)
 
-    def change(self, index: int, name: str) -> torch.Tensor | None:
+    def change(self, index: int, name: str) -> Change | None:
         """As of `MaskedSlopes`."""
         _, less, more = self._kept[index][name]
-        return _difference(less, more)
+        if (index, name) not in self._shares:
+            fewer = less.count_nonzero() - more.count_nonzero()
+            self._shares[index, name] = fewer.item() / less.numel()
+        share = self._shares[index, name]
+        return Change(more - less, 1 / share) if share > 0 else None
 
 
 class Observed:

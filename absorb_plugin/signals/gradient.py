@@ -144,9 +144,10 @@ class GradientProbe(Probe):
         if change is None:
             return
         row = self._rows[self._blocks.blocks[index].full_name(name)]
-        moved = x.matmul(change.to(x.device).t())
+        moved = x.matmul(change.matrix.to(x.device).t())
         wide = widest_float(moved.device)
         by_token = (gradient.float() * moved.float()).sum(dim=-1, dtype=wide)
+        by_token *= change.factor
         samples = len(self._current)
         if x.dim() == 3 and len(x) == samples:
             self._current[:, row] += by_token.sum(dim=1).cpu().numpy()

@@ -105,3 +105,7 @@ def test_masks_rank_for_one_linear_as_the_mask_pruner_prunes(kind: str) -> None:
     pruned = list(chain(*masks.prune([weight], observed, [wanted])))
     assert all(map(torch.equal, masked, pruned))
     assert [int((one == 0).sum()) for one in masked] == [0, 60, 120, 240]
+    both = masks.masked_and_between(weight, observed, at[1], at[0], at[2])
+    assert all(map(torch.equal, both, (masked[1], weight - masked[2])))
+    _, none = masks.masked_and_between(weight, observed, at[1], at[2], at[2])
+    assert not none.any()

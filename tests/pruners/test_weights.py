@@ -47,7 +47,28 @@ def test_a_slope_is_the_change_per_share_of_weights_that_went(
         expected = -(gradient * weight)[changed].sum() * columns / (high - low)
         change = slopes.change(1, name)
         assert change is not None
-        assert (gradient * change).sum().item() == pytest.approx(expected.item(), 1e-4)
+        found = (gradient * change.matrix).sum().item() * change.factor
+        assert found == pytest.approx(expected.item(), 1e-4)
+
+
+def test_the_weight_made_with_a_change_is_handed_out_once(
+    llama: PreTrainedModel,
+) -> None:
+    where = place(llama, tiny.make_batch())
+    masks, name = where.masks(Wanda()), "mlp.up_proj"
+    slopes = MaskedSlopes(where.blocks, masks, where.flat(0.5), 0.1)
+    slopes.rank(1)
+    scored: list[int] = []
+    score = Wanda.score
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Wanda, "score", lambda *args: scored.append(1) or score(*args))
+        slopes.change(1, name)
+        first = slopes.weights(1)[name]()
+        assert len(scored) == 1
+        second = slopes.weights(1)[name]()
+        assert len(scored) == 2
+    assert torch.equal(first, second) and first is not second
+    assert torch.equal(first, masks.weight(1, name, 0.5))
 
 
 def test_sparsities_by_block(llama: PreTrainedModel) -> None:
@@ -80,6 +101,7 @@ def test_pruned_weights_between_those_that_were_made(llama: PreTrainedModel) -> 
         torch.testing.assert_close(near.weights(1)[name](), expected)
         change = near.change(1, name)
         assert change is not None
-        torch.testing.assert_close(change, (more - less) * (48 * 32 / 2))
+        found = change.matrix * change.factor
+        torch.testing.assert_close(found, (more - less) * (48 * 32 / 2))
     assert made.at(np.array([0.52])).identity() != made.identity()
     assert dict(made.weights(0)) == {}
