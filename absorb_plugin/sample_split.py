@@ -85,11 +85,14 @@ class SampleSplit:
         search, confirm = _held_out(samples, effort) if judged else ([], [])
         out = {id(sample) for sample in [*search, *confirm]}
         self._measuring = [sample for sample in samples if id(sample) not in out]
-        self.search = self._judged(search, effort.search, "search")
-        self.confirm = self._judged(confirm, effort.confirm, "confirm") or self.search
         self.statistics = evenly_spaced(self._measuring, effort.statistics)
         self._pruning_tokens = pruning_tokens or 0
         self.pruning = [] if pruning_tokens is None else self.next_pruning()
+        self.search = self._judged(search, effort.search, "search")
+        # in one batch with those, and shorter ones would be padded to their length
+        least = max(map(count_tokens, self.pruning), default=0)
+        confirm = self._judged(confirm, effort.confirm, "confirm", least)
+        self.confirm = confirm or self.search
 
     def next_signal(self) -> list[dict]:
         """Other samples in every round, as far as there are any, and other windows."""
@@ -128,10 +131,16 @@ class SampleSplit:
         chosen = evenly_spaced(order, count)
         return self._windows(chosen, f"pruning {self._prunings}", length)
 
-    def _judged(self, samples: list[dict], wanted: int, salt: str) -> list[dict]:
-        """Of fewer samples than wanted longer windows, so that tokens are as many."""
+    def _judged(
+        self, samples: list[dict], wanted: int, salt: str, least: int = 0
+    ) -> list[dict]:
+        """
+        Of fewer samples than wanted longer windows, so that tokens are as many.
+
+        :param least: tokens of a window
+        """
         each = math.ceil(self._effort.tokens * wanted / max(1, len(samples)))
-        return self._windows(samples, salt, max(each, self._effort.tokens))
+        return self._windows(samples, salt, max(each, self._effort.tokens, least))
 
     def in_turn(self) -> list[dict]:
         """All that are not held out, whole, the first few spread over the text."""

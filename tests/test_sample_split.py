@@ -197,6 +197,14 @@ def test_a_pruner_that_needs_more_tokens_sees_parts_of_long_samples() -> None:
     assert sum(one["input_ids"].numel() for one in pruning) > 12 * PRUNING_WINDOW
 
 
+def test_what_is_judged_with_long_windows_is_not_padded_to_their_length() -> None:
+    samples = [sample(i, 2000) for i in range(24)]
+    found = split(samples, search=2, confirm=2, tokens=40, pruning_tokens=2500)
+    lengths = [{one["input_ids"].numel() for one in found.confirm}]
+    lengths += [{one["input_ids"].numel() for one in found.search}]
+    assert lengths == [{PRUNING_WINDOW}, {40}]
+
+
 def test_the_report_tells_what_served() -> None:
     found = split([sample(i) for i in range(12)])
     assert {one.use for one in found.uses()} == {
