@@ -21,5 +21,5 @@ class Wanda(MaskPruner):
     rank_statistics: ClassVar[str] = "_row_scalars"
 
     def score(self, weight: torch.Tensor, observed: torch.Tensor) -> torch.Tensor:
-        # in float32, as the second factor is
-        return weight.abs() * observed.to(weight.device).sqrt()
+        # in float32, as the second factor is: no copy of the weight in it
+        return weight.abs() * observed.to(weight.device).float().sqrt()

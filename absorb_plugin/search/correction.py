@@ -62,7 +62,9 @@ def relative_slopes(slopes: np.ndarray, mean: float) -> np.ndarray:
     scale = mean if mean > 0 else float(np.abs(slopes).mean())
     if scale == 0.0:
         return np.zeros_like(slopes)
-    return np.log(np.clip(slopes / scale, 1 / LARGEST_RATIO, LARGEST_RATIO))
+    with np.errstate(over="ignore"):  # infinite is more than ten times the mean
+        relative = slopes / scale
+    return np.log(np.clip(relative, 1 / LARGEST_RATIO, LARGEST_RATIO))
 
 
 def _finite(response: np.ndarray) -> np.ndarray:

@@ -233,13 +233,14 @@ def test_a_generation_config_that_cannot_be_saved(folder: Path) -> None:
 def test_weights_that_are_shared(folder: Path) -> None:
     """A block that runs twice; tied embeddings are no such thing."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    check_saving("name", tiny.make_model("llama", tie_word_embeddings=True), tokenizer)
+    tied = tiny.make_model("llama", tie_word_embeddings=True)
+    check_saving(str(folder), tied, tokenizer)
     model = make_model()
     model.model.layers[1].mlp = model.model.layers[0].mlp
     with pytest.raises(RuntimeError, match="shared tensors"):  # what it is about
         model.save_pretrained(folder)
     with pytest.raises(ValueError, match=r"share without saying so .*layers.1.mlp"):
-        check_saving("name", model, tokenizer)
+        check_saving(str(folder), model, tokenizer)
 
 
 # --- where the weights lie --------------------------------------------------------

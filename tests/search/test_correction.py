@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from absorb_plugin.search.correction import (
@@ -80,6 +80,7 @@ def test_slopes_are_taken_relative_to_their_mean() -> None:
     np.testing.assert_allclose(relative_slopes(7 * slopes, 7.0), expected)
 
 
+@example([1.0], 2e-311)
 @given(st.lists(st.floats(-100, 100), min_size=1, max_size=9), st.floats(-10, 10))
 def test_relative_slopes_are_finite_and_keep_the_order(
     slopes: list[float], mean: float
