@@ -378,14 +378,27 @@ def accuracies(lines: list[dict]) -> str:
     runs = {tuple(line[name] for name in order): line for line in lines}
     names = list(dict.fromkeys(name for line in lines for name in line["tasks"]))
     head = ["pruner", "sparsity", "base", "seed", "method", "perplexity", *names]
+    head.append("mean")
     out = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for (pruner, sparsity, allocator, seed, method), line in sorted(runs.items()):
         cells = [pruner, f"{sparsity:.0%}", allocator, str(seed), method]
         first = next(iter(line["texts"].values()))
         cells.append(f"{first['perplexity']:.1f}")
-        cells += [shown_accuracy(line["tasks"].get(name)) for name in names]
+        results = [line["tasks"].get(name) for name in names]
+        cells += [shown_accuracy(result) for result in [*results, averaged(results)]]
         out.append(f"| {' | '.join(cells)} |")
     return "\n".join(out)
+
+
+def averaged(results: Sequence[dict | None]) -> dict | None:
+    """Every task counts alike; None if one was not run."""
+    known = [result for result in results if result is not None]
+    if len(known) < len(results):
+        return None
+    errors = [result["stderr"] for result in known]
+    unknown = any(error is None for error in errors)
+    error = None if unknown else math.hypot(*errors) / len(errors)
+    return {"acc": mean(result["acc"] for result in known), "stderr": error}
 
 
 def shown_accuracy(result: dict | None) -> str:
