@@ -11,8 +11,8 @@ import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "integration" / "benchmarks"
 TINY = dict(
-    hidden_size=256,
-    intermediate_size=512,
+    hidden_size=128,
+    intermediate_size=256,
     num_hidden_layers=10,
     num_attention_heads=4,
     num_key_value_heads=2,
