@@ -38,7 +38,7 @@ def bfloat16_is_slow() -> bool:
 @functools.cache
 def _times_as_long() -> float:
     """As products in float32 those in bfloat16 take."""
-    wide = torch.ones(SIDE, SIDE)
+    wide = torch.ones(SIDE, SIDE, device="cpu", dtype=torch.float32)
     short = wide.bfloat16()
     seconds: dict[torch.dtype, list[float]] = {wide.dtype: [], short.dtype: []}
     with torch.inference_mode():
