@@ -392,7 +392,7 @@ def test_found(name: str) -> None:
 
 
 @settings(
-    max_examples=2000 if NIGHTLY else 60,
+    max_examples=2000 if NIGHTLY else 100,
     derandomize=not NIGHTLY,
     deadline=None,
     suppress_health_check=list(HealthCheck),
