@@ -162,7 +162,10 @@ class Method:
             if self.signal.differentiates:
                 check_differentiable(model)
             with distributed.fail_together():
-                check_forward(model, blocks, samples.shortest(), by_loss=by_loss)
+                shortest = samples.shortest()
+                check_forward(
+                    model, blocks, shortest, by_loss=by_loss, by_part=prunes
+                )
         self._allocator = settings.base_allocator()
         statistics: Mapping[str, torch.Tensor] = {}
         if by_loss or self._allocator.needs == "activations":

@@ -209,6 +209,30 @@ def test_a_block_without_a_hidden_state() -> None:
         sparsities(model, **RUNS["slope"])
 
 
+BATCHES = {
+    "broadcasts": lambda x, samples: x + torch.zeros(samples, 1, 1),
+    "fails": lambda x, samples: x.unflatten(0, (samples, -1)).flatten(0, 1),
+}
+
+
+@pytest.mark.parametrize("takes", BATCHES.values(), ids=BATCHES)
+def test_a_block_that_knows_how_many_samples_there_are(takes: Callable) -> None:
+    model, sizes = make_remote(), []
+
+    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        sizes.append(len(kwargs["input_ids"]))
+
+    def take(module: nn.Module, args: tuple) -> tuple:
+        return takes(args[0], sizes[-1]), *args[1:]
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    for block in model.blocks:
+        block.register_forward_pre_hook(take)
+    with pytest.raises(ValueError, match=r"block blocks\.0 .* cannot run some samples"):
+        sparsities(model, **RUNS["search"])
+    sparsities(model, **RUNS["search"], confirm_samples=0)
+
+
 CHAINS = {
     "cache": r"block blocks\.\d \(RemoteBlock\) does not give the same",
     "between": r"block blocks\.1 \(RemoteBlock\) does not give the same",

@@ -72,6 +72,32 @@ class BlockCall:
         args = (*self.args[: self.key], hidden, *self.args[self.key + 1 :])
         return args, dict(self.kwargs)
 
+    def of_samples(self, part: slice) -> "BlockCall":
+        """The call for some of the samples."""
+        samples, tokens = self.hidden.shape[:2]
+        args = _cut(self.args, samples, tokens, part)
+        kwargs = _cut(dict(self.kwargs), samples, tokens, part)
+        return BlockCall(args, kwargs, self.key)
+
+
+def _cut(value: Any, samples: int, tokens: int, part: slice) -> Any:
+    """The part of whatever has entries for every sample; positions may have none."""
+    if isinstance(value, dict):
+        return {key: _cut(one, samples, tokens, part) for key, one in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_cut(one, samples, tokens, part) for one in value)
+    if not isinstance(value, torch.Tensor) or value.dim() < 2:
+        return value
+    first, second, *others = value.shape
+    if first == samples:
+        return value[part]
+    if second == samples and others[:1] == [tokens]:
+        return value[:, part]  # positions in time, height and width
+    if second == 1 and len(others) == 1 and first % samples == 0:
+        heads = value.unflatten(0, (samples, -1))  # a bias of every head, as Bloom's
+        return heads[part].flatten(0, 1)
+    return value
+
 
 def without_cache_arguments(
     args: tuple, kwargs: Mapping[str, Any]

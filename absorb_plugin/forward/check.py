@@ -1,8 +1,9 @@
 """
 What every probe presumes of a model, checked once before anything is measured: that the
 hidden state passes each block once and in order, that nothing happens between blocks,
-that a block keeps no state from one call to the next, and, where losses are measured,
-that no token sees those after it.
+that a block keeps no state from one call to the next, where losses are measured that no
+token sees those after it, and where the pruner's own arithmetic judges that blocks can
+be given a part of the samples.
 """
 
 import re
@@ -33,18 +34,27 @@ INSTEAD = "Use strength: 0, which keeps the base allocation and runs no block tw
 
 
 def check_forward(
-    model: Module, blocks: BlockMap, sample: Batch, *, by_loss: bool
+    model: Module,
+    blocks: BlockMap,
+    sample: Batch,
+    *,
+    by_loss: bool,
+    by_part: bool = False,
 ) -> None:
     """
     Two forwards of one sample.
 
     :param sample: a batch of one
     :param by_loss: whether next-token losses will be measured
+    :param by_part: whether blocks will be given some of a batch's samples
     :raises ValueError: naming the block and what it does
     """
     calls, chain = _LinearCalls(blocks), _ChainCheck(blocks, by_loss)
     run_probes(model, blocks, [sample, sample], [calls, chain], description="Checking")
     calls.result()
+    if by_part:
+        two = {name: torch.cat([rows, rows]) for name, rows in sample.items()}
+        run_probes(model, blocks, [two], [_PartCheck(blocks)], description="Checking")
 
 
 class _LinearCalls(Probe):
@@ -209,6 +219,38 @@ class _ChainCheck(Probe):
                 "numbers, or takes something else than the hidden state of the block "
                 f"before. {INSTEAD}"
             )
+
+
+class _PartCheck(Probe):
+    """Of two samples the second by itself."""
+
+    def __init__(self, blocks: BlockMap) -> None:
+        self._blocks = blocks
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(trajectories=1)
+
+    def leave(
+        self, index: int, before: torch.Tensor, after: torch.Tensor, run: RunBlock
+    ) -> None:
+        second, told = slice(1, 2), "more than it was given comes out"
+        try:
+            if run.of_samples(second)(before[second]).shape == after[second].shape:
+                return
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError) as error:
+            told = str(error)
+        block = self._blocks.blocks[index]
+        raise ValueError(
+            f"model: block {block.name} ({type(block.module).__name__}) cannot run "
+            f"some samples of a batch without the others ({told}). Set "
+            "confirm_samples: 0 and signal: gradient, which run whole batches only"
+        )
+
+    def result(self) -> None:
+        """Nothing: what is wrong is raised while it runs."""
 
 
 def shifted(hidden: torch.Tensor) -> torch.Tensor:

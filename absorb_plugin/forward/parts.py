@@ -31,10 +31,13 @@ def current_part() -> slice:
 
 
 class Parts:
-    """:param size: samples at a time; 0 for all"""
+    """
+    :param size: samples at a time; 0 for all
+    :param apart: so many first samples of a batch never run together with others
+    """
 
-    def __init__(self, size: int = 0) -> None:
-        self.size = size
+    def __init__(self, size: int = 0, apart: int = 0) -> None:
+        self.size, self.apart = size, apart
 
     @contextmanager
     def applied(self, blocks: Sequence[Module]) -> Iterator[None]:
@@ -46,30 +49,29 @@ class Parts:
             yield
 
     def _run(self, block: Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        samples = len(BlockCall.of(block, args, kwargs).hidden)
-        if not 0 < self.size < samples:
+        call = BlockCall.of(block, args, kwargs)
+        parts = self._of(len(call.hidden))
+        if len(parts) == 1:
             return forward(*args, **kwargs)
         outputs = []
-        for start in range(0, samples, self.size):
-            part = slice(start, min(start + self.size, samples))
+        for part in parts:
             token = _PART.set(part)
             try:
-                own = _cut(args, samples, part), _cut(kwargs, samples, part)
-                outputs.append(forward(*own[0], **own[1]))
+                own = call.of_samples(part)
+                outputs.append(forward(*own.args, **own.kwargs))
             finally:
                 _PART.reset(token)
         return _joined(outputs)
 
-
-def _cut(value: Any, samples: int, part: slice) -> Any:
-    """The part of whatever has one entry per sample; positions have one per token."""
-    if isinstance(value, torch.Tensor):
-        return value[part] if value.dim() > 1 and len(value) == samples else value
-    if isinstance(value, dict):
-        return {key: _cut(one, samples, part) for key, one in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_cut(one, samples, part) for one in value)
-    return value
+    def _of(self, samples: int) -> list[slice]:
+        size, found = self.size or samples, []
+        apart = min(self.apart, samples)
+        for first, last in ((0, apart), (apart, samples)):
+            found += [
+                slice(start, min(start + size, last))
+                for start in range(first, last, size)
+            ]
+        return found
 
 
 def _joined(outputs: Sequence[Any]) -> Any:

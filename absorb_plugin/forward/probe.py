@@ -58,9 +58,15 @@ class Probe:
     All hidden states have shape (batch, tokens, hidden). `state` names the attributes
     that hold what was measured; what the others were set to when the probe was made
     tells one measurement from another (`profile_cache`).
+
+    Class attributes:
+        state: as above
+        apart: so many first samples of a batch are run by blocks apart from the others:
+            of the tokens that an expert of a mixture gets nothing tells the sample
     """
 
     state: tuple[str, ...] = ()
+    apart: int = 0
 
     @property
     def needs(self) -> Needs:
@@ -118,6 +124,10 @@ class RunBlock:
         """:param hidden: shape (batch, tokens, hidden)"""
         args, kwargs = self._call.put(hidden)
         return hidden_state(self._block(*args, **kwargs), self._block)
+
+    def of_samples(self, part: slice) -> "RunBlock":
+        """For hidden states of some samples of the batch."""
+        return RunBlock(self._block, self._call.of_samples(part))
 
     @contextmanager
     def in_float32(self) -> Iterator["RunBlock"]:

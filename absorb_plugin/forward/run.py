@@ -79,7 +79,7 @@ def run_probes(
         head.chunk_bytes = need.chunk
         if memory is not None and need.fixed > memory:
             release(blocks.modules)  # it needs the room of blocks that are kept
-        parts = Parts()
+        parts = Parts(apart=max(probe.apart for probe in probes))
         stack.enter_context(parts.applied(blocks.modules))
         whole = any(one.single_batch for one in needs)
         if whole:

@@ -34,9 +34,9 @@ class PrunedLoss(Probe):
     Prunes the model by every candidate, on one batch.
 
     Each candidate is a trajectory from the first block on. It passes a block twice:
-    with the block's own weights, for the inputs of its Linears, and with the pruned
-    ones. The first candidate takes the model's own pass. Under torch.distributed each
-    rank has its share of the candidates, and all samples.
+    with the block's own weights, for the inputs of its Linears, in which what is judged
+    by has no part, and with the pruned ones. The first takes the model's own pass.
+    Under torch.distributed each rank has its share of the candidates, and all samples.
 
     :param blocks: all blocks; their prunable Linears are pruned
     :param pruner: how weights are pruned
@@ -55,6 +55,7 @@ class PrunedLoss(Probe):
         calibrating: int,
     ) -> None:
         self._blocks, self._pruner, self._calibrating = blocks, pruner, calibrating
+        self.apart = calibrating
         mine = distributed.share(candidates)
         self._candidates = [block_sparsities(blocks, one) for one in mine]
         self._in_force = ExitStack()
@@ -76,7 +77,8 @@ class PrunedLoss(Probe):
         self._hidden: list[torch.Tensor] = []
 
     def enter(self, index: int, block: Module) -> None:
-        self._own = self._in_force.enter_context(self._inputs(index).watched())
+        watch = self._inputs(index, self._mask)
+        self._own = self._in_force.enter_context(watch.watched())
 
     def leave(
         self, index: int, before: torch.Tensor, after: torch.Tensor, run: RunBlock
@@ -89,10 +91,13 @@ class PrunedLoss(Probe):
         self._hidden = []
         observed = self._own
         del self._own  # or two sets of Hessians would be held
+        calibrating = slice(self._calibrating)
+        own = run.of_samples(calibrating)
         for number, state in enumerate(states):
             if number > 0:
-                with self._inputs(index).watched() as observed:
-                    run(state)
+                watch = self._inputs(index, self._mask[calibrating])
+                with watch.watched() as observed:
+                    own(state[calibrating])
             self._hidden.append(self._run_pruned(index, number, observed, state, run))
         return self._hidden[0]
 
@@ -114,9 +119,9 @@ class PrunedLoss(Probe):
         check_predicted(sum(tokens))
         return np.array(losses), np.array(tokens)
 
-    def _inputs(self, index: int) -> ObservedInputs:
+    def _inputs(self, index: int, mask: torch.Tensor) -> ObservedInputs:
         linears = self._blocks.blocks[index].linears
-        return ObservedInputs(self._pruner, linears, self._mask)
+        return ObservedInputs(self._pruner, linears, mask)
 
     def _run_pruned(
         self,

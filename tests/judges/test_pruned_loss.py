@@ -1,5 +1,6 @@
 """Losses after pruning, against llm-compressor's own function and its own order."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from absorb_plugin.blocks import BlockMap, find_blocks
 from absorb_plugin.calibration import pad_to_batch, samples_of, split_samples
+from absorb_plugin.forward.parts import Parts
 from absorb_plugin.groups import named
 from absorb_plugin.judges import PrunedLoss
 from absorb_plugin.pruners import Pruner, SparseGPT, Wanda
@@ -149,21 +151,39 @@ def test_experts_without_tokens_stay_dense(architecture: str, pruner: Pruner) ->
 
 
 @by_pruner
+@pytest.mark.parametrize("architecture", ["llama", *MIXTURES])
 def test_what_is_judged_by_is_not_calibrated_by(
-    llama: PreTrainedModel, pruner: Pruner
+    architecture: str, pruner: Pruner
 ) -> None:
+    model = tiny.make_model(architecture)
     *_, both = batches(4)
-    half = place(llama, both).flat()
+    half = place(model, both).flat()
 
-    def losses(batch: dict) -> np.ndarray:
-        return losses_of(llama, pruner, [half], batch, 2)[0][0]
+    def losses(batch: dict) -> np.ndarray:  # of two candidates
+        return losses_of(model, pruner, [half, half / 2], batch, 2)[0].T
 
     other = {name: rows.clone() for name, rows in both.items()}
     other["input_ids"][3] = other["input_ids"][3].flip(0)
     one, two = losses(both), losses(other)
-    assert one[0] == pytest.approx(two[0], rel=1e-5) and one[1] != two[1]
+    assert one[0] == pytest.approx(two[0], rel=1e-5) and (one[1] != two[1]).all()
     other["input_ids"][0] = other["input_ids"][0].flip(0)
     assert losses(other)[0] != pytest.approx(one[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", [*DENSE, *MIXTURES])
+def test_losses_do_not_depend_on_how_many_samples_a_block_runs_at_a_time(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.make_model(architecture)
+    batch = tiny.make_batch(5, 14)
+    half = place(model, batch).flat()
+
+    def losses(size: int) -> np.ndarray:
+        monkeypatch.setattr("absorb_plugin.forward.run.Parts", partial(Parts, size))
+        return losses_of(model, Wanda(), [half, half / 2], batch, 3)[0]
+
+    np.testing.assert_allclose(losses(2), losses(0), rtol=1e-4)
+    np.testing.assert_allclose(losses(1), losses(0), rtol=1e-4)
 
 
 def test_samples_of_any_length_make_one_batch(llama: PreTrainedModel) -> None:
