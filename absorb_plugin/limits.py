@@ -1,7 +1,7 @@
 """Bounds of single Linears, by patterns of their names."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from compressed_tensors.utils import match_name
@@ -9,7 +9,7 @@ from compressed_tensors.utils import match_name
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.groups import linear_names
 
-__all__ = ["Limits", "bounds_of", "check_limits"]
+__all__ = ["Limits", "bounds_of", "check_limits", "check_matched"]
 
 # name or "re:..." -> least and largest sparsity
 Limits = Mapping[str, tuple[float, float]]
@@ -31,6 +31,21 @@ def check_limits(limits: Limits) -> None:
             )
 
 
+def check_matched(limits: Limits, pruned: Sequence[BlockMap]) -> None:
+    """
+    :param pruned: the Linears of every pruning modifier
+    :raises ValueError: naming a pattern that matches none of all
+    """
+    names = [name for blocks in pruned for name in linear_names(blocks)]
+    for pattern in limits:
+        if not any(match_name(name, pattern) for name in names):
+            raise ValueError(
+                f"limits: {pattern!r} matches none of the {len(names)} Linears that "
+                f"are pruned ({names[0]} …). Write a full name, or re: and a regular "
+                "expression"
+            )
+
+
 def bounds_of(
     blocks: BlockMap, limits: Limits, max_sparsity: float
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -40,19 +55,12 @@ def bounds_of(
     :param limits: patterns as in `ignore`: full names, or "re:" and an expression that
         matches their beginning
     :return: low and high of every prunable Linear, each of shape (N,)
-    :raises ValueError: naming a pattern that matches no prunable Linear, or Linears for
-        which two patterns leave nothing
+    :raises ValueError: naming a Linear for which two patterns leave nothing
     """
     names = linear_names(blocks)
     low, high = np.zeros(len(names)), np.full(len(names), max_sparsity)
     for pattern, (least, most) in limits.items():
-        matched = np.array([match_name(name, pattern) for name in names])
-        if not matched.any():
-            raise ValueError(
-                f"limits: {pattern!r} matches none of the {len(names)} Linears that "
-                f"are pruned ({names[0]} …). Write a full name, or re: and a regular "
-                "expression"
-            )
+        matched = np.array([match_name(name, pattern) for name in names], dtype=bool)
         low[matched] = np.maximum(low[matched], least)
         high[matched] = np.minimum(high[matched], most)
     wrong = [name for name, a, b in zip(names, low, high, strict=True) if a > b]

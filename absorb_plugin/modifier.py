@@ -1,5 +1,6 @@
 """The recipe's modifier: its lifecycle; the fields are in settings.py."""
 
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import absorb_plugin._llmcompressor  # noqa: F401  isort: skip  first
@@ -119,21 +120,28 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
     _zeros: "list[PrunedZeros]" = PrivateAttr(default_factory=list)
     _reports: "list[Report]" = PrivateAttr(default_factory=list)
     _recipe: str = PrivateAttr(default="")
+    _first_report: int = PrivateAttr(default=0)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         from absorb_plugin.blocks import find_blocks
         from absorb_plugin.calibration import read_batches
         from absorb_plugin.choices import budget_of, choose_signal, needs_loss
         from absorb_plugin.language_model import check_predicts_tokens
+        from absorb_plugin.limits import check_matched
         from absorb_plugin.pruners import adapter, ranks
+        from absorb_plugin.pruners.recipe import recipe_text
         from absorb_plugin.pruners.zeros import PrunedZeros
 
         self.base_allocator()
         self._blocks = find_blocks(state.model, kwargs.get("sequential_targets"))
-        self._recipe = adapter.recipe_text()  # before anything in it is changed
+        self._recipe = recipe_text()  # before anything in it is changed
         self._pruners = adapter.find_pruners(
             self, state.model, self._blocks, self.ignore, self.max_sparsity
         )
+        self._first_report = self._reports_before()
+        check_matched(self.limits, [found.blocks for found in self._pruners])
+        if self.max_loss_increase is not None:
+            adapter.check_aim(self._pruners)
         for found in self._pruners:
             if needs_loss(self, choose_signal(self, found.blocks, found.pruner)):
                 check_predicts_tokens(state.model)
@@ -163,7 +171,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         if event.type_.value not in CALIBRATION_START or self._reports:
             return
         batches = read_batches(state.data.calib)
-        for number, found in enumerate(self._pruners):
+        for number, found in enumerate(self._pruners, self._first_report):
             with computing_on_one_device(state.model):
                 allocation = allocate(
                     state.model,
@@ -189,15 +197,35 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
                 notify_plugins(report.profile())
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        from absorb_plugin.pruners import adapter, ranks
+        from absorb_plugin.pruners import ranks
+        from absorb_plugin.pruners.recipe import leave_recipe
         from absorb_plugin.pruners.zeros import at_the_end
 
         for found in self._pruners:
             ranks.leave_statistics(found.modifier)
-        at_the_end(self, self._measure_realised)
-        adapter.remove_from_recipe(self)
-        logger.info("Sparsities are set; recipe.yaml replays without absorb_plugin")
+        # not if the run has failed, and the next one clears up after it
+        if all(found.modifier.ended_ for found in self._pruners):
+            at_the_end(self, self._measure_realised)
+            leave_recipe(self, state.model)
+            logger.info("Sparsities are set; recipe.yaml replays without absorb_plugin")
         return True
+
+    def _reports_before(self) -> int:
+        """
+        Of earlier modifiers of this class in the recipe, in the same directory. To be
+        asked for in `on_initialize`: later the pipelines show one modifier at a time.
+        """
+        from llmcompressor.core import active_session
+
+        earlier = takewhile(
+            lambda other: other is not self, active_session().lifecycle.recipe.modifiers
+        )
+        return sum(
+            len(other._pruners)
+            for other in earlier
+            if isinstance(other, AbsorptionAllocationModifier)
+            and other.report_dir == self.report_dir
+        )
 
     def _measure_realised(self) -> None:
         if not distributed.is_first():

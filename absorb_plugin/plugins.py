@@ -110,7 +110,12 @@ def listing() -> list[dict[str, Any]]:
             {
                 "name": name,
                 "distribution": entry.distribution,
-                "arguments": {key: field.default for key, field in fields},
+                "arguments": {
+                    key: None
+                    if field.is_required()
+                    else field.get_default(call_default_factory=True)
+                    for key, field in fields
+                },
                 "needs": entry.allocator.needs,
                 "granularities": list(entry.allocator.granularities),
                 "cost": entry.allocator.cost,

@@ -78,6 +78,25 @@ REFUSED: dict[str, tuple[Recipe, str]] = {
         pruned_by(targets=["LlamaModel"]),
         "spans 2 decoder blocks and can have one sparsity only",
     ),
+    "a bound for two pruners": (
+        lambda: [
+            runs.absorption(max_loss_increase=0.1, strength="auto"),
+            runs.pruner(targets=["re:.*self_attn.*_proj$"]),
+            runs.pruner(targets=["re:.*mlp.*_proj$"]),
+        ],
+        "max_loss_increase bounds what one pruning modifier costs.*judged by nobody",
+    ),
+    "a bound and a Linear outside": (
+        lambda: [
+            runs.absorption(max_loss_increase=0.1, strength="auto"),
+            runs.pruner(targets=["re:.*_proj$", "lm_head"], ignore=[]),
+        ],
+        "max_loss_increase.*lm_head by name.*upper bound, 0.5.*in `ignore`",
+    ),
+    "limits of nothing": (
+        with_ours(limits={"re:.*down$": (0.0, 0.5)}),
+        "limits: 're:.*down\\$' matches none of the 14 Linears",
+    ),
     "unknown allocator": (with_ours(allocator="bowl"), "bowl.*owl"),
     "unknown argument": (with_ours(allocator_args={"mm": 1}), "owl.*mm"),
     "granularity": (
@@ -94,6 +113,18 @@ def test_refused_before_any_forward(
     recipe, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         runs.run(model, recipe(), tmp_path)
+
+
+def test_a_name_in_ignore_that_leaves_nothing_dense(
+    tmp_path: Path, warnings: list[str]
+) -> None:
+    ignore = ["down_proj", "model.layers.0", "re:.*layers.0.mlp.up_proj", "lm_head"]
+    model = tiny.make_model("llama", num_hidden_layers=2)
+    ours = runs.absorption(strength=0, allocator="uniform", ignore=ignore)
+    runs.run(model, [ours, runs.pruner()], tmp_path)
+    told = [message for message in warnings if message.startswith("ignore: ")]
+    assert ["'down_proj'" in told[0], "'model.layers.0'" in told[1]] == [True, True]
+    assert len(told) == 2
 
 
 def test_no_calibration_data(model: PreTrainedModel, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The plugin manager, with throwaway plugins and a throwaway distribution."""
 
+import json
 import os
 import re
 import subprocess
@@ -48,6 +49,7 @@ class Outsider(Allocator):
 class Demanding(Allocator):
     name: ClassVar[str] = "demanding"
     floor: float
+    parts: list[int] = Field(default_factory=list)
 
 
 @contextmanager
@@ -76,6 +78,12 @@ def groups(count: int = 2) -> list[LinearGroup]:
 
 
 # --- registration -----------------------------------------------------------------
+
+
+def test_arguments_without_a_default_are_listed() -> None:
+    with registered(Demanding):
+        (entry,) = [one for one in plugins.listing() if one["name"] == "demanding"]
+    assert json.loads(json.dumps(entry))["arguments"] == {"floor": None, "parts": []}
 
 
 def test_builtins_come_first_and_name_their_distribution() -> None:

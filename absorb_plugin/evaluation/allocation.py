@@ -12,6 +12,7 @@ from absorb_plugin.allocation import Allocation
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.calibration import samples_of
 from absorb_plugin.devices import computing_on_one_device
+from absorb_plugin.limits import check_matched
 from absorb_plugin.pruners import PRUNERS
 from absorb_plugin.search.budget import check_budget
 from absorb_plugin.settings import AllocationSettings
@@ -39,9 +40,11 @@ def allocate_model(
     check_budget(sparsity, settings.max_sparsity)
     with computing_on_one_device(model):
         linearize_moe(model)  # as oneshot does: the experts' weights become Linears
+        blocks = find_blocks(model)
+        check_matched(settings.limits, [blocks])
         return allocate(
             model,
-            find_blocks(model),
+            blocks,
             samples_of(samples),
             sparsity=sparsity,
             pruner=PRUNERS[pruner](),

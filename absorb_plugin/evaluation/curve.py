@@ -18,6 +18,7 @@ from absorb_plugin.calibration import samples_of
 from absorb_plugin.choices import budget_of
 from absorb_plugin.devices import computing_on_one_device
 from absorb_plugin.files import json_numbers
+from absorb_plugin.limits import check_matched
 from absorb_plugin.measuring import dense_loss, pruned_loss
 from absorb_plugin.pruners import PRUNERS
 from absorb_plugin.pruners.present import with_present_zeros
@@ -80,6 +81,7 @@ def measure_curve(
     with computing_on_one_device(model):
         linearize_moe(model)
         blocks, arithmetic = find_blocks(model), PRUNERS[pruner]()
+        check_matched(settings.limits, [blocks])
         budgets = {
             sparsity: with_present_zeros(
                 budget_of(blocks, sparsity, settings), blocks, arithmetic, {}

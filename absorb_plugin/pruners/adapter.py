@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from itertools import takewhile
-from typing import Any
 
 import torch
-import yaml
 from compressed_tensors.utils import match_named_modules, match_targets
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
@@ -30,16 +28,7 @@ from absorb_plugin.language_model import language_model
 from absorb_plugin.pruners import Pruner, pruner_class
 from absorb_plugin.search.budget import check_budget
 
-__all__ = [
-    "PrunerAdapter",
-    "find_pruners",
-    "recipe_text",
-    "remove_from_recipe",
-    "user_fields",
-]
-
-# Fields that llm-compressor fills in by itself.
-HOUSEKEEPING = {"index", "group", "start", "end", "update"}
+__all__ = ["PrunerAdapter", "check_aim", "find_pruners"]
 
 # What they do to a weight that was pruned, measured in tests/test_quantization.py. By
 # name: their modules moved between the versions of llm-compressor that we support.
@@ -49,6 +38,9 @@ DESTROYS_ZEROS = {
     "QuIPModifier": "rotates the weights, which mixes zeros with other weights",
     "SpinQuantModifier": "rotates the weights, which mixes zeros with other weights",
 }
+
+# What an allocation made before them does not know of.
+ROTATE = ("QuIPModifier", "SpinQuantModifier")
 
 # Of the targeted weights, beyond which it is told that they stay dense.
 MUCH = 0.05
@@ -149,35 +141,29 @@ def find_pruners(
             f"no pruning modifier follows {type(modifier).__name__} in the recipe: put "
             "a SparseGPTModifier or WandaPruningModifier after it"
         )
-    _warn_of_lost_zeros(after[after.index(found[0]) + 1 :], found[0])
+    first = after.index(found[0])
+    _warn_of_lost_zeros(after[first + 1 :], found[0])
+    _warn_of_rotations(after[:first], modifier)
+    _warn_of_ignored(ignore, model)
     return [_resolve(other, model, blocks, ignore, max_sparsity) for other in found]
 
 
-def user_fields(modifier: Modifier, **options: Any) -> dict[str, Any]:
-    """
-    The fields of a modifier that are its user's, not llm-compressor's own.
-
-    :param options: of pydantic's `model_dump`
-    """
-    fields = modifier.model_dump(exclude=HOUSEKEEPING, **options)
-    return {key: value for key, value in fields.items() if not key.endswith("_")}
-
-
-def recipe_text() -> str:
-    """
-    The active recipe as YAML, with the fields that the user has set. Call it in
-    `on_initialize`, before `find_pruners`.
-    """
-    groups: dict[str, dict[str, Any]] = {}
-    for modifier in active_session().lifecycle.recipe.modifiers:
-        name = type(modifier).__name__
-        # Of two modifiers of one class in one group, one would be lost.
-        twins = sum(name in group for group in groups.values())
-        group = f"prune_{twins + 1}_modifiers" if twins else "prune_modifiers"
-        groups.setdefault(group, {})[name] = user_fields(
-            modifier, mode="json", exclude_unset=True
+def check_aim(pruners: Sequence[PrunerAdapter]) -> None:
+    """:raises ValueError: if a bound on the loss cannot be kept by what is judged"""
+    if len(pruners) > 1:
+        names = " and ".join(found.name for found in pruners)
+        raise ValueError(
+            f"max_loss_increase bounds what one pruning modifier costs, and {names} "
+            "follow: what they cost together is judged by nobody. Use one for all "
+            "targets, or give each a sparsity instead"
         )
-    return yaml.safe_dump({"prune_stage": groups}, sort_keys=False, allow_unicode=True)
+    for found in pruners:
+        if found.named:
+            raise ValueError(
+                f"max_loss_increase: {found.name} targets {sorted(found.named)[0]} by "
+                "name, which lies outside the blocks and would be pruned to the upper "
+                f"bound, {found.sparsity}, without being judged. Name it in `ignore`"
+            )
 
 
 @cache
@@ -191,16 +177,6 @@ def _warn_of_version(installed: str) -> None:
         )
 
 
-def remove_from_recipe(modifier: Modifier) -> None:
-    """
-    Take `modifier` out of the active recipe, so that the recipe.yaml saved with the
-    model holds only what replays without this plugin.
-    """
-    recipe = active_session().lifecycle.recipe
-    # a new list: the session is walking through the old one
-    recipe.modifiers = [other for other in recipe.modifiers if other is not modifier]
-
-
 def _warn_of_lost_zeros(after: Sequence[Modifier], pruner: Modifier) -> None:
     for modifier in after:
         names = {base.__name__ for base in type(modifier).__mro__}
@@ -209,6 +185,29 @@ def _warn_of_lost_zeros(after: Sequence[Modifier], pruner: Modifier) -> None:
                 f"{name} stands after {type(pruner).__name__} in the recipe and "
                 f"{DESTROYS_ZEROS[name]}: the model will be less sparse than asked "
                 "for. QuantizationModifier keeps every zero"
+            )
+
+
+def _warn_of_rotations(before: Sequence[Modifier], ours: Modifier) -> None:
+    for modifier in before:
+        if type(modifier).__name__ in ROTATE:
+            logger.warning(
+                f"{type(modifier).__name__} stands after {type(ours).__name__} in the "
+                "recipe and rotates the weights, so the allocation is of other weights "
+                "than those that are pruned. Put it before"
+            )
+
+
+def _warn_of_ignored(ignore: Sequence[str], model: torch.nn.Module) -> None:
+    """Of what leaves nothing dense; of a pruner's own `ignore` that is upstream's."""
+    _check_patterns("ignore", _as_list(ignore))
+    linears = [(n, x) for n, x in model.named_modules() if isinstance(x, Linear)]
+    for pattern in _as_list(ignore):
+        if not any(_ignored(name, module, [pattern]) for name, module in linears):
+            logger.warning(
+                f"ignore: {pattern!r} matches no Linear, so nothing is left dense for "
+                "it. Write a full name, or re: and an expression that matches from the "
+                "beginning, as re:.*down_proj"
             )
 
 
@@ -236,7 +235,6 @@ def _resolve(
         modifier.targets = [modifier.targets]
     _check_patterns(f"{name}.targets", modifier.targets)
     _check_patterns(f"{name}.ignore", _as_list(modifier.ignore))
-    _check_patterns("ignore", _as_list(ignore))
     modifier.ignore = [*_as_list(modifier.ignore), *_as_list(ignore)]
 
     layers = dict(match_named_modules(model, modifier.targets))

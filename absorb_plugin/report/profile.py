@@ -18,10 +18,12 @@ from absorb_plugin.calibration import Batch, count_tokens, sample_key
 from absorb_plugin.devices import dtype_of
 from absorb_plugin.files import json_numbers
 from absorb_plugin.groups import named
-from absorb_plugin.pruners.adapter import PrunerAdapter, user_fields
+from absorb_plugin.pruners.adapter import PrunerAdapter
+from absorb_plugin.pruners.recipe import user_fields
 from absorb_plugin.report.figure import draw
 from absorb_plugin.report.page import render
 from absorb_plugin.report.profile_charts import profile_charts
+from absorb_plugin.report.warnings import TOLERANCE
 from absorb_plugin.report.words import model_name, run_title
 from absorb_plugin.report.write import write_or_warn
 from absorb_plugin.search.descent import Step
@@ -177,12 +179,30 @@ class Report:
 
     def _log(self) -> None:
         profile = self.profile()
-        realised = [block["realised_sparsity"] for block in profile["blocks"]]
-        logger.info(
-            f"{self._pruner.name}: sparsity {profile['realised']:.4f} realised, "
-            f"{profile['budget']:.4f} asked for; blocks "
-            f"{min(realised):.3f} … {max(realised):.3f}"
+        blocks = [block["realised_sparsity"] for block in profile["blocks"]]
+        realised, wanted = profile["realised"], profile["budget"]
+        told = (
+            f"{self._pruner.name}: sparsity {realised:.4f} realised, {wanted:.4f} "
+            f"asked for; blocks {min(blocks):.3f} … {max(blocks):.3f}"
         )
+        if abs(realised - wanted) <= TOLERANCE + self._rounding():
+            logger.info(told)
+        elif realised == 0.0:
+            logger.warning(
+                f"{told}. It pruned nothing: did it see the calibration data? With "
+                "pipeline: datafree it does not"
+            )
+        else:
+            logger.warning(
+                f"{told}. Look for another modifier of the recipe that prunes or "
+                "changes the same Linears, and for Linears that saw no token"
+            )
+
+    def _rounding(self) -> float:
+        """A weight in every row, by which pruners fall short of a share of it."""
+        linears = self._allocation.blocks.linears().values()
+        rows = sum(linear.out_features for linear in linears)
+        return rows / sum(linear_parameters(linear) for linear in linears)
 
 
 def as_json(profile: Mapping[str, Any]) -> bytes:

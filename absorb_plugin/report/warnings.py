@@ -6,7 +6,7 @@ from typing import Any
 from absorb_plugin.report.words import allocation_name, judge_name, plus_minus
 from absorb_plugin.signals.noise import FLOOR_MARGIN
 
-__all__ = ["find_warnings"]
+__all__ = ["TOLERANCE", "find_warnings"]
 
 Profile = Mapping[str, Any]
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import yaml
 from helpers import runs, tiny
 from helpers.search import STEEP, search_ends_at_uniform
+from llmcompressor.modifiers.pruning import WandaPruningModifier
 from llmcompressor.recipe import Recipe
 from matplotlib.image import imread
 
@@ -372,6 +374,72 @@ def test_only_our_own_command_is_told(
 ) -> None:
     monkeypatch.setattr("sys.argv", argv)
     assert report_profile.command_line() == expected
+
+
+def test_modifiers_that_share_a_directory_number_their_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_profile, "draw_profile", lambda profile: b"")
+    plain = {"strength": 0, "allocator": "uniform"}
+    recipe = [
+        runs.absorption(**plain, report_dir=tmp_path / "one"),
+        runs.pruner("sparsegpt", targets=["re:.*q_proj$"]),
+        runs.pruner("wanda", targets=["re:.*k_proj$"]),
+        runs.absorption(**plain, report_dir=tmp_path / "one"),
+        runs.pruner("sparsegpt", targets=["re:.*v_proj$"]),
+        runs.absorption(**plain, report_dir=tmp_path / "other"),
+        runs.pruner("wanda", targets=["re:.*mlp.*"]),
+    ]
+    runs.run(tiny.make_model("llama", num_hidden_layers=2), recipe, tmp_path)
+    found = {path: strict_json(path) for path in tmp_path.glob("o*/*.json")}
+    pruned = {
+        path.relative_to(tmp_path).as_posix(): [*profile["blocks"][0]["linears"]]
+        for path, profile in found.items()
+    }
+    assert pruned == {
+        "one/profile.json": ["self_attn.q_proj"],
+        "one/profile_2.json": ["self_attn.k_proj"],
+        "one/profile_3.json": ["self_attn.v_proj"],
+        "other/profile.json": ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"],
+    }
+
+
+UNEXPECTED = [
+    ("datafree", {}, r"sparsity 0\.0000 realised, 0\.3000 asked.*pipeline: datafree"),
+    ("basic", {"sparsity": 0.6}, r"0\.6\d+ realised, 0\.3000 asked.*the same Linears"),
+]
+
+
+@pytest.mark.parametrize("pipeline, fields, told", UNEXPECTED, ids=["no data", "twice"])
+def test_a_sparsity_that_is_missed_is_a_warning(
+    pipeline: str, fields: dict, told: str, tmp_path: Path, warnings: list[str]
+) -> None:
+    ours = runs.absorption(strength=0, allocator="uniform")
+    recipe = [ours, runs.pruner(sparsity=0.3)]
+    if fields:
+        recipe += [runs.pruner("sparsegpt", **fields)]
+    model = tiny.make_model("llama", num_hidden_layers=2)
+    runs.run(model, recipe, tmp_path, pipeline=pipeline)
+    assert any(re.search(told, message) for message in warnings)
+
+
+def test_a_run_that_failed_reports_nothing_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logs: list[str]
+) -> None:
+    class Failing(WandaPruningModifier):
+        def compress_modules(self) -> None:
+            raise RuntimeError("broken on purpose")
+
+    monkeypatch.setattr(report_profile, "draw_profile", lambda profile: b"")
+    fields = {"sparsity": 0.5, "targets": ["Linear"], "ignore": ["lm_head"]}
+    ours = runs.absorption(strength=0, allocator="uniform", report_dir=tmp_path)
+    model = tiny.make_model("llama", num_hidden_layers=2)
+    with pytest.raises(RuntimeError, match="broken on purpose"):
+        runs.run(model, [ours, Failing(**fields)], tmp_path)
+    logs.clear()
+    runs.run(model, [runs.pruner()], tmp_path)
+    assert not [line for line in logs if "replays without" in line]
+    assert strict_json(tmp_path / "profile.json")["realised"] is None
 
 
 def test_two_modifiers_of_one_class_are_both_in_the_recipe(

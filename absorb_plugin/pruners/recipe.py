@@ -1,0 +1,106 @@
+"""The active recipe as it is saved: in the report, and beside the pruned model."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from llmcompressor.core import active_session
+from llmcompressor.modifiers import Modifier
+from loguru import logger
+from torch.nn import Module
+
+__all__ = ["leave_recipe", "recipe_text", "user_fields"]
+
+# Fields that llm-compressor fills in by itself.
+HOUSEKEEPING = {"index", "group", "start", "end", "update"}
+
+
+def user_fields(modifier: Modifier, **options: Any) -> dict[str, Any]:
+    """
+    The fields of a modifier that are its user's, not llm-compressor's own.
+
+    :param options: of pydantic's `model_dump`
+    """
+    fields = modifier.model_dump(exclude=HOUSEKEEPING, **options)
+    return {key: value for key, value in fields.items() if not key.endswith("_")}
+
+
+def recipe_text() -> str:
+    """
+    The active recipe as YAML, with the fields that the user has set. Call it in
+    `on_initialize`, before `find_pruners`.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    modifiers = active_session().lifecycle.recipe.modifiers
+    names = _apart([("prune", modifier) for modifier in modifiers])
+    for group, modifier in zip(names, modifiers, strict=True):
+        fields = user_fields(modifier, mode="json", exclude_unset=True)
+        groups.setdefault(f"{group}_modifiers", {})[type(modifier).__name__] = fields
+    return yaml.safe_dump({"prune_stage": groups}, sort_keys=False, allow_unicode=True)
+
+
+def leave_recipe(modifier: Modifier, model: Module) -> None:
+    """
+    Take `modifier` out of the active recipe, so that the recipe.yaml saved with the
+    model holds only what replays without this plugin; and mend what llm-compressor
+    would save such that it does not replay: of two modifiers of one class in a group
+    the first is lost, and a stage is renamed to what no loader reads where the model
+    came with a recipe.yaml that has one of that name.
+
+    :param modifier: ours
+    :param model: that is pruned
+    """
+    recipe = active_session().lifecycle.recipe
+    # a new list: the session is walking through the old one
+    recipe.modifiers = [other for other in recipe.modifiers if other is not modifier]
+    groups = [(other.group or recipe.stage, other) for other in recipe.modifiers]
+    for (was, other), name in zip(groups, _apart(groups), strict=True):
+        if name != was:
+            other.group = name
+    recipe.stage = _free(recipe.stage, _stages_of(model), "_stage")
+
+
+def _apart(modifiers: Sequence[tuple[str, Modifier]]) -> list[str]:
+    """
+    Names of groups that keep every modifier, and their order.
+
+    :param modifiers: each with the name of its group
+    :return: the same name, or with a number where the group has another of its class,
+        or has ended before
+    """
+    names: list[str] = []
+    kinds: set[type] = set()  # of the group at hand
+    was = ""  # what the group at hand was called
+    for name, modifier in modifiers:
+        if names and name == was and type(modifier) not in kinds:
+            names.append(names[-1])
+        else:
+            names.append(_free(name, names))
+            kinds, was = set(), name
+        kinds.add(type(modifier))
+    return names
+
+
+def _free(name: str, taken: Iterable[str], ending: str = "") -> str:
+    """The name, or with the first number with which it is not among those taken."""
+    taken, free, number = set(taken), name, 1
+    while f"{free}{ending}" in taken:
+        number += 1
+        free = f"{name}_{number}"
+    return free
+
+
+def _stages_of(model: Module) -> list[str]:
+    """Of the recipe.yaml that a model came with."""
+    path = Path(getattr(model, "name_or_path", "") or "/dev/null") / "recipe.yaml"
+    if not path.is_file():
+        return []
+    try:
+        return list(yaml.safe_load(path.read_text()) or {})
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
+        logger.warning(
+            f"{path} is no recipe ({error}): saving the pruned model may fail, since "
+            "llm-compressor adds to it. Remove it"
+        )
+        return []
