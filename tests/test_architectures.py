@@ -42,6 +42,7 @@ BLOCKS = {
     "glm4": ("model.layers.0", 6, 0),
     "falcon": ("transformer.h.0", 4, 0),
     "bloom": ("transformer.h.0", 4, 0),
+    "mpt": ("transformer.blocks.0", 4, 0),
     "gpt_bigcode": ("transformer.h.0", 4, 0),
     "gptj": ("transformer.h.0", 6, 0),
     "lfm2": ("model.layers.0", 5, 0),

@@ -6,6 +6,7 @@ remote code name their input as they like, and return it in any container.
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ __all__ = [
 ]
 
 USUAL = "hidden_states"
+HEADS = ("num_heads", "num_attention_heads", "n_heads")
 CACHES = {"past_key_value", "past_key_values", "layer_past", "cache_params", "cache"}
 
 
@@ -72,31 +74,50 @@ class BlockCall:
         args = (*self.args[: self.key], hidden, *self.args[self.key + 1 :])
         return args, dict(self.kwargs)
 
-    def of_samples(self, part: slice) -> "BlockCall":
-        """The call for some of the samples."""
+    def of_samples(self, part: slice, block: Module) -> "BlockCall":
+        """
+        The call for some of the samples.
+
+        :param block: that is called
+        """
         samples, tokens = self.hidden.shape[:2]
-        args = _cut(self.args, samples, tokens, part)
-        kwargs = _cut(dict(self.kwargs), samples, tokens, part)
-        return BlockCall(args, kwargs, self.key)
+        cut = partial(_cut, part, samples, tokens, _heads(block))
+        return BlockCall(cut(self.args), cut(dict(self.kwargs)), self.key)
 
 
-def _cut(value: Any, samples: int, tokens: int, part: slice) -> Any:
+def _cut(part: slice, samples: int, tokens: int, heads: int, value: Any) -> Any:
     """The part of whatever has entries for every sample; positions may have none."""
+    cut = partial(_cut, part, samples, tokens, heads)
     if isinstance(value, dict):
-        return {key: _cut(one, samples, tokens, part) for key, one in value.items()}
+        return {key: cut(one) for key, one in value.items()}
     if isinstance(value, tuple):
-        return tuple(_cut(one, samples, tokens, part) for one in value)
+        return tuple(map(cut, value))
     if not isinstance(value, torch.Tensor) or value.dim() < 2:
         return value
     first, second, *others = value.shape
+    if heads and others == [tokens] and second in (1, tokens):  # a bias of every head
+        if first == heads:  # as MPT's
+            return value
+        if first == samples * heads:  # as Bloom's
+            return value.unflatten(0, (samples, heads))[part].flatten(0, 1)
     if first == samples:
         return value[part]
-    if second == samples and others[:1] == [tokens]:
+    if first == 3 and second == samples and others[:1] == [tokens]:
         return value[:, part]  # positions in time, height and width
-    if second == 1 and len(others) == 1 and first % samples == 0:
-        heads = value.unflatten(0, (samples, -1))  # a bias of every head, as Bloom's
-        return heads[part].flatten(0, 1)
     return value
+
+
+def _heads(block: Module) -> int:
+    """Number of attention heads; 0 where the block does not say."""
+    return next(
+        (
+            number
+            for module in block.modules()
+            for name in HEADS
+            if isinstance(number := getattr(module, name, None), int)
+        ),
+        0,
+    )
 
 
 def without_cache_arguments(

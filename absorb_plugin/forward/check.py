@@ -53,7 +53,8 @@ def check_forward(
     run_probes(model, blocks, [sample, sample], [calls, chain], description="Checking")
     calls.result()
     if by_part:
-        two = {name: torch.cat([rows, rows]) for name, rows in sample.items()}
+        other = {**sample, "input_ids": sample["input_ids"].roll(1, dims=1)}
+        two = {name: torch.cat([rows, other[name]]) for name, rows in sample.items()}
         run_probes(model, blocks, [two], [_PartCheck(blocks)], description="Checking")
 
 
@@ -234,10 +235,13 @@ class _PartCheck(Probe):
     def leave(
         self, index: int, before: torch.Tensor, after: torch.Tensor, run: RunBlock
     ) -> None:
-        second, told = slice(1, 2), "more than it was given comes out"
+        second = slice(1, 2)
         try:
-            if run.of_samples(second)(before[second]).shape == after[second].shape:
+            alone, expected = run.of_samples(second)(before[second]), after[second]
+            most = 4 * tolerance(after)  # routers may part ways over a last digit
+            if alone.shape == expected.shape and relative(alone, expected) <= most:
                 return
+            told = "the second of two comes out otherwise"
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, IndexError) as error:

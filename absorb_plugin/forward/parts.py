@@ -57,7 +57,7 @@ class Parts:
         for part in parts:
             token = _PART.set(part)
             try:
-                own = call.of_samples(part)
+                own = call.of_samples(part, block)
                 outputs.append(forward(*own.args, **own.kwargs))
             finally:
                 _PART.reset(token)

@@ -127,7 +127,7 @@ class RunBlock:
 
     def of_samples(self, part: slice) -> "RunBlock":
         """For hidden states of some samples of the batch."""
-        return RunBlock(self._block, self._call.of_samples(part))
+        return RunBlock(self._block, self._call.of_samples(part, self._block))
 
     @contextmanager
     def in_float32(self) -> Iterator["RunBlock"]:

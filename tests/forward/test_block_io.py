@@ -1,12 +1,14 @@
 """Cutting the call of a block to some of its samples."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.nn import Identity
 
 from absorb_plugin.forward.block_io import BlockCall
 
-SAMPLES, TOKENS, HEADS = 4, 5, 2
+SAMPLES, TOKENS = 4, 5
 
 
 def numbered(*shape: int) -> torch.Tensor:
@@ -31,7 +33,7 @@ def test_arguments_are_cut_where_they_have_samples(
     hidden = torch.randn(SAMPLES, TOKENS, 8)
     kwargs = {"one": value, "pair": (value, None), "use_cache": False}
     call = BlockCall.of(Identity(), (hidden,), kwargs)
-    part = call.of_samples(slice(1, 3))
+    part = call.of_samples(slice(1, 3), Identity())
     expected = value if axis is None else value.narrow(axis, 1, 2)
     assert torch.equal(part.hidden, hidden[1:3])
     assert torch.equal(part.kwargs["one"], expected)
@@ -39,7 +41,16 @@ def test_arguments_are_cut_where_they_have_samples(
     assert part.kwargs["pair"][1] is None and part.kwargs["use_cache"] is False
 
 
-def test_a_bias_of_every_head_goes_with_its_sample() -> None:
-    bias = numbered(SAMPLES * HEADS, 1, TOKENS)
-    call = BlockCall.of(Identity(), (torch.randn(SAMPLES, TOKENS, 8), bias), {})
-    assert torch.equal(call.of_samples(slice(1, 3)).args[1], bias[HEADS : 3 * HEADS])
+BIASES = {
+    "one for every sample": (2, lambda x: x[2:6], (2 * SAMPLES, 1, TOKENS)),
+    "one for all": (SAMPLES, lambda x: x, (SAMPLES, 1, TOKENS)),
+    "one of every pair": (2 * SAMPLES, lambda x: x, (2 * SAMPLES, TOKENS, TOKENS)),
+}
+
+
+@pytest.mark.parametrize("heads, expected, shape", BIASES.values(), ids=BIASES)
+def test_a_bias_of_every_head(heads: int, expected: Callable, shape: tuple) -> None:
+    block, bias = Identity(), numbered(*shape)
+    block.num_heads = heads
+    call = BlockCall.of(block, (torch.randn(SAMPLES, TOKENS, 8), bias), {})
+    assert torch.equal(call.of_samples(slice(1, 3), block).args[1], expected(bias))

@@ -145,6 +145,13 @@ MORE_ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "bloom": ("BloomForCausalLM", {**GPT_NAMES, "n_embd": None, "hidden_size": 32}),
+    "mpt": (
+        "MptForCausalLM",
+        {
+            **dict.fromkeys(GPT_NAMES),
+            **{"d_model": 32, "n_layers": 3, "n_heads": 4, "expansion_ratio": 2},
+        },
+    ),
     "gpt_bigcode": ("GPTBigCodeForCausalLM", {**GPT_NAMES, "n_inner": 48}),
     "gptj": ("GPTJForCausalLM", {**GPT_NAMES, "rotary_dim": 8, "n_inner": 48}),
     "lfm2": (

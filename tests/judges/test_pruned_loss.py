@@ -22,7 +22,7 @@ from absorb_plugin.pruners import Pruner, SparseGPT, Wanda
 
 DENSE = [
     *("llama", "mistral", "qwen3", "gemma3", "opt", "gpt_neox", "phi3", "falcon_h1"),
-    "bloom",
+    *("bloom", "mpt"),
 ]
 MIXTURES = ["qwen3_moe", "mixtral"]
 SETTINGS = [Wanda(), SparseGPT(block_size=16, dampening=0.02)]
