@@ -24,4 +24,12 @@ except ModuleNotFoundError:  # 0.11, whose transformers 4 has experts of Linears
         pass
 
 
-__all__ = ["ModifierFactory", "linearize_moe"]
+try:
+    from llmcompressor.modeling.moe.context import get_calibrate_all_experts_flag
+except ModuleNotFoundError:  # 0.11
+
+    def get_calibrate_all_experts_flag() -> bool:
+        return False
+
+
+__all__ = ["ModifierFactory", "get_calibrate_all_experts_flag", "linearize_moe"]

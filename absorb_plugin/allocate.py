@@ -226,4 +226,4 @@ class Method:
             sums, _ = pruned_loss(self.setting, [allocation])
             return gain(sums[0], dense[0], tokens)
 
-        return largest_budget(bound, budget.sparsity, at, increase)
+        return largest_budget(bound, budget.sparsity, at, increase, budget.least())

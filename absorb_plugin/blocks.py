@@ -201,9 +201,7 @@ def _blocks(
 ) -> list[Block]:
     """Blocks and their Linears, without routers and what blocks share."""
     counts = Counter(
-        weight
-        for block in stack
-        for weight in {*map(_weight, _linears(block).values())}
+        _weight(linear) for block in stack for linear in _linears(block).values()
     )
     blocks, shared = [], set()
     for block in stack:
@@ -217,8 +215,8 @@ def _blocks(
         blocks.append(Block(names[block], block, linears, tuple(routers)))
     if shared:
         logger.warning(
-            f"{len(shared)} Linears share their weight with another block's and stay "
-            f"dense, for it cannot have the sparsity of each: {sorted(shared)[0]} …"
+            f"{len(shared)} Linears share their weight with another and stay dense, "
+            f"for it cannot have the sparsity of each: {sorted(shared)[0]} …"
         )
     return blocks
 

@@ -195,7 +195,8 @@ def _per_token(batch: Batch, tensor: torch.Tensor) -> bool:
 
 def single_samples(batches: Iterable[Batch], by_loss: bool = False) -> list[dict]:
     """
-    The samples one by one, without those that are of no use, of which a warning tells.
+    The samples one by one, without the padding around them, and without those that are
+    of no use, of which a warning tells.
 
     :param by_loss: a sample must have a token to predict: two neighbours that are no
         padding. Else one token that is no padding will do
@@ -216,7 +217,8 @@ def single_samples(batches: Iterable[Batch], by_loss: bool = False) -> list[dict
             f"{len(samples) - len(useful)} of {len(samples)} calibration samples are "
             f"left out: a sample {wanted}"
         )
-    return useful
+    # of what an expert of a mixture gets nothing tells that it is padding
+    return [cut_tokens(sample, sample["input_ids"].shape[1]) for sample in useful]
 
 
 def _predicts(sample: Batch) -> bool:

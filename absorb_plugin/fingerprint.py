@@ -18,6 +18,7 @@ from compressed_tensors.offload import disable_onloading, get_execution_device
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from absorb_plugin._llmcompressor import get_calibrate_all_experts_flag
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.precision import reduced_precision
 
@@ -66,8 +67,9 @@ def digest(value: object) -> str:
 def model_digest(model: PreTrainedModel) -> str:
     """
     Everything about the model and the software that a measurement's result depends on:
-    all weights and buffers, configuration, name of the device, what it may round,
-    versions, and the code here that measures. Neither the model's path nor the number
+    all weights and buffers, configuration, how attention is computed, whether experts
+    see all tokens, name of the device, what it may round, versions, and the code here
+    that measures. Neither the model's path nor the number
     of threads is part of it.
     """
     config = model.config.to_dict()
@@ -77,6 +79,8 @@ def model_digest(model: PreTrainedModel) -> str:
             "class": type(model).__name__,
             # as text: a configuration may hold dtypes and nested configurations
             "config": repr(sorted(config.items())),
+            "attention": getattr(model.config, "_attn_implementation", None),
+            "all experts": get_calibrate_all_experts_flag(),
             "device": device_name(torch.device(get_execution_device(model))),
             "precision": reduced_precision(),
             "weights": weights_digest(model),

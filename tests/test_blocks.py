@@ -106,6 +106,17 @@ def test_a_block_without_linears_is_not_prunable(llama: PreTrainedModel) -> None
     assert len(found) == 3 and found.prunable == [0, 2]
 
 
+def test_a_weight_of_two_linears_is_nobodys(
+    llama: PreTrainedModel, warnings: list[str]
+) -> None:
+    attention = llama.model.layers[1].self_attn
+    attention.v_proj.weight = attention.k_proj.weight
+    names = find_blocks(llama).linears()
+    assert len(names) == 19
+    assert not [n for n in names if n.startswith("model.layers.1.") and "k_p" in n]
+    assert any("2 Linears share their weight with another" in one for one in warnings)
+
+
 def test_attention_beside_experts_is_no_router(llama: PreTrainedModel) -> None:
     """Experts may lie in the block itself, where sizes alone could deceive."""
     layer = llama.model.layers[0]

@@ -12,6 +12,7 @@ import torch
 from compressed_tensors import offload
 from helpers import probes, runs, tiny
 from llmcompressor.core import reset_session
+from llmcompressor.modeling.moe.context import moe_calibration_context
 from transformers import PreTrainedModel
 
 from absorb_plugin import fingerprint
@@ -191,6 +192,16 @@ def test_what_a_measurement_depends_on_is_in_its_key(
     assert_equal(
         allocate(tmp_path, **CHANGES[change]), allocate(None, **CHANGES[change])
     )
+
+
+def test_how_the_model_runs_is_in_the_key(tmp_path: Path) -> None:
+    model = tiny.make_model("qwen3_moe")
+    digests = {model_digest(model)}
+    with moe_calibration_context():
+        digests.add(model_digest(model))
+    model.set_attn_implementation("sdpa")
+    digests.add(model_digest(model))
+    assert len(digests) == 3
 
 
 def nudged() -> PreTrainedModel:
@@ -388,7 +399,7 @@ def not_to_be_run() -> None:
 
 
 # A pruned model is three times the size of the model itself, a check takes no time.
-NOT_KEPT = {"chain check", "calls of Linears"} | {
+NOT_KEPT = {"chain check", "part check", "calls of Linears"} | {
     f"model pruned by {pruner}" for pruner in probes.PRUNERS
 }
 KEPT = [name for name in probes.PROBES if name not in NOT_KEPT]

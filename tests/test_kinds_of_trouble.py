@@ -359,6 +359,19 @@ def test_zeros_that_are_there_count(
 
 
 @pytest.mark.parametrize("case", KEEPING)
+def test_zeros_that_pruning_fills_do_not_count(case: str, tmp_path: Path) -> None:
+    """SparseGPT makes up for what it prunes in all columns after it."""
+    kind, fields = KEEPING[case]
+    model = tiny.make_model("llama")
+    for linear in find_blocks(model).linears().values():
+        shares = torch.linspace(0.4, 0.8, linear.in_features)
+        linear.weight.data[torch.rand(linear.weight.shape) < shares] = 0
+    ours = runs.absorption(strength=0, allocator="uniform")
+    runs.run(model, [ours, runs.pruner(kind, sparsity=0.65, **fields)], tmp_path)
+    assert realised(model) == pytest.approx(0.65, abs=1 / 32)
+
+
+@pytest.mark.parametrize("case", KEEPING)
 def test_more_zeros_than_the_budget(case: str, tmp_path: Path) -> None:
     kind, fields = KEEPING[case]
     model = tiny.make_model("llama", hidden_size=16, intermediate_size=16)

@@ -89,6 +89,41 @@ def test_limits_that_do_not_fit_the_model_are_refused_before_the_run(
     tiny.assert_untouched(model, before)
 
 
+def test_limits_hold_where_there_are_zeros_already() -> None:
+    model = tiny.make_model("llama")
+    model.model.layers[0].self_attn.q_proj.weight.data[:, :2] = 0
+    limits = {DOWN: (0.7, 0.9)}
+    found = runs.allocate(model, strength=0, allocator="uniform", limits=limits)
+    targets = found.linear_sparsities()
+    assert {s for n, s in targets.items() if n.endswith("down_proj")} == {0.7}
+    assert found.achieved() == pytest.approx(0.5)
+
+
+def test_a_bound_on_the_loss_goes_no_lower_than_limits_let_it() -> None:
+    model, batch = tiny.make_model("llama"), tiny.make_batch(12, 16)
+    limits, least = {"re:.*mlp.*": (0.4, 0.9)}, 0.4 * 0.6
+
+    def found(bound: float) -> float:
+        allocation = runs.allocate(
+            model,
+            [batch],
+            0.6,
+            strength="auto",
+            allocator="uniform",
+            effort="quick",
+            rounds=2,
+            limits=limits,
+            max_loss_increase=bound,
+        )
+        assert allocation.quality is not None
+        assert min(p.sparsity for p in allocation.quality.points) >= least - 1e-9
+        return allocation.quality.found.sparsity
+
+    assert least < found(0.3) < 0.6
+    with pytest.raises(ValueError, match=r"at a sparsity of 0\.24.*lower limits"):
+        found(0.1)
+
+
 def test_no_limits_change_nothing() -> None:
     blocks = find_blocks(tiny.make_model("llama"))
     budget = budget_of(blocks, 0.6, AllocationSettings())

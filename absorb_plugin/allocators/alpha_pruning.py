@@ -12,10 +12,10 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from compressed_tensors.distributed import greedy_bin_packing, is_distributed
+from compressed_tensors.distributed import greedy_bin_packing
 from pydantic import Field
-from torch import distributed
 
+from absorb_plugin import distributed
 from absorb_plugin.precision import widest_float
 
 from .base import Allocator, BaseAllocation, Granularity, LinearGroup, Needs
@@ -114,17 +114,16 @@ def _exponents(linears: list[Linear], variant: Variant) -> list[float]:
     α of every Linear. Under torch.distributed each is computed by one rank and told to
     the others: ranks of unequal hardware must not prune by unequal α.
     """
-    if not is_distributed():
+    if not distributed.active():
         return [_exponent(linear, variant) for linear in linears]
-    ranks = distributed.get_world_size()
     # every rank packs the same sizes, and so comes to the same shares
     _, shares, _ = greedy_bin_packing(
-        list(range(len(linears))), ranks, lambda i: _work(linears[i])
+        list(range(len(linears))), distributed.ranks(), lambda i: _work(linears[i])
     )
-    mine = {i: _exponent(linears[i], variant) for i in shares[distributed.get_rank()]}
-    parts: list[dict[int, float]] = [{} for _ in range(ranks)]
-    distributed.all_gather_object(parts, mine)
-    every = {i: alpha for part in parts for i, alpha in part.items()}
+    with distributed.fail_together():
+        own = shares[distributed.rank()]
+        mine = {i: _exponent(linears[i], variant) for i in own}
+    every = {i: alpha for part in distributed.gather(mine) for i, alpha in part.items()}
     return [every[i] for i in range(len(linears))]
 
 

@@ -230,7 +230,7 @@ class _PartCheck(Probe):
 
     @property
     def needs(self) -> Needs:
-        return Needs(trajectories=1)
+        return Needs(trajectories=1, single_batch=True)
 
     def leave(
         self, index: int, before: torch.Tensor, after: torch.Tensor, run: RunBlock

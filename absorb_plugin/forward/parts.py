@@ -33,11 +33,12 @@ def current_part() -> slice:
 class Parts:
     """
     :param size: samples at a time; 0 for all
-    :param apart: so many first samples of a batch never run together with others
     """
 
-    def __init__(self, size: int = 0, apart: int = 0) -> None:
-        self.size, self.apart = size, apart
+    def __init__(self, size: int = 0) -> None:
+        self.size = size
+        # so many first samples of a batch do not run together with the others
+        self.apart = 0
 
     @contextmanager
     def applied(self, blocks: Sequence[Module]) -> Iterator[None]:

@@ -61,12 +61,15 @@ class Probe:
 
     Class attributes:
         state: as above
-        apart: so many first samples of a batch are run by blocks apart from the others:
-            of the tokens that an expert of a mixture gets nothing tells the sample
+        apart: in the model's own pass so many first samples of a batch run apart from
+            the others: of what an expert of a mixture gets nothing tells the sample
+        may_overflow: the model's own pass runs pruned weights, and what overflows under
+            them is a bad loss and no error
     """
 
     state: tuple[str, ...] = ()
     apart: int = 0
+    may_overflow: bool = False
 
     @property
     def needs(self) -> Needs:

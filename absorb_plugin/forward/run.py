@@ -65,13 +65,15 @@ def run_probes(
         no limit. What cannot be cut to it goes on with a warning
     :param description: label of the progress bar
     :raises torch.OutOfMemoryError: if not even one sample fits the device
-    :raises NonFiniteHiddenState: naming the first block with NaN or infinity
+    :raises NonFiniteHiddenState: naming the first block with NaN or infinity, unless a
+        probe runs pruned weights that may overflow
     """
     model = language_model(model)
     head = OutputHead(model, blocks.modules)
     with ExitStack() as stack:
         stack.enter_context(calibrating(model))
-        hooks = _BlockHooks(blocks, probes, head)
+        parts = Parts()
+        hooks = _BlockHooks(blocks, probes, head, parts)
         stack.push(hooks)  # before they are added: an interrupt may come in between
         hooks.__enter__()
         needs = [probe.needs for probe in probes]
@@ -79,7 +81,6 @@ def run_probes(
         head.chunk_bytes = need.chunk
         if memory is not None and need.fixed > memory:
             release(blocks.modules)  # it needs the room of blocks that are kept
-        parts = Parts(apart=max(probe.apart for probe in probes))
         stack.enter_context(parts.applied(blocks.modules))
         whole = any(one.single_batch for one in needs)
         if whole:
@@ -207,9 +208,10 @@ class _BlockHooks:
     """The hooks on the blocks, as a context manager that leaves none behind."""
 
     def __init__(
-        self, blocks: BlockMap, probes: Sequence[Probe], head: OutputHead
+        self, blocks: BlockMap, probes: Sequence[Probe], head: OutputHead, parts: Parts
     ) -> None:
         self._blocks, self._probes, self._head = blocks, probes, head
+        self._parts = parts
         self._hooks = ExitStack()
         self._onloaded = ExitStack()
         self._listening = False
@@ -282,6 +284,7 @@ class _BlockHooks:
         for probe in self._probes:
             probe.enter(index, block)
             before = probe.redirect(index, call.hidden)
+        self._parts.apart = max(probe.apart for probe in self._probes)
         return call.put(call.hidden if before is None else before)
 
     def _leave(
@@ -289,6 +292,7 @@ class _BlockHooks:
     ) -> object:
         if not self._listening:
             return None
+        self._parts.apart = 0
         call = BlockCall.of(block, args, kwargs)
         after = hidden_state(output, block)
         self._head.output = hollow(output)
@@ -312,7 +316,8 @@ class _BlockHooks:
                 f"{tuple(after.shape)}, not (batch, tokens, hidden): architectures "
                 "with several parallel streams, as Gemma 3n, are not supported"
             )
-        if not torch.isfinite(after).all():
+        overflows = any(probe.may_overflow for probe in self._probes)
+        if not overflows and not torch.isfinite(after).all():
             raise NonFiniteHiddenState(
                 f"block {name} puts out NaN or infinity on the "
                 "calibration text: check the weights and the dtype (float16 "

@@ -33,6 +33,7 @@ class MaskedLoss(Probe):
     """
 
     state = ("_losses", "_tokens")
+    may_overflow = True
 
     def __init__(
         self,

@@ -46,6 +46,7 @@ class PrunedLoss(Probe):
     """
 
     state = ("_losses", "_tokens")
+    may_overflow = True
 
     def __init__(
         self,

@@ -66,10 +66,13 @@ class SparseGPT(Pruner):
     def present(self, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Without `preserve` too: where a block of columns has more zeros than are asked
-        for, nothing is pruned in it, and so no error fills the zeros after it.
+        for, nothing is pruned in it, and no error fills the zeros after it. From the
+        first block that has fewer, it does: there only what is asked for counts.
         """
         parts = zero.split(self.block_size, dim=1)
         shares = torch.stack([part.float().mean() for part in parts])
+        if not self.preserve:
+            shares = shares.cummin(dim=0).values
         return shares, torch.tensor([part.numel() for part in parts])
 
     @property

@@ -64,9 +64,11 @@ class Budget:
         """
         The same for a model that has zeros already.
 
-        :param low: least sparsity of every Linear; one beyond the cap lifts that
+        :param low: least sparsity of every Linear, beside the one it has; one beyond
+            the cap lifts that
         :raises ValueError: if there are more zeros than the budget
         """
+        low = np.maximum(self.low, low)
         high = np.maximum(self.high, low)
         budget = replace(self, low=low, high=high, present=present)
         budget.uniform()  # says if it is out of reach
@@ -86,6 +88,10 @@ class Budget:
     def uniform(self) -> np.ndarray:
         """S for every Linear, as far as the bounds let it."""
         return self.meet(np.full(self.sizes.shape, self.sparsity))
+
+    def least(self) -> float:
+        """The smallest S that the bounds allow."""
+        return self.achieved(self.low)
 
     def achieved(self, sparsities: np.ndarray) -> float:
         """Share of all weights that are zero in the end."""

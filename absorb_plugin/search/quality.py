@@ -51,6 +51,7 @@ def largest_budget(
     upper: float,
     allocate: Callable[[float, np.ndarray | None], np.ndarray],
     judge: Callable[[np.ndarray], tuple[float, float]],
+    least: float = 0.0,
 ) -> Quality:
     """
     Bisection between budgets that keep the bound and budgets that break it. Where both
@@ -62,7 +63,8 @@ def largest_budget(
     :param allocate: (budget, allocation of the nearest budget known, or None) -> an
         allocation of that budget
     :param judge: an allocation -> increase of the loss and its standard error
-    :raises ValueError: if even LEAST breaks the bound
+    :param least: the smallest budget that can be had
+    :raises ValueError: if even that, or LEAST, breaks the bound
     """
     points: list[Point] = []
 
@@ -78,7 +80,7 @@ def largest_budget(
         return Quality(bound, most, points)
     kept: Point | None = None
     broken = most
-    floor = min(LEAST, upper)
+    floor = min(max(LEAST, least), upper)
     while True:
         low = floor if kept is None else kept.sparsity
         if broken.sparsity - low <= RESOLUTION + 1e-9:
@@ -92,12 +94,13 @@ def largest_budget(
         point = ask(floor)
         kept = point if point.cautious <= bound else None
     if kept is None:
-        least = points[-1]
+        last = points[-1]
+        fewer = ", or lower limits" if least > LEAST else ""
         raise ValueError(
             f"max_loss_increase={bound:g} cannot be kept: at a sparsity of "
-            f"{least.sparsity:g} already the loss grows by {least.increase:.4g} ± "
-            f"{least.error:.2g} nats per token. Raise it above {least.cautious:.4g}, "
-            "or take more calibration samples, whose standard error is smaller"
+            f"{last.sparsity:.4g} already the loss grows by {last.increase:.4g} ± "
+            f"{last.error:.2g} nats per token. Raise it above {last.cautious:.4g}, or "
+            f"take more calibration samples, whose standard error is smaller{fewer}"
         )
     return Quality(bound, kept, points)
 

@@ -79,7 +79,7 @@ class ResponseProbe(Probe):
     ) -> None:
         self._blocks, self._masks = blocks, masks
         self._sparsities = block_sparsities(blocks, allocation)
-        relaxed = block_sparsities(blocks, np.maximum(0.0, allocation - step))
+        relaxed = block_sparsities(blocks, relieved(groups, allocation, step))
         self._relief = _reliefs(blocks, groups, self._sparsities, relaxed)
         self._groups = len(groups)
         self._in_force = ExitStack()
@@ -137,6 +137,19 @@ class ResponseProbe(Probe):
         stack.enter_context(replaced_weights(linears, weights))
 
 
+def relieved(groups: Groups, allocation: np.ndarray, step: float) -> np.ndarray:
+    """
+    Every group relaxed by δ; one that has less than half of it to give, pruned by δ
+    more instead.
+
+    :param allocation: one sparsity per prunable Linear, (N,), as is what returns
+    :param step: δ
+    """
+    less = np.maximum(0.0, allocation - step)
+    scarce = groups.mean(allocation - less) < step / 2
+    return np.where(groups.spread(scarce), np.minimum(1.0, allocation + step), less)
+
+
 def _reliefs(
     blocks: BlockMap,
     groups: Groups,
@@ -178,8 +191,8 @@ class ResponseSignal(Signal):
         )
         samples = setting.samples.next_signal()
         found = setting.runner.run("Response probe", samples, probe)
-        sizes = setting.groups.group_sizes
-        change = self.step * sizes / sizes.sum()
-        return Slopes(
-            found.response / change, found.response_error / change, found.loss
-        )
+        groups, sizes = setting.groups, setting.groups.sizes
+        relief = allocation - relieved(groups, allocation, self.step)
+        change = groups.total(sizes * relief) / sizes.sum()
+        error = found.response_error / np.abs(change)
+        return Slopes(found.response / change, error, found.loss)

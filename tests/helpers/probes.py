@@ -6,6 +6,7 @@ these lists, so that none is left out. Another probe is a line in PROBES.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import mul
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from absorb_plugin.allocators import Lsa
 from absorb_plugin.allocators.grams import GramProbe
 from absorb_plugin.blocks import BlockMap, find_blocks
 from absorb_plugin.calibration import Batch
-from absorb_plugin.forward.check import _ChainCheck, _LinearCalls
+from absorb_plugin.forward.check import _ChainCheck, _LinearCalls, _PartCheck
 from absorb_plugin.forward.inputs import InputStatistics
 from absorb_plugin.forward.probe import Probe
 from absorb_plugin.forward.run import run_probes
@@ -194,7 +195,9 @@ def _passes_of_noise(blocks: int) -> int:
 
 # Passes through a block per candidate: with its own weights, which are the model's own
 # pass for the first one, and pruned.
-JUDGE_PASSES = {"masks": 1, "pruner": 2}
+# Of three candidates. The pruner's runs each twice, and the model's own pass in two
+# parts.
+JUDGE_PASSES = {"masks": 3, "pruner": 7}
 
 PROBES: dict[str, ProbeCase] = {
     "statistics": ProbeCase(
@@ -206,7 +209,7 @@ PROBES: dict[str, ProbeCase] = {
     **{
         f"{judge} of {pruner}": ProbeCase(
             partial(_judged, judge, pruner),
-            partial(lambda each, count: 3 * each * count, JUDGE_PASSES[judge]),
+            partial(mul, JUDGE_PASSES[judge]),
             heads=1,
         )
         for judge in JUDGES
@@ -243,6 +246,9 @@ PROBES: dict[str, ProbeCase] = {
         lambda where: _ChainCheck(where.blocks, False),
         lambda count: 2 * count,
         same_batch=True,
+    ),
+    "part check": ProbeCase(
+        lambda where: _PartCheck(where.blocks), lambda count: 2 * count
     ),
     "calls of Linears": ProbeCase(
         lambda where: _LinearCalls(where.blocks), lambda count: count

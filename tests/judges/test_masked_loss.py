@@ -1,9 +1,12 @@
 """Losses under masks, against copies of the model with the masks written in."""
 
+from dataclasses import dataclass
+
 import numpy as np
+import pytest
 import torch
 from helpers import naive, tiny
-from helpers.probes import by_block, place, run
+from helpers.probes import JUDGES, by_block, make_judge, place, run
 from transformers import PreTrainedModel
 
 from absorb_plugin.groups import named
@@ -29,3 +32,31 @@ def test_losses_equal_masked_copies(any_model: PreTrainedModel) -> None:
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert tokens.tolist() == [11, 9, 7]
     tiny.assert_untouched(any_model, before)
+
+
+@dataclass(frozen=True)
+class Overflowing(Wanda):
+    """Where it prunes anything, the rest is too large for any float."""
+
+    def masked(
+        self, weight: torch.Tensor, observed: torch.Tensor, threshold: torch.Tensor
+    ) -> torch.Tensor:
+        pruned = super().masked(weight, observed, threshold)
+        return pruned if pruned.all() else pruned / 0.0
+
+
+@pytest.mark.parametrize("kind", JUDGES)
+def test_an_overflow_is_a_bad_loss_whichever_candidate_it_is_of(
+    kind: str, llama: PreTrainedModel
+) -> None:
+    batch = tiny.make_batch(4)
+    where = place(llama, batch)
+    dense, half = where.flat(0.0), where.flat()
+
+    def losses(*candidates: np.ndarray) -> list[bool]:
+        judge = make_judge(kind, where, Overflowing(), candidates)
+        run(llama, [batch], judge)
+        return np.isfinite(judge.result()[0].sum(axis=1)).tolist()
+
+    assert losses(half, dense) == [False, True]
+    assert losses(dense, half) == [True, False]

@@ -1,5 +1,7 @@
 """The response of groups, against copies of the model with masks written in."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,11 @@ from helpers import naive, tiny
 from helpers.probes import STEP, by_block, place, run
 from transformers import PreTrainedModel
 
+from absorb_plugin.calibration import single_samples
+from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.groups import LEVELS, Groups, named
 from absorb_plugin.pruners import Wanda
-from absorb_plugin.signals.response import ResponseProbe
+from absorb_plugin.signals.response import ResponseProbe, ResponseSignal
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -17,10 +21,15 @@ def test_response_equals_masked_copies(any_model: PreTrainedModel, level: str) -
     batch, before = tiny.make_batch(padding="right"), tiny.snapshot(any_model)
     where = place(any_model, batch)
     own = by_block(where.blocks, np.linspace(0.3, 0.6, len(where.blocks.prunable)))
-    own[::2] = 0.05  # less than the step: relaxed to 0
+    own[::2] = 0.07  # less than the step: relaxed to 0
     groups = Groups.at(level, where.blocks)
+    own[groups.of == groups.of[-1]] = 0.02  # less than half of it: pruned more instead
+    less = np.maximum(0, own - STEP)
+    up = groups.mean(own - less) < STEP / 2
+    assert up.any() and not up.all()
+    other = np.where(groups.spread(up), own + STEP, less)
     relaxed = [
-        np.maximum(0, own - STEP * groups.spread(unit)) for unit in np.eye(len(groups))
+        np.where(groups.spread(unit) > 0, other, own) for unit in np.eye(len(groups))
     ]
     with torch.no_grad():
         copies = (
@@ -70,3 +79,22 @@ def test_experts_without_tokens_stay_dense() -> None:
         copy = naive.masked(model, few, dict.fromkeys(few, 0.5))
         expected = naive.loss_sums(copy, batch).sum() / naive.predicted(batch)
     assert probe.result().loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_slopes_are_per_what_was_changed(llama: PreTrainedModel) -> None:
+    """A group that has nothing to give is not the least sensitive of all for that."""
+    batch = tiny.make_batch(6)
+    where = place(llama, batch)
+    setting = SimpleNamespace(
+        blocks=where.blocks,
+        groups=Groups.at("block", where.blocks),
+        masks=where.masks(Wanda()),
+        samples=SimpleNamespace(next_signal=lambda: single_samples([batch])),
+        runner=ProbeRunner(llama, where.blocks, 2**30),
+    )
+    measure = ResponseSignal(step=STEP).measurer(setting)
+    own = by_block(where.blocks, [0.0, 0.5, 0.5])
+    # the same interval from both of its ends
+    up, down = measure(own), measure(np.where(own == 0, STEP, own))
+    assert up.mean[0] == pytest.approx(down.mean[0], rel=1e-4) and up.mean[0] != 0
+    assert up.error[0] == pytest.approx(down.error[0], rel=1e-4) and up.error[0] > 0
