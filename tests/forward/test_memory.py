@@ -10,10 +10,12 @@ from helpers.live_bytes import live_bytes
 from helpers.probes import PROBES, place, run
 
 from absorb_plugin.blocks import find_blocks
+from absorb_plugin.cpu import bfloat16_is_slow
 from absorb_plugin.forward.memory import Footprint, footprint, limit_by_machine
 from absorb_plugin.forward.probe import Needs
 
 GIB = 2**30
+bfloat16_is_slow()  # tried out once, and that is no part of any run
 # hidden states, weights, attention scores and logits in turn take the most
 SHAPES = {
     "states": ({"num_hidden_layers": 6}, 64),
