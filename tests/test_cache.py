@@ -129,6 +129,18 @@ def test_another_sparsity_skips_statistics_and_probe(
     assert_equal(kept, allocate(None, 0.6))
 
 
+def test_another_pruner_skips_what_masks_tell(
+    tmp_path: Path, measured: list[str]
+) -> None:
+    allocate(tmp_path, kind="wanda")
+    measured.clear()
+    kept = allocate(tmp_path, kind="sparsegpt", signal="pruner")
+    # of two rounds by masks none, and of one by its own weights that
+    assert set(measured) == {"Loss slope", "Pruning as sparsegpt does"}
+    assert measured.count("Loss slope") == 1
+    assert_equal(kept, allocate(None, kind="sparsegpt", signal="pruner"))
+
+
 def test_an_interrupted_run_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[str]
 ) -> None:

@@ -11,6 +11,7 @@ part for calibration and the second for evaluation.
 import importlib.util
 import os
 import pydoc_data.topics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -127,9 +128,11 @@ def run_demo(
     windows = evaluation_windows([evaluation_text], tokenizer, SEQ_LEN, WINDOWS)
 
     rows: list[Row] = []
+    # what masks tell of the model is measured for Wanda, and serves SparseGPT as well
+    measured = tempfile.TemporaryDirectory()
     first = time.perf_counter()  # without making the checkpoint, which is done once
     stages, left_out = [*WANDA, *(SPARSEGPT if sparsegpt else ())], ""
-    with staged_directory(out / "model") as staging:
+    with measured as cache, staged_directory(out / "model") as staging:
         for number, stage in enumerate(stages):
             elapsed = time.perf_counter() - first
             if stage is WANDA[-1] and sparsegpt is None:
@@ -145,7 +148,7 @@ def run_demo(
                 model = prune(
                     model,
                     tokenizer,
-                    _recipe(stage, out / "report" if last else None),
+                    _recipe(stage, cache, out / "report" if last else None),
                     samples,
                     seed=SEED,
                     output_dir=staging if last else None,
@@ -186,14 +189,14 @@ def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
-def _recipe(stage: Stage, report: Path | None) -> list[Modifier]:
+def _recipe(stage: Stage, cache: str, report: Path | None) -> list[Modifier]:
     assert stage.pruner is not None
     pruner = PRUNERS[stage.pruner].modifier(
         sparsity=SPARSITY, targets=["Linear"], ignore=["re:.*lm_head"]
     )
     if stage.allocation == UNIFORM:
         return [pruner]
-    fields: dict[str, Any] = {"effort": "quick"}
+    fields: dict[str, Any] = {"effort": "quick", "profile_cache": cache}
     if stage.allocation == OWL:
         fields = {"strength": 0}
     if report is not None:
