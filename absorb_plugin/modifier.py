@@ -1,6 +1,5 @@
 """The recipe's modifier: its lifecycle; the fields are in settings.py."""
 
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import absorb_plugin._llmcompressor  # noqa: F401  isort: skip  first
@@ -66,27 +65,28 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
     :param allocator_args: its arguments
     :param granularity: what the base allocator ranks: "block", or "linear" where it can
     :param level: what is corrected alike: a "block", its attention and its MLP
-        ("part"), or a "linear"; "auto" takes what won in docs/benchmarks.md
+        ("part"), or a "linear"; "auto" is "linear"
     :param signal: what the correction follows. "gradient": the slope of calibration
-        loss in each Linear's sparsity, in the network as it is pruned. "pruner": the
+        loss in each Linear's sparsity, in the network as it is masked. "pruner": the
         same through the pruner's own arithmetic. "response": by relaxing one group at a
         time, the dearer the more there are. "noise": the paper's ratio, how the dense
-        network absorbs or amplifies noise after each block. "auto": "response" up to 6
-        blocks, "gradient" beyond
+        network absorbs or amplifies noise after each block. "auto": "gradient" before
+        Wanda, "pruner" before SparseGPT, "response" at level "block" before Wanda up to
+        6 blocks
     :param signal_args: the signal's arguments (docs/recipe.md)
-    :param strength: largest change of a sparsity in a round. "auto" tunes it on
-        calibration samples held out from everything else, 0 and the negative side
-        included, and never returns what scores worse there than the base allocation
-        or than uniform. A number takes one round of just that strength; 0 keeps the
-        base allocation and measures nothing
+    :param strength: "auto" descends along the slopes and never returns what does worse
+        than the base allocation or than uniform on calibration samples held out from
+        everything else. A number takes one step of at most that change of a sparsity;
+        0 keeps the base allocation and measures nothing
     :param max_loss_increase: instead of a sparsity, the aim: the pruner's `sparsity` is
         the largest budget then, and the one taken is the largest whose loss on held-out
         samples, plus one standard error, grows by no more than this over the dense
         model, in nats per token (docs/quality-target.md)
     :param effort: how much is measured: "quick", "standard" or "thorough"; what it
         costs and brings is in docs/benchmarks.md. The next six override parts of it
-    :param rounds: at most so many corrections, each measured where the one before
-        ended; the noise signal has one
+    :param rounds: steps of the descent, each measured where the one before ended;
+        before SparseGPT half as many by the pruner's slopes follow. The noise signal
+        has one
     :param statistics_samples: calibration samples for the inputs' statistics
     :param signal_samples: windows of `probe_tokens`, each of another sample, of every
         round's signal; of shorter samples so many more, here and below
@@ -211,18 +211,12 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         return True
 
     def _reports_before(self) -> int:
-        """
-        Of earlier modifiers of this class in the recipe, in the same directory. To be
-        asked for in `on_initialize`: later the pipelines show one modifier at a time.
-        """
-        from llmcompressor.core import active_session
+        """Of earlier modifiers of this class in the recipe, in the same directory."""
+        from absorb_plugin.pruners.recipe import modifiers_before
 
-        earlier = takewhile(
-            lambda other: other is not self, active_session().lifecycle.recipe.modifiers
-        )
         return sum(
             len(other._pruners)
-            for other in earlier
+            for other in modifiers_before(self)
             if isinstance(other, AbsorptionAllocationModifier)
             and other.report_dir == self.report_dir
         )

@@ -10,7 +10,7 @@ from llmcompressor.modifiers import Modifier
 from loguru import logger
 from torch.nn import Module
 
-__all__ = ["leave_recipe", "recipe_text", "user_fields"]
+__all__ = ["leave_recipe", "modifiers_before", "recipe_text", "user_fields"]
 
 # Fields that llm-compressor fills in by itself.
 HOUSEKEEPING = {"index", "group", "start", "end", "update"}
@@ -24,6 +24,15 @@ def user_fields(modifier: Modifier, **options: Any) -> dict[str, Any]:
     """
     fields = modifier.model_dump(exclude=HOUSEKEEPING, **options)
     return {key: value for key, value in fields.items() if not key.endswith("_")}
+
+
+def modifiers_before(modifier: Modifier) -> list[Modifier]:
+    """
+    Those before it in the active recipe. Call it in `on_initialize`: later the pipelines
+    show one modifier at a time.
+    """
+    recipe = active_session().lifecycle.recipe.modifiers
+    return recipe[: next(i for i, other in enumerate(recipe) if other is modifier)]
 
 
 def recipe_text() -> str:
