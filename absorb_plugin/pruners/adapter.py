@@ -26,6 +26,7 @@ from torch.nn import Linear
 from absorb_plugin.blocks import BlockMap, linear_parameters
 from absorb_plugin.language_model import language_model
 from absorb_plugin.pruners import Pruner, pruner_class
+from absorb_plugin.pruners.recipe import modifiers_before
 from absorb_plugin.search.budget import check_budget
 
 __all__ = ["PrunerAdapter", "check_aim", "find_pruners"]
@@ -133,7 +134,7 @@ def find_pruners(
     """
     _warn_of_version(version("llmcompressor"))
     recipe = active_session().lifecycle.recipe.modifiers
-    after = recipe[recipe.index(modifier) + 1 :]
+    after = recipe[len(modifiers_before(modifier)) + 1 :]
     ours = takewhile(lambda other: not isinstance(other, type(modifier)), after)
     found = [other for other in ours if isinstance(other, SparsityModifierBase)]
     if not found:

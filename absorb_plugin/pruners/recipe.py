@@ -28,8 +28,8 @@ def user_fields(modifier: Modifier, **options: Any) -> dict[str, Any]:
 
 def modifiers_before(modifier: Modifier) -> list[Modifier]:
     """
-    Those before it in the active recipe. Call it in `on_initialize`: later the pipelines
-    show one modifier at a time.
+    Those before it in the active recipe. Call it in `on_initialize`: later the
+    pipelines show one modifier at a time.
     """
     recipe = active_session().lifecycle.recipe.modifiers
     return recipe[: next(i for i, other in enumerate(recipe) if other is modifier)]
