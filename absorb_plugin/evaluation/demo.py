@@ -271,7 +271,7 @@ def demo_model() -> Path:
     model.config._name_or_path = ""
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.clean_up_tokenization_spaces = False  # wrong for BPE, and warned of
-    with staged_directory(target) as staging:
+    with staged_directory(target, interchangeable=True) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
     return target
