@@ -52,8 +52,9 @@ def curve(
     with command(debug) as stdout:
         from absorb_plugin.evaluation.curve import as_dict, measure_curve
         from absorb_plugin.evaluation.loading import load_model
+        from absorb_plugin.evaluation.output import check_result_file, is_figure
         from absorb_plugin.evaluation.text import calibration_samples
-        from absorb_plugin.files import check_file, check_writable
+        from absorb_plugin.files import check_writable
         from absorb_plugin.report.curve_figure import curve_charts
         from absorb_plugin.report.figure import save_figure
         from absorb_plugin.search.budget import check_budget
@@ -70,8 +71,7 @@ def curve(
             check_budget(budget, settings.max_sparsity)
         if profile_cache is not None:
             check_writable("--profile-cache", str(profile_cache))
-        if figure is not None:
-            check_file(figure, "--figure")
+        check_result_file(figure, "--figure", is_figure)
         documents = Source(text, dataset, split, text_column).documents()
         _, tokenizer = read_model(model, dtype, trust_remote_code, seq_len)
         data = calibration_samples(documents, tokenizer, samples, seq_len, seed)

@@ -4,20 +4,23 @@ import errno
 import glob
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 from loguru import logger
 
-from absorb_plugin.files import json_object
+from absorb_plugin.files import check_file, json_object
 
 __all__ = [
     "check_apart",
     "check_output",
     "check_result_file",
     "check_space",
+    "has_fields",
+    "is_figure",
+    "is_result",
     "staged_directory",
 ]
 
@@ -92,27 +95,54 @@ def check_apart(out: Path, model: str) -> None:
             )
 
 
-def check_result_file(path: Path) -> None:
+def check_result_file(
+    path: Path | None,
+    option: str,
+    is_own: Callable[[bytes], bool],
+    inputs: Iterable[Path] = (),
+) -> None:
     """
-    To be asked before minutes are spent on what will be written to `path`: an existing
-    file is replaced only if it is a result of `save_result` or a PNG.
+    To be asked before minutes are spent on what will be written to `path`: a file that
+    is there is replaced only if the same option may have written it.
 
-    :raises FileExistsError: if it is something else
+    :param path: None if nothing will be written
+    :param option: that named it, for the message
+    :param is_own: whether these are contents of such a file
+    :param inputs: files that are only read
+    :raises OSError: if it cannot be written, is something else, or one of `inputs`
     """
-    if not path.is_file() or path.stat().st_size == 0:
+    if path is None:
         return
+    check_file(path, option)
+    if not path.is_file():
+        return
+    if any(file.exists() and path.samefile(file) for file in inputs):
+        raise FileExistsError(f"{option} {path} is only read: choose another name")
     content = path.read_bytes()
-    if content.startswith(b"\x89PNG"):
-        return
-    try:
-        is_result = {"model", "sparsity"} <= json_object(content, str(path)).keys()
-    except ValueError:
-        is_result = False
-    if not is_result:
+    if content and not is_own(content):
         raise FileExistsError(
-            f"{path} exists and is no result of an earlier run: it will not be "
-            "overwritten. Choose another name"
+            f"{option} {path} exists and is no result of an earlier run: it will not "
+            "be overwritten. Choose another name"
         )
+
+
+def is_figure(content: bytes) -> bool:
+    return content.startswith(b"\x89PNG")
+
+
+def has_fields(*names: str) -> Callable[[bytes], bool]:
+    """Whether something is a JSON object with these fields."""
+
+    def test(content: bytes) -> bool:
+        try:
+            return json_object(content, "").keys() >= set(names)
+        except ValueError:
+            return False
+
+    return test
+
+
+is_result = has_fields("model", "sparsity")  # as `save_result` writes it
 
 
 def check_space(out: Path, needed: int) -> None:

@@ -13,7 +13,7 @@ from absorb_plugin.pruners import PRUNERS
 from absorb_plugin.search.budget import check_budget
 from absorb_plugin.settings import AllocationSettings
 
-__all__ = ["QUANTIZATIONS", "RecipeWishes", "native_recipe"]
+__all__ = ["QUANTIZATIONS", "RecipeWishes", "is_native_recipe", "native_recipe"]
 
 # Name -> scheme of llm-compressor. All of them keep zeros.
 QUANTIZATIONS = {"w8a8": "W8A8", "w4a16": "W4A16", "fp8": "FP8_DYNAMIC"}
@@ -108,6 +108,16 @@ def native_recipe(sparsities: Mapping[str, float], pruner: str) -> str:
     fields = {"sparsity": list(sparsities.values()), "targets": list(sparsities)}
     modifier = PRUNERS[pruner].modifier.__name__
     return _yaml({"prune_modifiers": {modifier: fields}})
+
+
+def is_native_recipe(content: bytes) -> bool:
+    """Whether `native_recipe` may have written it."""
+    try:
+        (fields,) = yaml.safe_load(content)["prune_stage"]["prune_modifiers"].values()
+        targets, sparsities = fields["targets"], fields["sparsity"]
+    except (yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError):
+        return False
+    return isinstance(targets, list) and isinstance(sparsities, list)
 
 
 def _yaml(stage: Mapping[str, Any]) -> str:

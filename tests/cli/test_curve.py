@@ -78,6 +78,15 @@ def test_a_budget_out_of_reach_is_refused_first(
     assert "0.99" in line and "max_sparsity" in line
 
 
+def test_a_file_of_the_user_is_not_overwritten(
+    model_dir: Path, text_file: Path
+) -> None:
+    before = text_file.read_bytes()
+    line = error_of("curve", model_dir, "--text", text_file, "--figure", text_file)
+    assert "--figure" in line and "no result of an earlier run" in line
+    assert text_file.read_bytes() == before
+
+
 def curve_of(*increases: float) -> Curve:
     points = [
         CurvePoint(0.1 * (i + 1), {"ours": increase}, {"ours": 0.0})

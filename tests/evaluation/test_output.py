@@ -1,9 +1,9 @@
 """The directory of a pruned model."""
 
 import errno
-import json
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,8 +14,11 @@ from absorb_plugin.evaluation.output import (
     check_apart,
     check_output,
     check_result_file,
+    is_figure,
+    is_result,
     staged_directory,
 )
+from absorb_plugin.evaluation.recipes import is_native_recipe, native_recipe
 
 
 def test_failed_run_leaves_nothing(tmp_path):
@@ -217,15 +220,39 @@ def test_out_beside_or_in_the_model(model: Path, tmp_path: Path) -> None:
 # --- files of results -------------------------------------------------------------
 
 
-def test_only_results_are_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "eval.json"
-    check_result_file(path)
-    path.write_text(json.dumps({"model": "m", "sparsity": 0.5, "perplexity": 3.0}))
-    check_result_file(path)
-    (tmp_path / "figure.png").write_bytes(b"\x89PNG....")
-    check_result_file(tmp_path / "figure.png")
-    for content in ('{"model_type": "llama"}', "one\ntwo", "[1]"):
+RECIPES = Path(__file__).parents[2] / "recipes"
+OWN: dict[str, tuple[Callable[[bytes], bool], str, list[str]]] = {
+    "result": (is_result, '{"model": "m", "sparsity": 0.5}', ['{"model": 1}', "[1]"]),
+    "figure": (is_figure, "\x89PNG", ['{"model": "m", "sparsity": 0.5}', "one\ntwo"]),
+    "recipe": (
+        is_native_recipe,
+        native_recipe({"layers.0.q_proj": 0.5, "layers.0.k_proj": 0.4}, "wanda"),
+        ["one\ntwo", "a: [1", "\0", "prune_stage: {prune_modifiers: {}}"]
+        + [path.read_text() for path in sorted(RECIPES.glob("*.yaml"))],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_only_results_are_replaced(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "file"
+    is_own, own, others = OWN[kind]
+    check_result_file(None, "--out", is_own)
+    check_result_file(path, "--out", is_own)
+    for content in (own, ""):
+        path.write_text(content, encoding="latin-1")
+        check_result_file(path, "--out", is_own)
+    for content in others:
         path.write_text(content)
-        with pytest.raises(FileExistsError, match="no result of an earlier run"):
-            check_result_file(path)
-    assert path.read_text() == "[1]"
+        with pytest.raises(FileExistsError, match="--out .* no result of an earlier r"):
+            check_result_file(path, "--out", is_own)
+        assert path.read_text() == content
+
+
+def test_what_is_read_is_not_replaced(tmp_path: Path) -> None:
+    path, link = tmp_path / "eval.json", tmp_path / "link"
+    path.write_text('{"model": "m", "sparsity": 0.5}')
+    link.symlink_to(path)
+    check_result_file(link, "--out", is_result, [tmp_path / "other"])
+    with pytest.raises(FileExistsError, match="--out .*link is only read"):
+        check_result_file(link, "--out", is_result, [path])
