@@ -128,7 +128,7 @@ def _sparsity_remedy(config: Mapping[str, Any]) -> str:
 
 def _skeleton(checkpoint: Checkpoint, report: CheckReport) -> PreTrainedModel | None:
     try:
-        return make_skeleton(checkpoint.directory)
+        skeleton = make_skeleton(checkpoint.directory)
     except Exception as error:  # transformers raises anything for what it lacks
         report.warnings.append(
             f"transformers {transformers.__version__} cannot build this model "
@@ -136,6 +136,10 @@ def _skeleton(checkpoint: Checkpoint, report: CheckReport) -> PreTrainedModel | 
             "recipe.yaml"
         )
         return None
+    head, embedding = skeleton.get_output_embeddings(), skeleton.get_input_embeddings()
+    # config.json may leave the default of its class out
+    report.tied = head is not None and head.weight is embedding.weight
+    return skeleton
 
 
 def _plan(

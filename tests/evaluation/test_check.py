@@ -168,6 +168,19 @@ def test_architectures(architecture: str, tmp_path: Path) -> None:
     assert all(pruned) and len(pruned) >= 12
 
 
+@pytest.mark.parametrize("kind", ["llava", "gemma3"])
+def test_models_that_see_images(kind: str, tmp_path: Path) -> None:
+    """A block of the vision tower has the number and the names of a decoder block."""
+    model = tiny.with_images(kind)
+    runs.run(model, [runs.absorption(), runs.pruner()], tmp_path, output_dir=tmp_path)
+    reset_session()
+    report = check_checkpoint(tmp_path)
+    assert not report.problems and report.planned == pytest.approx(0.5)
+    for name, one in report.linears.items():
+        assert (one.planned is None) == ("vision" in name or "projector" in name), name
+        assert (one.planned is None) == (one.count.zeros == 0), name
+
+
 def test_targets_per_linear(tmp_path: Path) -> None:
     out = save_pruned(tmp_path / "model", granularity="linear", allocator="owl")
     report = check_checkpoint(out)
@@ -249,6 +262,28 @@ def test_a_head_that_is_missing(plain: Path) -> None:
     change_json(plain / "config.json", tie_word_embeddings=True)
     report = check_checkpoint(plain, load=True)
     assert report.tied and report.loads and not report.problems
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "opt"])
+def test_a_tied_head_by_default(architecture: str, tmp_path: Path) -> None:
+    """transformers 4 writes what differs from its class's defaults."""
+    tiny.make_model(architecture, tie_word_embeddings=True).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("tie_word_embeddings") is True
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    report = check_checkpoint(tmp_path, load=True)
+    assert report.tied and report.loads and not report.problems
+
+
+def test_code_of_the_model_is_not_asked_for(
+    plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on stdin"))
+    (plain / "code.py").write_text("raise SystemExit('was run')")
+    files = {"AutoConfig": "code.MyConfig"}
+    change_json(plain / "config.json", model_type="my_lm", auto_map=files)
+    warnings = check_checkpoint(plain).warnings
+    assert any("cannot build this model" in x and "custom code" in x for x in warnings)
 
 
 def test_a_head_that_would_be_lost(plain: Path) -> None:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 import yaml
 from compressed_tensors.utils import match_named_modules
 from helpers import tiny
@@ -13,29 +12,6 @@ from transformers import PreTrainedModel
 from absorb_plugin.evaluation.recipes import RecipeWishes
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*_owl_sparsegpt_*.yaml"))
-
-
-def with_images(vision_width: int = 48) -> PreTrainedModel:
-    config = transformers.Gemma3Config(
-        text_config={
-            **{key: tiny.SHAPE[key] for key in ("vocab_size", "num_attention_heads")},
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-        },
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": vision_width,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "image_size": 28,
-            "patch_size": 14,
-        },
-        mm_tokens_per_image=4,
-    )
-    return transformers.Gemma3ForConditionalGeneration(config)
 
 
 def quantize_fields(text: str) -> dict:
@@ -58,7 +34,7 @@ def linears(model: PreTrainedModel) -> set[str]:
 
 @pytest.mark.parametrize("recipe", ["made", *SHIPPED])
 def test_images_are_not_quantised(recipe: str | Path) -> None:
-    model = with_images()
+    model = tiny.with_images("gemma3")
     made = RecipeWishes(sparsity=0.5, quantize="w8a8").text
     fields = quantize_fields(made(model) if recipe == "made" else recipe.read_text())
     expected = {name for name in linears(model) if "language_model" in name}
@@ -84,7 +60,7 @@ def test_what_chooses_among_experts_is_not_quantised(
 
 def test_groups_fit_what_is_quantised() -> None:
     wishes = RecipeWishes(sparsity=0.5, quantize="w4a16")
-    fields = quantize_fields(wishes.text(with_images(vision_width=40)))
+    fields = quantize_fields(wishes.text(tiny.with_images("gemma3", vision_width=40)))
     assert fields["config_groups"]["group_0"]["weights"]["group_size"] == 32
     with pytest.raises(ValueError, match="down_proj has 40 columns, which groups of"):
         wishes.text(tiny.make_model("llama", intermediate_size=40))
