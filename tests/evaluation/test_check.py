@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from absorb_plugin.cli.check import _summary
 from absorb_plugin.evaluation import shards
 from absorb_plugin.evaluation.check import check_checkpoint
 from absorb_plugin.evaluation.shards import Checkpoint
@@ -29,12 +30,16 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
 def save_pruned(
-    out: Path, scheme: str | None = None, architecture: str = "llama", **fields: Any
+    out: Path,
+    scheme: str | None = None,
+    architecture: str = "llama",
+    pruning: Mapping[str, Any] = {},
+    **fields: Any,
 ) -> Path:
     """A tiny model through the real `oneshot`."""
     shape = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2}
     model = tiny.make_model(architecture, **(shape if architecture == "llama" else {}))
-    recipe = [runs.absorption(**fields), runs.pruner("sparsegpt")]
+    recipe = [runs.absorption(**fields), runs.pruner("sparsegpt", **pruning)]
     if scheme:
         kind = {"targets": ["Linear"], "ignore": ["lm_head"], "scheme": scheme}
         recipe.append(QuantizationModifier(**kind))
@@ -105,6 +110,41 @@ def test_zeros_after_quantisation(scheme: str, tmp_path: Path) -> None:
     assert report.quantization["bits"] == [8 if "8" in scheme[:3] else 4]
     needs_16_bits = scheme.startswith("W4A16")
     assert report.serve.endswith("--dtype bfloat16") == needs_16_bits
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W4A16", "FP8_DYNAMIC"])
+def test_a_recipe_that_lost_a_pruner_is_told_from_rounding(
+    scheme: str, tmp_path: Path
+) -> None:
+    head, mlp = "re:.*lm_head", "re:.*mlp.*"
+    dense = save_pruned(tmp_path / "dense", scheme, pruning={"ignore": [head, mlp]})
+    assert check_checkpoint(dense).warnings == []
+    pruned = save_pruned(tmp_path / "pruned", scheme, pruning={"sparsity": 0.7})
+    recipe = pruned / "recipe.yaml"
+    text = recipe.read_text()
+    recipe.write_text(text.replace("ignore: [", f"ignore: ['{mlp}', ", 1))
+    (warning,) = check_checkpoint(pruned).warnings
+    assert "6 Linears have zeros and are not in the plan" in warning
+
+
+@pytest.mark.parametrize(
+    ("method", "bits"), [("gptq", 4), ("awq", 4), ("bitsandbytes", None), ("fp8", None)]
+)
+def test_other_methods_of_quantisation(plain: Path, method: str, bits: int) -> None:
+    def pack(tensors: dict) -> None:
+        weight = tensors.pop(DOWN)
+        codes = torch.zeros(weight.shape[1] // 8, weight.shape[0], dtype=torch.int32)
+        tensors[DOWN.replace("weight", "qweight")] = codes
+
+    change_weights(plain, pack)
+    quantization = {"quant_method": method, "bits": bits, "format": method}
+    change_json(plain / "config.json", quantization_config=quantization)
+    report = check_checkpoint(plain)
+    assert report.problems == [] and report.zeros is None
+    assert report.warnings == [f"quantised by {method}: zeros are not counted"]
+    assert report.runtimes["vLLM, SGLang"] == "not known to this check"
+    told = f"float32, {method}, 4 bits, untied" if bits else f"{method}, untied"
+    assert told in _summary(report)
 
 
 @pytest.mark.parametrize("columns", [64, 72, 100])
@@ -390,6 +430,11 @@ def test_what_cannot_be_read(plain: Path, case: str) -> None:
     break_it(plain)
     with pytest.raises((OSError, ValueError), match=message):
         check_checkpoint(plain)
+
+
+def test_a_directory_with_a_space(plain: Path) -> None:
+    spaced = plain.rename(plain.with_name("my model"))
+    assert check_checkpoint(spaced).serve == f"vllm serve '{spaced}'"
 
 
 def test_a_file_is_no_directory(plain: Path) -> None:
