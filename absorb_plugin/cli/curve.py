@@ -1,5 +1,7 @@
 """`absorb curve`: how much worse a model gets the more of it is pruned."""
 
+import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
@@ -96,22 +98,28 @@ def parse_sparsities(text: str) -> list[float]:
         "with commas between them"
     )
     try:
-        if ":" not in text:
-            return sorted({float(part) for part in text.split(",")})
-        first, last, step = map(float, text.split(":"))
+        numbers = [float(part) for part in re.split("[:,]", text)]
     except ValueError as error:
         raise ValueError(remedy) from error
-    if not (step > 0 and first <= last):
+    if not all(map(math.isfinite, numbers)):
         raise ValueError(remedy)
-    count = int((last - first) / step + 1e-9) + 1
-    if count > MOST:
-        raise ValueError(f"{remedy}; these are {count}, and {MOST} are the most")
-    return [round(first + number * step, 10) for number in range(count)]
+    if ":" not in text:
+        _check_count(len(set(numbers)), remedy)
+        return sorted(set(numbers))
+    first, last, step = numbers if len(numbers) == 3 else (0.0, 0.0, 0.0)
+    if not (step > 0 and first <= last and "," not in text):
+        raise ValueError(remedy)
+    count = (last - first) / step + 1e-9  # infinite if the step is tiny
+    _check_count(count + 1, remedy)
+    return [round(first + number * step, 10) for number in range(int(count) + 1)]
+
+
+def _check_count(count: float, remedy: str) -> None:
+    if count >= MOST + 1:
+        raise ValueError(f"{remedy}; these are {count:.0f}, and {MOST} are the most")
 
 
 def _print(found: "Curve", knee: str, allocator: str, file: TextIO) -> None:
-    import math
-
     from rich.console import Console
     from rich.table import Table
 
