@@ -142,9 +142,9 @@ def _skeleton(checkpoint: Checkpoint, report: CheckReport) -> PreTrainedModel | 
             "recipe.yaml"
         )
         return None
-    head, embedding = skeleton.get_output_embeddings(), skeleton.get_input_embeddings()
+    ends = skeleton.get_output_embeddings(), skeleton.get_input_embeddings()
     # config.json may leave the default of its class out
-    report.tied = head is not None and head.weight is embedding.weight
+    report.tied = None not in ends and ends[0].weight is ends[1].weight
     return skeleton
 
 

@@ -81,8 +81,12 @@ class CheckReport:
     @property
     def other_method(self) -> str | None:
         """By which it is quantised, if that is not by compressed-tensors."""
-        method = self.quantization["method"] if self.quantization else None
-        return None if method == "compressed-tensors" else method
+        if self.quantization is None:
+            return None
+        method = self.quantization["method"]
+        if method == "compressed-tensors" or (method is None and self.format):
+            return None
+        return str(method or "an unknown method")
 
     @property
     def zeros(self) -> float | None:

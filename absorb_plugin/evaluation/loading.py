@@ -109,8 +109,8 @@ def _check_directory(folder: Path) -> None:
 
 def _weight_files(folder: Path) -> list[Path]:
     """Those that transformers will read, whatever else is there."""
-    config = json_object((folder / "config.json").read_bytes(), "config.json")
-    named = config.get("transformers_weights")
+    config = folder / "config.json"
+    named = json_object(config.read_bytes(), str(config)).get("transformers_weights")
     names = (named,) if named else WEIGHTS
     first = next((folder / x for x in names if (folder / x).is_file()), None)
     if first is None:

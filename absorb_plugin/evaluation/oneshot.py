@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, set_seed
 
 import absorb_plugin  # registers the modifier that a recipe may name
 from absorb_plugin.files import check_writable
+from absorb_plugin.report.write import write_or_warn
 
 __all__ = [
     "check_caches",
@@ -117,10 +119,13 @@ def staged_reports(recipe: Recipe, out: Path, staging: Path) -> Iterator[None]:
         modifier.report_dir = str(staging / inside)
     yield
     for folder, given in moved:
-        for pattern in ("profile*.json", "report*.html"):
-            for file in folder.glob(pattern):
-                text = file.read_text(encoding="utf-8").replace(str(folder), given)
-                file.write_text(text, encoding="utf-8")
+        names = str(folder).encode(), given.encode()
+        for file in (*folder.glob("profile*.json"), *folder.glob("report*.html")):
+            write_or_warn(file, partial(_replaced, file, *names))
+
+
+def _replaced(file: Path, old: bytes, new: bytes) -> bytes:
+    return file.read_bytes().replace(old, new)
 
 
 def _ours(recipe: Recipe) -> list[absorb_plugin.AbsorptionAllocationModifier]:

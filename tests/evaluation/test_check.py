@@ -145,6 +145,8 @@ def test_other_methods_of_quantisation(plain: Path, method: str, bits: int) -> N
     assert report.runtimes["vLLM, SGLang"] == "not known to this check"
     told = f"float32, {method}, 4 bits, untied" if bits else f"{method}, untied"
     assert told in _summary(report)
+    change_json(plain / "config.json", quantization_config={"load_in_4bit": True})
+    assert check_checkpoint(plain).other_method == "an unknown method"
 
 
 @pytest.mark.parametrize("columns", [64, 72, 100])
