@@ -40,10 +40,13 @@ def json_numbers(values: Iterable[float]) -> list[float | None]:
 def replace_file(path: Path, content: bytes) -> None:
     """
     Write under a temporary name, then rename: no reader sees half a file, and of two
-    writers the later one wins. Missing directories are made.
+    writers the later one wins. Missing directories are made, links are followed.
 
-    :raises OSError: if it cannot be written; `path` is then as it was
+    :raises OSError: if it cannot be written, or is no regular file; `path` is then as
+        it was
     """
+    path = path.resolve()
+    _check_regular(path, str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -53,6 +56,15 @@ def replace_file(path: Path, content: bytes) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def _check_regular(path: Path, name: str) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(f"{name} is a directory: name a file in it")
+    if path.exists() and not path.is_file():
+        raise FileExistsError(
+            f"{name} is a device or a pipe, which cannot be replaced: name a file"
+        )
 
 
 def check_writable(field: str, directory: str) -> None:
@@ -78,10 +90,18 @@ def check_file(path: Path, option: str) -> None:
     To be asked before minutes are spent on what will be written to `path`.
 
     :param option: that named it, for the message
-    :raises IsADirectoryError: if `path` is a directory
-    :raises NotADirectoryError: if its parent is missing or no directory
+    :raises OSError: if `path` is a directory, a device or a pipe, or its parent is
+        missing, no directory, or cannot be written to
     """
-    if path.is_dir():
-        raise IsADirectoryError(f"{option} {path} is a directory: name a file in it")
-    if not path.absolute().parent.is_dir():
-        raise NotADirectoryError(f"{option} {path}: {path.parent} is no directory")
+    name, parent = f"{option} {path}", path.resolve().parent
+    _check_regular(path, name)
+    if not parent.is_dir():
+        raise NotADirectoryError(f"{name}: {parent} is no directory")
+    try:
+        with TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{name}: {parent} cannot be written to ({error.strerror}): name another",
+        ) from error

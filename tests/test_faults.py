@@ -278,24 +278,27 @@ def test_an_old_model_survives_a_rename_that_fails(
     original = Path.rename
 
     def rename(path: Path, target: Path) -> Path:
-        if path.suffix == ".partial":
+        if path.suffix == ".complete":
             raise KeyboardInterrupt
         return original(path, target)
 
     monkeypatch.setattr(Path, "rename", rename)
     with pytest.raises(KeyboardInterrupt), staged_directory(out) as staging:
         (staging / "config.json").write_text("new")
-    assert files_in(tmp_path) == {"out"}
     assert (out / "config.json").read_text() == "old"
+    (complete,) = tmp_path.glob(".out.*")
+    assert (complete / "config.json").read_text() == "new"
 
 
 def test_what_a_killed_run_left_is_named(tmp_path: Path, logs: list[str]) -> None:
     (tmp_path / ".out.0123abcd.partial").mkdir()
+    (tmp_path / ".out.0123abcd.complete").mkdir()
     (tmp_path / ".out.0123abcd.old").mkdir()
     (tmp_path / ".other.0123abcd.partial").mkdir()
     check_output(tmp_path / "out", False)
-    assert len(logs) == 2
+    assert len(logs) == 3
     assert any(".partial was left" in x and "delete it" in x for x in logs)
+    assert any(".complete was left" in x and "a finished" in x for x in logs)
     assert any(".old was left" in x and "was in" in x for x in logs)
 
 

@@ -80,7 +80,7 @@ def allocate(
         from absorb_plugin.evaluation.loading import load_model
         from absorb_plugin.evaluation.recipes import native_recipe
         from absorb_plugin.evaluation.text import calibration_samples
-        from absorb_plugin.files import check_file, check_writable, replace_file
+        from absorb_plugin.files import check_writable, replace_file
         from absorb_plugin.search.budget import check_budget
         from absorb_plugin.settings import AllocationSettings
 
@@ -97,30 +97,42 @@ def allocate(
         check_budget(sparsity, settings.max_sparsity)
         if profile_cache is not None:
             check_writable("--profile-cache", str(profile_cache))
-        for path, option in (
-            (recipe_out, "--recipe-out"),
-            (ratios_out, "--ratios-out"),
-        ):
-            if path is not None:
-                check_file(path, option)
+        _check_outputs(recipe_out, ratios_out, model, text)
         documents = Source(text, dataset, split, text_column).documents()
         _, tokenizer = read_model(model, dtype, trust_remote_code, seq_len)
         data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
         loaded = load_model(model, dtype.value, trust_remote_code)
         found = allocate_model(loaded, data, sparsity, settings, pruner=pruner.value)
-        if recipe_out is not None:
-            recipe = native_recipe(found.linear_sparsities(), pruner.value)
-            replace_file(recipe_out, recipe.encode())
-        if ratios_out is not None:
-            data_name = str(text) if dataset is None else f"{dataset} ({split})"
-            source = {"model": model, "data": data_name, "samples": samples}
-            source |= {"seq_len": seq_len, "seed": seed}
-            content = ratios(found, settings, pruner.value, **source)
-            replace_file(ratios_out, json.dumps(content, indent=1).encode())
-        if as_json:
-            show(stdout, as_dict(found, allocator, pruner.value), as_json)
-        else:
-            _print(found, stdout)
+        try:
+            if recipe_out is not None:
+                recipe = native_recipe(found.linear_sparsities(), pruner.value)
+                replace_file(recipe_out, recipe.encode())
+            if ratios_out is not None:
+                data_name = str(text) if dataset is None else f"{dataset} ({split})"
+                source = {"model": model, "data": data_name, "samples": samples}
+                source |= {"seq_len": seq_len, "seed": seed}
+                content = ratios(found, settings, pruner.value, **source)
+                replace_file(ratios_out, json.dumps(content, indent=1).encode())
+        finally:  # what was measured is not lost if it cannot be written
+            if as_json:
+                show(stdout, as_dict(found, allocator, pruner.value), as_json)
+            else:
+                _print(found, stdout)
+
+
+def _check_outputs(
+    recipe: Path | None, ratios: Path | None, model: str, text: Path | None
+) -> None:
+    from absorb_plugin.evaluation.output import check_result_file, has_fields
+    from absorb_plugin.evaluation.recipes import is_native_recipe
+
+    folder = Path(model)
+    inputs = [*(folder.iterdir() if folder.is_dir() else ()), *([text] if text else ())]
+    check_result_file(recipe, "--recipe-out", is_native_recipe, inputs)
+    is_ratios = has_fields("achieved", "settings", "linears")
+    check_result_file(ratios, "--ratios-out", is_ratios, inputs)
+    if recipe and ratios and recipe.resolve() == ratios.resolve():
+        raise ValueError(f"--recipe-out and --ratios-out are one file, {recipe}")
 
 
 def _parse_argument(argument: str) -> tuple[str, Any]:

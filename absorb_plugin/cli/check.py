@@ -59,7 +59,8 @@ def _summary(report: "CheckReport") -> str:
     quantization = "not quantised"
     if report.quantization:
         bits = "/".join(map(str, report.quantization["bits"]))
-        quantization = f"{report.format}, {bits} bits"
+        quantization = report.other_method or str(report.format)
+        quantization += f", {bits} bits" * bool(bits)
     lines = [
         f"{report.directory}: {report.model_type}, {report.dtype}, {quantization}, "
         f"{'tied' if report.tied else 'untied'} embeddings, "

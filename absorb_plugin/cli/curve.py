@@ -1,5 +1,7 @@
 """`absorb curve`: how much worse a model gets the more of it is pruned."""
 
+import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
@@ -52,8 +54,9 @@ def curve(
     with command(debug) as stdout:
         from absorb_plugin.evaluation.curve import as_dict, measure_curve
         from absorb_plugin.evaluation.loading import load_model
+        from absorb_plugin.evaluation.output import check_result_file, is_figure
         from absorb_plugin.evaluation.text import calibration_samples
-        from absorb_plugin.files import check_file, check_writable
+        from absorb_plugin.files import check_writable
         from absorb_plugin.report.curve_figure import curve_charts
         from absorb_plugin.report.figure import save_figure
         from absorb_plugin.search.budget import check_budget
@@ -70,8 +73,7 @@ def curve(
             check_budget(budget, settings.max_sparsity)
         if profile_cache is not None:
             check_writable("--profile-cache", str(profile_cache))
-        if figure is not None:
-            check_file(figure, "--figure")
+        check_result_file(figure, "--figure", is_figure)
         documents = Source(text, dataset, split, text_column).documents()
         _, tokenizer = read_model(model, dtype, trust_remote_code, seq_len)
         data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
@@ -96,22 +98,28 @@ def parse_sparsities(text: str) -> list[float]:
         "with commas between them"
     )
     try:
-        if ":" not in text:
-            return sorted({float(part) for part in text.split(",")})
-        first, last, step = map(float, text.split(":"))
+        numbers = [float(part) for part in re.split("[:,]", text)]
     except ValueError as error:
         raise ValueError(remedy) from error
-    if not (step > 0 and first <= last):
+    if not all(map(math.isfinite, numbers)):
         raise ValueError(remedy)
-    count = int((last - first) / step + 1e-9) + 1
-    if count > MOST:
-        raise ValueError(f"{remedy}; these are {count}, and {MOST} are the most")
-    return [round(first + number * step, 10) for number in range(count)]
+    if ":" not in text:
+        _check_count(len(set(numbers)), remedy)
+        return sorted(set(numbers))
+    first, last, step = numbers if len(numbers) == 3 else (0.0, 0.0, 0.0)
+    if not (step > 0 and first <= last and "," not in text):
+        raise ValueError(remedy)
+    count = (last - first) / step + 1e-9  # infinite if the step is tiny
+    _check_count(count + 1, remedy)
+    return [round(first + number * step, 10) for number in range(int(count) + 1)]
+
+
+def _check_count(count: float, remedy: str) -> None:
+    if count >= MOST + 1:
+        raise ValueError(f"{remedy}; these are {count:.0f}, and {MOST} are the most")
 
 
 def _print(found: "Curve", knee: str, allocator: str, file: TextIO) -> None:
-    import math
-
     from rich.console import Console
     from rich.table import Table
 

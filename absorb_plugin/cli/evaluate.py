@@ -57,7 +57,7 @@ def evaluate(
     with command(debug) as stdout:
         from absorb_plugin.evaluation.compare import save_result
         from absorb_plugin.evaluation.loading import load_model
-        from absorb_plugin.evaluation.output import check_result_file
+        from absorb_plugin.evaluation.output import check_result_file, is_result
         from absorb_plugin.evaluation.perplexity import perplexity, sparsity_if_known
         from absorb_plugin.evaluation.tasks import (
             encode_tasks,
@@ -65,16 +65,13 @@ def evaluate(
             read_tasks,
         )
         from absorb_plugin.evaluation.text import evaluation_windows
-        from absorb_plugin.files import check_file
 
         # All that can be wrong with the arguments comes before the model is loaded.
         if more and not tasks:
             raise ValueError(f"{more[0]}: name task files after --tasks")
         if not (text or dataset or tasks):
             raise ValueError("nothing to do: give --text, --dataset or --tasks")
-        if out is not None:
-            check_file(out, "--out")
-            check_result_file(out)
+        check_result_file(out, "--out", is_result)
         read = read_tasks([*(tasks or []), *(more or [])], limit)
         has_text = text is not None or dataset is not None
         source = Source(text, dataset, split, text_column)
@@ -94,12 +91,14 @@ def evaluate(
             result = {"perplexity": value, "tokens": count}
         for name, found in evaluate_tasks(loaded, encoded, batch_size).items():
             result[name] = dataclasses.asdict(found)
-        if out is not None:
-            save_result(out, model, sparsity, result)
-        if as_json:
-            show(stdout, result, as_json)
-        else:
-            _print(result, stdout)
+        try:
+            if out is not None:
+                save_result(out, model, sparsity, result)
+        finally:  # what was measured is not lost if it cannot be written
+            if as_json:
+                show(stdout, result, as_json)
+            else:
+                _print(result, stdout)
 
 
 def _print(result: Mapping[str, Any], file: TextIO) -> None:

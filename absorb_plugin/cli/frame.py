@@ -28,6 +28,9 @@ FIELD = re.compile(
     r"(?:=(\w+))?(?![\w/-])"
 )
 
+# Of loguru, and one that llm-compressor adds.
+LEVELS = ["TRACE", "DEBUG", "INFO", "SUCCESS", "WARNING", "METRIC", "ERROR", "CRITICAL"]
+
 
 @contextlib.contextmanager
 def command(debug: bool, quiet: bool = False) -> Iterator[TextIO]:
@@ -51,9 +54,12 @@ def command(debug: bool, quiet: bool = False) -> Iterator[TextIO]:
         ):
             route_logs(debug, silence)
             keep_freed_memory()
-            yield stdout
-    except (typer.Exit, typer.Abort):
-        raise
+            try:
+                yield stdout
+            finally:
+                stdout.flush()
+    except (typer.Exit, typer.Abort, BrokenPipeError):
+        raise  # the last when `| head` has seen enough: click ends quietly
     except KeyboardInterrupt as error:
         typer.echo("interrupted: no result was written", err=True)
         raise typer.Exit(130) from error
@@ -90,12 +96,12 @@ def route_logs(debug: bool, stream: TextIO) -> None:
     Send loguru to a stream: our lines and warnings of llm-compressor, or everything.
     LLM_COMPRESSOR_LOG_LEVEL is obeyed as in llm-compressor itself.
     """
+    level = _log_level()
     # It sets up loguru when it is first imported, and says if there is no accelerator.
     with contextlib.redirect_stdout(io.StringIO()):
         import llmcompressor  # noqa: F401
     from loguru import logger
 
-    level = os.environ.get("LLM_COMPRESSOR_LOG_LEVEL", "WARNING").upper()
     lowest = "DEBUG" if debug else logger.level(level).no
 
     def wanted(record: Any) -> bool:
@@ -112,6 +118,16 @@ def route_logs(debug: bool, stream: TextIO) -> None:
         format="{level: <7} {message}" if not debug else "{time} {level} {message}",
         filter=wanted,
     )
+
+
+def _log_level() -> str:
+    level = (os.environ.get("LLM_COMPRESSOR_LOG_LEVEL") or "WARNING").upper()
+    if level not in LEVELS:
+        raise ValueError(
+            f"LLM_COMPRESSOR_LOG_LEVEL={level} is set, and no level: set it to one of "
+            f"{', '.join(LEVELS)}, or unset it"
+        )
+    return level
 
 
 def one_line(error: Exception) -> str:

@@ -67,7 +67,7 @@ TrustRemoteCode = Annotated[
     typer.Option("--trust-remote-code", help="Run code that comes with the model."),
 ]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of all random choices.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of all random choices.")]
 SeqLen = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
 DtypeOption = Annotated[
     Dtype, typer.Option("--dtype", help="Weights' dtype; auto: as they were saved.")

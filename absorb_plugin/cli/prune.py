@@ -121,12 +121,13 @@ def prune(
         assert parsed is not None
         if profile_cache is not None:
             oneshot.keep_profiles(parsed, profile_cache)
+        oneshot.check_caches(parsed, out)
         output.check_space(out, weight_bytes(empty, dtype.value))
         check_saving(model, empty, tokenizer)
         data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
         with (
             output.staged_directory(out) as staging,
-            output.kept_files(out, staging),
+            oneshot.staged_reports(parsed, out, staging),
         ):
             pruned = oneshot.prune(
                 load_for_pruning(model, dtype.value, trust_remote_code),

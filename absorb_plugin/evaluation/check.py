@@ -38,7 +38,12 @@ TOLERANCE = 0.005
 # once quantised has some zeros of its own.
 DENSE = 0.2
 
-HEAD_WEIGHTS = ("weight", "weight_packed")
+# Without being pruned a Linear may have this share of zeros; where it is quantised,
+# by rounding: 4 bits make zeros of a seventh of normal weights, and of more where
+# outliers widen the scale.
+OWN_ZEROS, OWN_ZEROS_8_BITS, OWN_ZEROS_4_BITS = 0.05, 0.1, 0.5
+
+HEAD_WEIGHTS = ("weight", "weight_packed", "qweight")
 FLOATS = ("BF16", "F16", "F32", "F64")
 DESTROYS_ZEROS = {"GPTQModifier", "QuIPModifier", "SpinQuantModifier"}
 
@@ -86,10 +91,11 @@ def _quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
         (group.get("weights") or {}).get("num_bits")
         for group in (saved.get("config_groups") or {}).values()
     }
+    bits.add(saved.get("bits"))  # of GPTQ and AWQ
     return {
         "method": saved.get("quant_method"),
         "format": saved.get("format"),
-        "bits": sorted(bit for bit in bits if bit),
+        "bits": sorted(bit for bit in bits if isinstance(bit, int)),
     }
 
 
@@ -128,7 +134,7 @@ def _sparsity_remedy(config: Mapping[str, Any]) -> str:
 
 def _skeleton(checkpoint: Checkpoint, report: CheckReport) -> PreTrainedModel | None:
     try:
-        return make_skeleton(checkpoint.directory)
+        skeleton = make_skeleton(checkpoint.directory)
     except Exception as error:  # transformers raises anything for what it lacks
         report.warnings.append(
             f"transformers {transformers.__version__} cannot build this model "
@@ -136,6 +142,10 @@ def _skeleton(checkpoint: Checkpoint, report: CheckReport) -> PreTrainedModel | 
             "recipe.yaml"
         )
         return None
+    ends = skeleton.get_output_embeddings(), skeleton.get_input_embeddings()
+    # config.json may leave the default of its class out
+    report.tied = None not in ends and ends[0].weight is ends[1].weight
+    return skeleton
 
 
 def _plan(
@@ -174,6 +184,11 @@ def _count_linears(
     plan: Mapping[str, float],
     report: CheckReport,
 ) -> None:
+    if report.other_method:
+        report.warnings.append(
+            f"quantised by {report.other_method}: zeros are not counted"
+        )
+        return
     stored = _stored_linears(checkpoint)
     names = {name: name for name in stored if _block_of(name)}
     if skeleton is not None:
@@ -364,13 +379,20 @@ def _check_plan(report: CheckReport) -> None:
     unplanned = [
         name
         for name, one in report.linears.items()
-        if report.planned is not None and one.planned is None and one.count.share > 0.05
+        if one.planned is None and one.count.share > _own_zeros(report)
     ]
-    if unplanned and report.format is None:
+    if unplanned and report.planned is not None:
         report.warnings.append(
             f"{len(unplanned)} Linears have zeros and are not in the plan, "
             f"{unplanned[0]} for one"
         )
+
+
+def _own_zeros(report: CheckReport) -> float:
+    bits = min(report.quantization["bits"], default=16) if report.quantization else 16
+    if bits > 8:
+        return OWN_ZEROS
+    return OWN_ZEROS_8_BITS if bits == 8 else OWN_ZEROS_4_BITS
 
 
 def _left_dense(report: CheckReport) -> list[str]:

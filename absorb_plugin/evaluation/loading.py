@@ -8,13 +8,11 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -25,6 +23,13 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.utils.quantization_config import CompressedTensorsConfig
+
+from absorb_plugin.evaluation.shards import (
+    check_pointer,
+    indexed_files,
+    open_safetensors,
+)
+from absorb_plugin.files import json_object
 
 __all__ = [
     "check_length",
@@ -44,7 +49,15 @@ OTHER_HEAD = re.compile(
     r"|Prediction|RewardModel|Retrieval)$|Reranker"
 )
 BASE_MODEL = re.compile(r"(?<!LMHead)Model$")
-WEIGHTS = ("*.safetensors", "*.bin")
+# Of these transformers takes the first that is there.
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# Configurations and what tokenizers are made of.
+SMALL_FILES = ("*config.json", "*token*", "vocab*", "merges.txt", "*.model")
 # Share of the first device's free memory that resident weights may take; the rest is
 # for hidden states and logits.
 RESIDENT = 0.5
@@ -57,9 +70,10 @@ def load_config(model: str, trust_remote_code: bool = False) -> PretrainedConfig
     :param model: directory or hub id, of which the config is read, and the files of a
         directory are looked at
     :return: the whole config, of images and text where it has both
-    :raises FileNotFoundError: if `model` looks like a directory and there is none
-    :raises ValueError: if it is an adapter, its files are incomplete, or it is no
-        language model that predicts the next token
+    :raises FileNotFoundError: if `model` looks like a directory and there is none, or
+        files of weights are missing
+    :raises ValueError: if it is an adapter, its files are damaged, or it is no language
+        model that predicts the next token
     """
     if Path(model).exists():
         _check_directory(Path(model))
@@ -84,16 +98,24 @@ def _check_directory(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         _refuse_adapter(folder)
         raise ValueError(f"{folder} has no config.json: it is no model directory")
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and _is_pointer(file):
-            raise ValueError(
-                f"{file} is a pointer of git-lfs, not the file itself: run "
-                f"`git lfs pull` in {folder}, or download the model again"
-            )
-    files = [file for pattern in WEIGHTS for file in folder.glob(pattern)]
-    if not files:
-        raise ValueError(f"{folder} has no weights (*.safetensors or *.bin)")
-    _check_weights(folder, files)
+    for file in sorted({x for pattern in SMALL_FILES for x in folder.glob(pattern)}):
+        check_pointer(file)
+    for file in _weight_files(folder):
+        if file.suffix == ".safetensors":
+            open_safetensors(file)  # reads the header
+        else:
+            check_pointer(file)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Those that transformers will read, whatever else is there."""
+    config = folder / "config.json"
+    named = json_object(config.read_bytes(), str(config)).get("transformers_weights")
+    names = (named,) if named else WEIGHTS
+    first = next((folder / x for x in names if (folder / x).is_file()), None)
+    if first is None:
+        raise ValueError(f"{folder} has no weights ({', '.join(names)})")
+    return indexed_files(first) if first.suffix == ".json" else [first]
 
 
 def _refuse_adapter(folder: Path) -> None:
@@ -105,31 +127,6 @@ def _refuse_adapter(folder: Path) -> None:
             "give the result: PeftModel.from_pretrained(base, adapter)"
             ".merge_and_unload().save_pretrained(DIRECTORY)"
         )
-
-
-def _is_pointer(file: Path) -> bool:
-    with file.open("rb") as opened:
-        return opened.read(40).startswith(b"version https://git-lfs")
-
-
-def _check_weights(folder: Path, files: Iterable[Path]) -> None:
-    """No shard is missing or cut short; of each only the header is read."""
-    for index in folder.glob("*.index.json"):
-        shards = set(json.loads(index.read_text())["weight_map"].values())
-        if missing := sorted(x for x in shards if not (folder / x).is_file()):
-            raise ValueError(
-                f"{folder} lacks {', '.join(missing)}, which {index.name} lists: "
-                "download the model again"
-            )
-    for file in files:
-        try:
-            if file.suffix == ".safetensors":
-                with safe_open(file, "pt"):
-                    pass
-        except SafetensorError as error:
-            raise ValueError(
-                f"{file} is damaged or incomplete ({error}): download it again"
-            ) from error
 
 
 def _check_language_model(model: str, config: PretrainedConfig) -> None:

@@ -1,8 +1,9 @@
 """A thin wrapper over llm-compressor's `oneshot`, for the command line and the demo."""
 
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,16 @@ from transformers import PreTrainedModel, set_seed
 
 import absorb_plugin  # registers the modifier that a recipe may name
 from absorb_plugin.files import check_writable
+from absorb_plugin.report.write import write_or_warn
 
-__all__ = ["keep_profiles", "load_recipe", "parse_recipe", "prune"]
+__all__ = [
+    "check_caches",
+    "keep_profiles",
+    "load_recipe",
+    "parse_recipe",
+    "prune",
+    "staged_reports",
+]
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -48,9 +57,8 @@ def parse_recipe(text: str) -> Recipe:
             "it holds no modifier. Its shape must be "
             "`NAME_stage:` > `NAME_modifiers:` > class name > fields"
         )
-    for modifier in recipe.modifiers:
-        if isinstance(modifier, absorb_plugin.AbsorptionAllocationModifier):
-            modifier.base_allocator()
+    for modifier in _ours(recipe):
+        modifier.base_allocator()
     return recipe
 
 
@@ -69,22 +77,66 @@ def keep_profiles(recipe: Recipe, directory: Path) -> None:
     """
     Set `profile_cache` in the recipe.
 
-    :raises ValueError: if no modifier of the recipe has it, or the directory cannot be
-        written to
+    :raises ValueError: if no modifier of the recipe has it
     """
-    ours = [
-        modifier
-        for modifier in recipe.modifiers
-        if isinstance(modifier, absorb_plugin.AbsorptionAllocationModifier)
-    ]
-    if not ours:
+    if not _ours(recipe):
         raise ValueError(
             "profile_cache is for recipes with an AbsorptionAllocationModifier, and "
             "this one has none: leave it out"
         )
-    check_writable("profile_cache", str(directory))
-    for modifier in ours:
+    for modifier in _ours(recipe):
         modifier.profile_cache = str(directory)
+
+
+def check_caches(recipe: Recipe, out: Path) -> None:
+    """
+    :raises ValueError: if a `profile_cache` lies in `out`, which is replaced as a
+        whole, or cannot be written to
+    """
+    for cache in {modifier.profile_cache for modifier in _ours(recipe)}:
+        if cache is None:
+            continue
+        if _inside(out, cache) is not None:
+            raise ValueError(
+                f"profile_cache={cache!r} lies in {out}, where the model replaces "
+                "whatever there is: name a directory beside it"
+            )
+        check_writable("profile_cache", cache)
+
+
+@contextmanager
+def staged_reports(recipe: Recipe, out: Path, staging: Path) -> Iterator[None]:
+    """
+    Reports whose `report_dir` lies in `out` are written into `staging`, which is to
+    take its place, and quote the recipe as it was.
+    """
+    moved: list[tuple[Path, str]] = []
+    for modifier in _ours(recipe):
+        given = modifier.report_dir
+        if given is None or (inside := _inside(out, given)) is None:
+            continue
+        moved.append((staging / inside, given))
+        modifier.report_dir = str(staging / inside)
+    yield
+    for folder, given in moved:
+        names = str(folder).encode(), given.encode()
+        for file in (*folder.glob("profile*.json"), *folder.glob("report*.html")):
+            write_or_warn(file, partial(_replaced, file, *names))
+
+
+def _replaced(file: Path, old: bytes, new: bytes) -> bytes:
+    return file.read_bytes().replace(old, new)
+
+
+def _ours(recipe: Recipe) -> list[absorb_plugin.AbsorptionAllocationModifier]:
+    kind = absorb_plugin.AbsorptionAllocationModifier
+    return [modifier for modifier in recipe.modifiers if isinstance(modifier, kind)]
+
+
+def _inside(out: Path, directory: str) -> Path | None:
+    """The way from `out` to the directory; None if that is elsewhere."""
+    out, folder = out.expanduser().resolve(), Path(directory).resolve()
+    return folder.relative_to(out) if folder.is_relative_to(out) else None
 
 
 def prune(

@@ -4,21 +4,23 @@ import errno
 import glob
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 from loguru import logger
 
-from absorb_plugin.files import json_object
+from absorb_plugin.files import check_file, json_object
 
 __all__ = [
     "check_apart",
     "check_output",
     "check_result_file",
     "check_space",
-    "kept_files",
+    "has_fields",
+    "is_figure",
+    "is_result",
     "staged_directory",
 ]
 
@@ -27,15 +29,20 @@ def check_output(out: Path, overwrite: bool) -> None:
     """
     :raises FileExistsError: if `out` is a file, holds files and `overwrite` is not set,
         or holds something that is not a model
+    :raises ValueError: if it is a mount point, which cannot be replaced
     """
-    out = out.expanduser().absolute()
+    out = out.expanduser().resolve()
     _warn_of_leftovers(out)
     if not out.exists():
         return
     if not out.is_dir():
         raise FileExistsError(f"{out} is a file, not a directory")
-    # a run that was killed may have left a directory for its report
-    if all(path.is_dir() for path in out.rglob("*")):
+    if out.is_mount():
+        raise ValueError(
+            f"{out} is a mount point, and a directory is needed that can be replaced: "
+            f"give one in it, as {out / 'model'}"
+        )
+    if not any(path.is_file() for path in out.rglob("*")):
         return
     if not overwrite:
         raise FileExistsError(f"{out} is not empty: choose another, or overwrite=True")
@@ -47,16 +54,17 @@ def check_output(out: Path, overwrite: bool) -> None:
 
 
 def _warn_of_leftovers(out: Path) -> None:
+    kinds = {
+        ".partial": "an unfinished model, delete it",
+        ".complete": "a finished model that was not moved to its place",
+        ".old": f"the model that was in {out} before",
+    }
     for left in sorted(out.parent.glob(f".{glob.escape(out.name)}.*.*")):
-        if left.suffix in (".partial", ".old"):
+        if left.suffix in kinds:
             # not ours to delete: another run may be writing there
             logger.warning(
                 f"{left} was left by a run that was killed, or is one that still runs: "
-                + (
-                    "an unfinished model, delete it"
-                    if left.suffix == ".partial"
-                    else f"the model that was in {out} before"
-                )
+                + kinds[left.suffix]
             )
 
 
@@ -87,27 +95,54 @@ def check_apart(out: Path, model: str) -> None:
             )
 
 
-def check_result_file(path: Path) -> None:
+def check_result_file(
+    path: Path | None,
+    option: str,
+    is_own: Callable[[bytes], bool],
+    inputs: Iterable[Path] = (),
+) -> None:
     """
-    To be asked before minutes are spent on what will be written to `path`: an existing
-    file is replaced only if it is a result of `save_result` or a PNG.
+    To be asked before minutes are spent on what will be written to `path`: a file that
+    is there is replaced only if the same option may have written it.
 
-    :raises FileExistsError: if it is something else
+    :param path: None if nothing will be written
+    :param option: that named it, for the message
+    :param is_own: whether these are contents of such a file
+    :param inputs: files that are only read
+    :raises OSError: if it cannot be written, is something else, or one of `inputs`
     """
-    if not path.is_file() or path.stat().st_size == 0:
+    if path is None:
         return
+    check_file(path, option)
+    if not path.is_file():
+        return
+    if any(file.exists() and path.samefile(file) for file in inputs):
+        raise FileExistsError(f"{option} {path} is only read: choose another name")
     content = path.read_bytes()
-    if content.startswith(b"\x89PNG"):
-        return
-    try:
-        is_result = {"model", "sparsity"} <= json_object(content, str(path)).keys()
-    except ValueError:
-        is_result = False
-    if not is_result:
+    if content and not is_own(content):
         raise FileExistsError(
-            f"{path} exists and is no result of an earlier run: it will not be "
-            "overwritten. Choose another name"
+            f"{option} {path} exists and is no result of an earlier run: it will not "
+            "be overwritten. Choose another name"
         )
+
+
+def is_figure(content: bytes) -> bool:
+    return content.startswith(b"\x89PNG")
+
+
+def has_fields(*names: str) -> Callable[[bytes], bool]:
+    """Whether something is a JSON object with these fields."""
+
+    def test(content: bytes) -> bool:
+        try:
+            return json_object(content, "").keys() >= set(names)
+        except ValueError:
+            return False
+
+    return test
+
+
+is_result = has_fields("model", "sparsity")  # as `save_result` writes it
 
 
 def check_space(out: Path, needed: int) -> None:
@@ -115,7 +150,7 @@ def check_space(out: Path, needed: int) -> None:
     :param needed: bytes of the weights that will be written
     :raises OSError: if they will not fit where `out` is to be
     """
-    folder = out.expanduser().absolute().parent
+    folder = out.expanduser().resolve().parent
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
@@ -128,61 +163,71 @@ def check_space(out: Path, needed: int) -> None:
 
 
 @contextmanager
-def staged_directory(out: Path) -> Iterator[Path]:
+def staged_directory(out: Path, interchangeable: bool = False) -> Iterator[Path]:
     """
     A directory beside `out` that takes its place when the block ends well, and is
-    removed when it does not: `out` is never half-written. What was in `out` is gone
-    afterwards.
+    removed when the block does not: `out` is never half-written. What was in `out` is
+    gone afterwards.
 
-    :raises OSError: naming the remedy where the disk is full
+    :param interchangeable: what another run has put into `out` in the meantime is as
+        good, and stays
+    :raises FileExistsError: if another run has, and it is not
+    :raises OSError: naming the remedy where the disk is full, or where the finished
+        directory lies if it could not be moved to `out`
     """
-    out = out.expanduser().absolute()
+    out = out.expanduser().resolve()
     run = uuid.uuid4().hex[:8]
     staging = out.with_name(f".{out.name}.{run}.partial")
-    old = out.with_name(f".{out.name}.{run}.old")
+    before = _content(out)
     try:
         staging.mkdir(parents=True)
         yield staging
+    except BaseException as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        # the words of errno and of safetensors
+        if isinstance(error, Exception) and "No space left" in str(error):
+            raise OSError(
+                errno.ENOSPC,
+                f"{out} was not written, the disk is full ({error}): make room, or "
+                "choose another directory",
+            ) from error
+        raise
+    # From here on it is complete, and not deleted whatever happens.
+    complete = staging.rename(staging.with_suffix(".complete"))
+    if _content(out) != before:
+        if interchangeable:
+            shutil.rmtree(complete)
+            return
+        raise FileExistsError(
+            f"another run finished into {out} in the meantime, and what it wrote is "
+            f"left there. This run's is complete too, in {complete}: move it where you "
+            "want it"
+        )
+    _take_place(complete, out)
+
+
+def _content(out: Path) -> tuple[int, int] | bool:
+    """Which model is in `out`; where there is none, whether there is anything else."""
+    config = out / "config.json"
+    if config.is_file():
+        stat = config.stat()
+        return stat.st_ino, stat.st_mtime_ns
+    return any(path.is_file() for path in out.rglob("*"))
+
+
+def _take_place(complete: Path, out: Path) -> None:
+    old = complete.with_suffix(".old")
+    try:
         if out.exists():
-            # The new one is complete by now, so a crash in here still loses nothing.
             out.rename(old)
-        staging.rename(out)
-    except Exception as error:
-        if "No space left" not in str(error):  # the words of errno and of safetensors
-            raise
+        complete.rename(out)
+    except OSError as error:
         raise OSError(
-            errno.ENOSPC,
-            f"{out} was not written, the disk is full ({error}): make room, or choose "
-            "another directory",
+            error.errno,
+            f"the model is complete, in {complete}, and could not be moved to {out} "
+            f"({error.strerror}): move it where you want it",
         ) from error
     finally:
         if old.exists() and not out.exists():
             old.rename(out)
-        for leftover in (staging, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-@contextmanager
-def kept_files(out: Path, staging: Path) -> Iterator[None]:
-    """
-    Files that the run itself writes into `out`, as a report whose directory the recipe
-    puts there, come along when `staging` takes the place of `out`.
-    """
-    out = out.expanduser().absolute()
-    existed, before = out.exists(), _times(out)
-    try:
-        yield
-        for path, time in _times(out).items():
-            if before.get(path) != time:
-                target = staging / path.relative_to(out)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(path, target)
-    finally:
-        if not existed:
-            shutil.rmtree(out, ignore_errors=True)
-
-
-def _times(folder: Path) -> dict[Path, int]:
-    return {
-        path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()
-    }
+        shutil.rmtree(old, ignore_errors=True)

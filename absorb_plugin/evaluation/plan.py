@@ -1,6 +1,7 @@
 """What recipe.yaml says that every Linear of a saved model should have lost."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PreTrainedModel
 
 from absorb_plugin._llmcompressor import linearize_moe
+
+try:
+    from transformers.initialization import no_init_weights
+except ModuleNotFoundError:  # transformers 4
+    from transformers.modeling_utils import no_init_weights
 
 __all__ = ["make_skeleton", "pruned_linears", "read_modifiers", "stored_names"]
 
@@ -30,11 +36,13 @@ def make_skeleton(directory: Path) -> PreTrainedModel:
 
     :raises Exception: whatever transformers raises for an architecture that it lacks
     """
-    config = AutoConfig.from_pretrained(directory)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     model_class = getattr(transformers, config.architectures[0])
     # Not the meta device: to make Linears of fused experts llm-compressor copies them.
-    with FakeTensorMode():
+    # Some models look at the numbers when they initialise weights, and there are none.
+    with FakeTensorMode(), no_init_weights():
         model = model_class._from_config(config)
+        model.tie_weights()
         linearize_moe(model)
     return model
 
@@ -115,7 +123,9 @@ def stored_names(modules: Iterable[str], stored: Iterable[str]) -> dict[str, str
     """
     Name of a Linear in the model -> in the files. transformers saves some
     architectures under other names than its modules have (the experts of Mixtral): what
-    is not found as it is must agree in its numbers and last part, and alone do so.
+    is not found as it is must agree in its numbers and last part. Of several that do
+    (the same block of a language model and of its vision tower) the one that shares
+    more parts of its name is taken.
     """
     modules, rest = list(modules), set(stored)
     found = {name: name for name in modules if name in rest}
@@ -124,11 +134,20 @@ def stored_names(modules: Iterable[str], stored: Iterable[str]) -> dict[str, str
     for name in rest:
         by_place.setdefault(_place(name), []).append(name)
     for name in modules:
-        candidates = by_place.get(_place(name), [])
-        if name not in found and len(candidates) == 1:
-            found[name] = candidates[0]
+        if name not in found and (match := _nearest(name, by_place.get(_place(name)))):
+            found[name] = match
     return found
 
 
 def _place(name: str) -> tuple[str, ...]:
     return (*re.findall(r"\.(\d+)(?=\.)", name), name.rpartition(".")[2])
+
+
+def _nearest(name: str, candidates: Iterable[str] | None) -> str | None:
+    """None if there is none, or several are equally near."""
+    shared: dict[int, list[str]] = {}
+    for candidate in candidates or ():
+        parts = Counter(name.split(".")) & Counter(candidate.split("."))
+        shared.setdefault(parts.total(), []).append(candidate)
+    best = shared[max(shared)] if shared else []
+    return best[0] if len(best) == 1 else None

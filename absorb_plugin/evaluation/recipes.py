@@ -1,7 +1,7 @@
 """Recipes as text: from a few wishes, or from an allocation that is known."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +9,12 @@ import torch
 import yaml
 from transformers import PreTrainedModel
 
+from absorb_plugin.blocks import find_blocks
 from absorb_plugin.pruners import PRUNERS
 from absorb_plugin.search.budget import check_budget
 from absorb_plugin.settings import AllocationSettings
 
-__all__ = ["QUANTIZATIONS", "RecipeWishes", "native_recipe"]
+__all__ = ["QUANTIZATIONS", "RecipeWishes", "is_native_recipe", "native_recipe"]
 
 # Name -> scheme of llm-compressor. All of them keep zeros.
 QUANTIZATIONS = {"w8a8": "W8A8", "w4a16": "W4A16", "fp8": "FP8_DYNAMIC"}
@@ -71,7 +72,10 @@ class RecipeWishes:
             }
         }
         if self.quantize is not None:
-            fields = {**self._scheme(model, head), "ignore": [head] if head else []}
+            linears, kept = _linears(model), _quantized(model)
+            wide = {name: x.in_features for name, x in linears.items() if name in kept}
+            ignore = dict.fromkeys(_pattern(x, kept) for x in linears if x not in kept)
+            fields = {**self._scheme(wide), "ignore": list(ignore)}
             stage["quantize_modifiers"] = {"QuantizationModifier": fields}
         return _yaml(stage)
 
@@ -84,12 +88,12 @@ class RecipeWishes:
     def _budget(self) -> float:
         return LARGEST if self.sparsity is None else self.sparsity
 
-    def _scheme(self, model: PreTrainedModel, head: str | None) -> dict[str, Any]:
+    def _scheme(self, widths: Mapping[str, int]) -> dict[str, Any]:
         assert self.quantize is not None
         scheme = {"scheme": QUANTIZATIONS[self.quantize], "targets": ["Linear"]}
         if self.quantize != "w4a16":
             return scheme
-        size = _group_size(model, head)
+        size = _group_size(widths)
         if size == GROUP_SIZES[0]:
             return scheme
         weights = {"num_bits": 4, "type": "int", "strategy": "group"}
@@ -110,6 +114,16 @@ def native_recipe(sparsities: Mapping[str, float], pruner: str) -> str:
     return _yaml({"prune_modifiers": {modifier: fields}})
 
 
+def is_native_recipe(content: bytes) -> bool:
+    """Whether `native_recipe` may have written it."""
+    try:
+        (fields,) = yaml.safe_load(content)["prune_stage"]["prune_modifiers"].values()
+        targets, sparsities = fields["targets"], fields["sparsity"]
+    except (yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError):
+        return False
+    return isinstance(targets, list) and isinstance(sparsities, list)
+
+
 def _yaml(stage: Mapping[str, Any]) -> str:
     return yaml.safe_dump({"prune_stage": stage}, sort_keys=False, allow_unicode=True)
 
@@ -120,12 +134,43 @@ def _head(model: PreTrainedModel) -> str | None:
     return next((name for name, x in model.named_modules() if x is head), None)
 
 
-def _group_size(model: PreTrainedModel, head: str | None) -> int:
-    widths = {
-        name: module.in_features
+def _linears(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
+    return {
+        name: module
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name != head
+        if isinstance(module, torch.nn.Linear)
     }
+
+
+def _quantized(model: PreTrainedModel) -> set[str]:
+    """Full names of the Linears of the decoder blocks, those apart that route."""
+    blocks = find_blocks(model)
+    homes = tuple(f"{block.name}." for block in blocks.blocks)
+    return {x for x in _linears(model) if x.startswith(homes)} - blocks.routers
+
+
+def _pattern(name: str, kept: Collection[str]) -> str:
+    """
+    An entry of `ignore` for a Linear and as much around it as holds none of `kept`, in
+    every block alike.
+    """
+    parts = name.split(".")
+    for count in range(1, len(parts) + 1):
+        outer = ".".join(parts[:count])
+        if not any(other.startswith(f"{outer}.") for other in kept):
+            break
+    if outer == name and not any(map(str.isdigit, parts)):
+        return name
+    end = "$" if outer == name else r"\."
+    words = [r"\d+" if x.isdigit() else re.escape(x) for x in parts[:count]]
+    pattern = r"\.".join(words) + end
+    if any(re.match(pattern, other) for other in kept):
+        pattern = re.escape(outer) + end
+    return f"re:{pattern}"
+
+
+def _group_size(widths: Mapping[str, int]) -> int:
+    """:param widths: name of a Linear -> its columns"""
     for size in GROUP_SIZES:
         if all(width % size == 0 for width in widths.values()):
             return size

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from absorb_plugin.files import json_object
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "check_pointer", "indexed_files", "open_safetensors"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -36,7 +36,7 @@ class Checkpoint:
         self.directory = directory
         self.config = _read_json(directory / "config.json")
         self._files = _weight_files(directory)
-        self._opened = {path: _open(path) for path in self._files}
+        self._opened = {path: open_safetensors(path) for path in self._files}
         self._home: dict[str, Path] = {}
         for path, file in self._opened.items():
             self._home |= dict.fromkeys(file.keys(), path)
@@ -104,11 +104,12 @@ def _check_directory(directory: Path) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    _check_pointer(path)
+    check_pointer(path)
     return json_object(path.read_bytes(), str(path))
 
 
-def _check_pointer(path: Path) -> None:
+def check_pointer(path: Path) -> None:
+    """:raises ValueError: if it is a pointer of Git LFS"""
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise ValueError(
@@ -119,7 +120,7 @@ def _check_pointer(path: Path) -> None:
 
 def _weight_files(directory: Path) -> list[Path]:
     if (directory / INDEX).is_file():
-        return _indexed_files(directory)
+        return indexed_files(directory / INDEX)
     if (directory / SINGLE).is_file():
         return [directory / SINGLE]
     if any(re.search(r"-of-\d+", p.name) for p in directory.glob("*.safetensors")):
@@ -132,22 +133,28 @@ def _weight_files(directory: Path) -> list[Path]:
     raise FileNotFoundError(f"{directory} has no {SINGLE} and no {INDEX}{remedy}")
 
 
-def _indexed_files(directory: Path) -> list[Path]:
-    index = _read_json(directory / INDEX)
-    if not isinstance(index.get("weight_map"), dict):
-        raise ValueError(f"{directory / INDEX} has no object `weight_map`")
-    names = sorted(set(index["weight_map"].values()))
-    missing = [name for name in names if not (directory / name).is_file()]
+def indexed_files(index: Path) -> list[Path]:
+    """
+    :raises FileNotFoundError: if it names files that are not beside it
+    :raises ValueError: if it is no index, or a pointer of Git LFS
+    """
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index} has no object `weight_map`: download it again")
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{directory} lacks {len(missing)} of {len(names)} files of weights that "
-            f"{INDEX} names: {', '.join(missing[:3])}{' …' if missing[3:] else ''}"
+            f"{index.parent} lacks {len(missing)} of {len(names)} files of weights "
+            f"that {index.name} names: {', '.join(missing[:3])}"
+            f"{' …' if missing[3:] else ''}. Download them again"
         )
-    return [directory / name for name in names]
+    return [index.parent / name for name in names]
 
 
-def _open(path: Path) -> Any:
-    _check_pointer(path)
+def open_safetensors(path: Path) -> Any:
+    """:raises ValueError: if it is damaged, or a pointer of Git LFS"""
+    check_pointer(path)
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:

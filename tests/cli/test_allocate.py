@@ -224,3 +224,44 @@ def test_files_that_cannot_be_written(text_file, tmp_path, option):
         text_file, option, tmp_path / "no" / "file",
     )  # fmt: skip
     assert option in line and "is no directory" in line
+
+
+@pytest.fixture
+def files(model_dir, text_file, tmp_path):
+    def run(*options: object):
+        return [
+            *("allocate", model_dir, "--allocator", "uniform", "--sparsity", 0.5),
+            *("--no-correction", "--text", text_file, *SMALL, *options),
+        ]
+
+    return run
+
+
+def test_files_of_the_user_are_not_overwritten(files, model_dir, text_file, tmp_path):
+    mine = tmp_path / "mine.json"
+    mine.write_text('{"linears": {}}')
+    for option in ("--recipe-out", "--ratios-out"):
+        assert "no result of an earlier run" in error_of(*files(option, mine))
+        for path in (model_dir / "config.json", text_file):
+            assert "is only read" in error_of(*files(option, path))
+    new = tmp_path / "new"
+    line = error_of(*files("--recipe-out", new, "--ratios-out", tmp_path / "." / "new"))
+    assert "are one file" in line
+    assert mine.read_text() == '{"linears": {}}' and not new.exists()
+
+
+def test_own_files_are_replaced(files, tmp_path):
+    options = ["--recipe-out", tmp_path / "a.yaml", "--ratios-out", tmp_path / "b.json"]
+    for _ in range(2):
+        result = absorb(*files(*options))
+        assert result.exit_code == 0, result.output
+
+
+def test_the_result_is_shown_if_a_file_cannot_be_written(files, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("absorb_plugin.files.replace_file", full)
+    result = absorb(*files("--ratios-out", tmp_path / "ratios.json", "--json"))
+    assert result.exit_code == 1 and "No space left" in result.stderr
+    assert json.loads(result.stdout)["achieved"] == 0.5

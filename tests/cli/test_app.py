@@ -1,11 +1,12 @@
 """What all commands share."""
 
+import os
 import re
 import subprocess
 import sys
 
 import pytest
-from helpers.cli import absorb
+from helpers.cli import absorb, error_of
 
 from absorb_plugin.cli.frame import one_line
 
@@ -23,7 +24,35 @@ def test_debug_shows_the_traceback(model_dir):
     assert "Traceback" in result.stderr
 
 
+@pytest.mark.parametrize("level", ["OFF", "verbose"])
+def test_a_level_of_logs_that_is_none(level, monkeypatch):
+    monkeypatch.setenv("LLM_COMPRESSOR_LOG_LEVEL", level)
+    line = error_of("allocators")
+    assert f"LLM_COMPRESSOR_LOG_LEVEL={level.upper()} is set" in line
+    assert "CRITICAL, or unset it" in line
+
+
+@pytest.mark.parametrize("level", ["", "error", "METRIC"])
+def test_levels_of_logs(level, monkeypatch):
+    monkeypatch.setenv("LLM_COMPRESSOR_LOG_LEVEL", level)
+    assert absorb("allocators").exit_code == 0
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_reader_that_has_gone(options):
+    """As `| head -1` does: nothing is said of it."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "absorb_plugin.cli", "allocators", *options]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_usage_errors_have_exit_code_2(model_dir, text_file):
+    seed = ["--sparsity", 0.5, "--seed", 2**32]  # numpy takes 32 bits
+    options = ["--text", text_file, "--out", "./out", *seed]
+    assert absorb("prune", "./none", *options).exit_code == 2
     assert absorb("eval", model_dir, "--text", text_file, "--seq-len", 1).exit_code == 2
     assert absorb("prune", model_dir).exit_code == 2
 

@@ -11,16 +11,22 @@ from absorb_plugin.evaluation.curve import Curve, CurvePoint, knee
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a", "0.3:0.8", "0.8:0.3:0.1", "0.3:0.8:0", "1,,2"]
+    "text",
+    ["", "a", "0.3:0.8", "0.8:0.3:0.1", "0.3:0.8:0", "1,,2", "0.1,0.2:0.3"]
+    + ["0.3:inf:0.1", "0.3:0.8:inf", "nan:0.8:0.1", "nan", "0.5,inf", "-inf"],
 )
 def test_bad_sparsities_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="--sparsities"):
         parse_sparsities(text)
 
 
-def test_a_million_budgets_are_refused() -> None:
+@pytest.mark.parametrize(
+    "text", ["0:0.9:0.000001", "0:0.9:1e-320", ",".join(str(k) for k in range(101))]
+)
+def test_a_hundred_budgets_are_the_most(text: str) -> None:
     with pytest.raises(ValueError, match="the most"):
-        parse_sparsities("0:0.9:0.000001")
+        parse_sparsities(text)
+    assert len(parse_sparsities("0.0:0.99:0.01")) == 100
 
 
 def test_ranges_and_lists() -> None:
@@ -76,6 +82,15 @@ def test_a_budget_out_of_reach_is_refused_first(
 ) -> None:
     line = error_of("curve", model_dir, "--text", text_file, "--sparsities", "0.5,0.99")
     assert "0.99" in line and "max_sparsity" in line
+
+
+def test_a_file_of_the_user_is_not_overwritten(
+    model_dir: Path, text_file: Path
+) -> None:
+    before = text_file.read_bytes()
+    line = error_of("curve", model_dir, "--text", text_file, "--figure", text_file)
+    assert "--figure" in line and "no result of an earlier run" in line
+    assert text_file.read_bytes() == before
 
 
 def curve_of(*increases: float) -> Curve:

@@ -40,6 +40,7 @@ def test_a_line_per_stage_then_the_table_and_three_lines(tmp_path: Path) -> None
     assert str(out / "report" / "report.html") in report
     assert after.startswith("Next, your own: absorb prune MODEL --sparsity")
     assert (out / "report" / "report.html").is_file()
+    demo._check_out(out)  # another demo may replace it
     model = AutoModelForCausalLM.from_pretrained(out / "model")
     assert linear_sparsity(model) == pytest.approx(0.6, abs=0.02)
 
@@ -74,6 +75,16 @@ def test_what_takes_too_long_is_left_out_and_said(
     assert (out / "report" / "report.html").is_file()
     model = AutoModelForCausalLM.from_pretrained(out / "model")
     assert linear_sparsity(model) == pytest.approx(0.6, abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["model", "report"])
+def test_what_no_demo_made_is_left(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "config.json").write_text("mine")
+    line = error_of("demo", "--out", tmp_path)
+    assert f"{tmp_path / name} is there, and no demo made it" in line
+    assert (tmp_path / name / "config.json").read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [tmp_path / name]
 
 
 def test_a_missing_model_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:

@@ -129,8 +129,21 @@ def test_a_report_inside_the_new_model_stays(
         (run,) = read_runs([out])
         assert (run.allocation, run.pruner) == ("uniform", "WandaPruningModifier")
         assert run.sparsity == pytest.approx(0.5, abs=0.02)
+        profile = json.loads((out / "report" / "profile.json").read_text())
+        assert f"report_dir: {out}/report\n" in profile["recipe"]
+        assert "partial" not in (out / "report" / "report.html").read_text()
+        assert files_in(tmp_path) == {"pruned", "recipe.yaml"}
         assert not (out / "stale.txt").exists()
         (out / "stale.txt").write_text("of the run before")
+
+
+def test_a_cache_inside_the_new_model_is_refused(model_dir, text_file, tmp_path):
+    """It would go with the model that is replaced, and with a run that fails."""
+    out = tmp_path / "out"
+    options = ["--text", text_file, *SMALL, "--sparsity", 0.5, "--out", out]
+    line = error_of("prune", model_dir, *options, "--profile-cache", out / "cache")
+    assert "profile_cache=" in line and "name a directory beside it" in line
+    assert not out.exists()
 
 
 # --- without a recipe file ---------------------------------------------------------

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from absorb_plugin.cli.check import _summary
 from absorb_plugin.evaluation import shards
 from absorb_plugin.evaluation.check import check_checkpoint
 from absorb_plugin.evaluation.shards import Checkpoint
@@ -29,12 +30,16 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
 def save_pruned(
-    out: Path, scheme: str | None = None, architecture: str = "llama", **fields: Any
+    out: Path,
+    scheme: str | None = None,
+    architecture: str = "llama",
+    pruning: Mapping[str, Any] = {},
+    **fields: Any,
 ) -> Path:
     """A tiny model through the real `oneshot`."""
     shape = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2}
     model = tiny.make_model(architecture, **(shape if architecture == "llama" else {}))
-    recipe = [runs.absorption(**fields), runs.pruner("sparsegpt")]
+    recipe = [runs.absorption(**fields), runs.pruner("sparsegpt", **pruning)]
     if scheme:
         kind = {"targets": ["Linear"], "ignore": ["lm_head"], "scheme": scheme}
         recipe.append(QuantizationModifier(**kind))
@@ -107,6 +112,43 @@ def test_zeros_after_quantisation(scheme: str, tmp_path: Path) -> None:
     assert report.serve.endswith("--dtype bfloat16") == needs_16_bits
 
 
+@pytest.mark.parametrize("scheme", ["W8A8", "W4A16", "FP8_DYNAMIC"])
+def test_a_recipe_that_lost_a_pruner_is_told_from_rounding(
+    scheme: str, tmp_path: Path
+) -> None:
+    head, mlp = "re:.*lm_head", "re:.*mlp.*"
+    dense = save_pruned(tmp_path / "dense", scheme, pruning={"ignore": [head, mlp]})
+    assert check_checkpoint(dense).warnings == []
+    pruned = save_pruned(tmp_path / "pruned", scheme, pruning={"sparsity": 0.7})
+    recipe = pruned / "recipe.yaml"
+    text = recipe.read_text()
+    recipe.write_text(text.replace("ignore: [", f"ignore: ['{mlp}', ", 1))
+    (warning,) = check_checkpoint(pruned).warnings
+    assert "6 Linears have zeros and are not in the plan" in warning
+
+
+@pytest.mark.parametrize(
+    ("method", "bits"), [("gptq", 4), ("awq", 4), ("bitsandbytes", None), ("fp8", None)]
+)
+def test_other_methods_of_quantisation(plain: Path, method: str, bits: int) -> None:
+    def pack(tensors: dict) -> None:
+        weight = tensors.pop(DOWN)
+        codes = torch.zeros(weight.shape[1] // 8, weight.shape[0], dtype=torch.int32)
+        tensors[DOWN.replace("weight", "qweight")] = codes
+
+    change_weights(plain, pack)
+    quantization = {"quant_method": method, "bits": bits, "format": method}
+    change_json(plain / "config.json", quantization_config=quantization)
+    report = check_checkpoint(plain)
+    assert report.problems == [] and report.zeros is None
+    assert report.warnings == [f"quantised by {method}: zeros are not counted"]
+    assert report.runtimes["vLLM, SGLang"] == "not known to this check"
+    told = f"float32, {method}, 4 bits, untied" if bits else f"{method}, untied"
+    assert told in _summary(report)
+    change_json(plain / "config.json", quantization_config={"load_in_4bit": True})
+    assert check_checkpoint(plain).other_method == "an unknown method"
+
+
 @pytest.mark.parametrize("columns", [64, 72, 100])
 @pytest.mark.parametrize(
     "form, arguments",
@@ -166,6 +208,19 @@ def test_architectures(architecture: str, tmp_path: Path) -> None:
     assert len(blocks) == 3
     pruned = [one.planned is not None for ones in blocks.values() for one in ones]
     assert all(pruned) and len(pruned) >= 12
+
+
+@pytest.mark.parametrize("kind", ["llava", "gemma3"])
+def test_models_that_see_images(kind: str, tmp_path: Path) -> None:
+    """A block of the vision tower has the number and the names of a decoder block."""
+    model = tiny.with_images(kind)
+    runs.run(model, [runs.absorption(), runs.pruner()], tmp_path, output_dir=tmp_path)
+    reset_session()
+    report = check_checkpoint(tmp_path)
+    assert not report.problems and report.planned == pytest.approx(0.5)
+    for name, one in report.linears.items():
+        assert (one.planned is None) == ("vision" in name or "projector" in name), name
+        assert (one.planned is None) == (one.count.zeros == 0), name
 
 
 def test_targets_per_linear(tmp_path: Path) -> None:
@@ -249,6 +304,28 @@ def test_a_head_that_is_missing(plain: Path) -> None:
     change_json(plain / "config.json", tie_word_embeddings=True)
     report = check_checkpoint(plain, load=True)
     assert report.tied and report.loads and not report.problems
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "opt"])
+def test_a_tied_head_by_default(architecture: str, tmp_path: Path) -> None:
+    """transformers 4 writes what differs from its class's defaults."""
+    tiny.make_model(architecture, tie_word_embeddings=True).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("tie_word_embeddings") is True
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    report = check_checkpoint(tmp_path, load=True)
+    assert report.tied and report.loads and not report.problems
+
+
+def test_code_of_the_model_is_not_asked_for(
+    plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on stdin"))
+    (plain / "code.py").write_text("raise SystemExit('was run')")
+    files = {"AutoConfig": "code.MyConfig"}
+    change_json(plain / "config.json", model_type="my_lm", auto_map=files)
+    warnings = check_checkpoint(plain).warnings
+    assert any("cannot build this model" in x and "custom code" in x for x in warnings)
 
 
 def test_a_head_that_would_be_lost(plain: Path) -> None:
@@ -355,6 +432,11 @@ def test_what_cannot_be_read(plain: Path, case: str) -> None:
     break_it(plain)
     with pytest.raises((OSError, ValueError), match=message):
         check_checkpoint(plain)
+
+
+def test_a_directory_with_a_space(plain: Path) -> None:
+    spaced = plain.rename(plain.with_name("my model"))
+    assert check_checkpoint(spaced).serve == f"vllm serve '{spaced}'"
 
 
 def test_a_file_is_no_directory(plain: Path) -> None:

@@ -214,6 +214,41 @@ def test_tables_with_other_delimiters_and_long_fields(tmp_path: Path) -> None:
     assert list(read_text(tmp_path / "a.csv")) == ['one; "two"', long]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.tsv", 'text\none, two\n"yes", he said\n', ["one, two", '"yes", he said']),
+        ("a.tsv", 'id\ttext\n1\t"not closed\n2\tb "c\n', ['"not closed', 'b "c']),
+        ("a.tsv", 'text\n"Whole, ""so""."\n"\n', ['Whole, "so".', '"']),
+        ("a.tsv", '"id"\t"text"\n1\t"one\n\ttwo"\n', ["one\n\ttwo"]),
+        ("a.csv", 'text\n"one, two"\nlate; she left\n', ["one, two", "late; she left"]),
+        ("a.csv", "text\tid\nOne, two\t1\n", ["One, two"]),
+    ],
+)
+def test_commas_and_quotes_in_a_text(
+    tmp_path: Path, name: str, content: str, expected: list[str]
+) -> None:
+    (tmp_path / name).write_text(content)
+    assert list(read_text(tmp_path / name)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "text\nHello, world\n", "row 1 has 2 fields.* header 1. Put quotes"),
+        ("a.csv", "id;text\n1;a\n2;b;c\n", "row 2 has 3 fields.* a ';' in it"),
+        ("a.tsv", "id\ttext\n1\ta\tb\n", "row 1 has 3 fields.* in quotes too"),
+        ("a.tsv", 'id\ttext\n1\t"a\nb"\n', "row 2 has 1 fields.* in quotes too"),
+    ],
+)
+def test_a_text_is_not_cut(
+    tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name}, {message}"):
+        list(read_text(tmp_path / name))
+
+
 def test_null_is_an_empty_row(tmp_path: Path) -> None:
     rows = [{"text": None}, {"text": "one"}]
     assert list(read_text(write_rows(tmp_path / "a.jsonl", rows))) == ["one"]

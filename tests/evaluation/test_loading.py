@@ -123,10 +123,67 @@ def test_encoders_are_refused(folder: Path, tmp_path: Path) -> None:
 # --- files ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+POINTER = "version https://git-lfs.github.com/spec/v1\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
 def test_a_pointer_of_git_lfs(folder: Path, name: str) -> None:
-    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(ValueError, match=f"{name} is a pointer of git-lfs.*pull"):
+    (folder / name).write_text(POINTER)
+    with pytest.raises(ValueError, match=f"{name} is a pointer of Git LFS.*pull"):
+        load_config(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("pytorch_model.bin", POINTER),  # git lfs pull --include "*.safetensors"
+        ("consolidated.safetensors", POINTER),
+        ("model.onnx", POINTER),
+        # snapshot_download(ignore_patterns="*.bin")
+        (
+            "pytorch_model.bin.index.json",
+            '{"weight_map": {"a": "pytorch-1.bin"}}',
+        ),
+        ("other.index.json", "{}"),
+    ],
+)
+def test_files_that_are_not_loaded_do_not_matter(
+    folder: Path, name: str, content: str
+) -> None:
+    (folder / name).write_text(content)
+    load_config(str(folder))
+    load_model(str(folder), "auto")
+
+
+def test_weights_of_pytorch(folder: Path, tmp_path: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "training_args.bin")
+    with pytest.raises(ValueError, match="has no weights .*pytorch_model.bin"):
+        load_config(str(folder))
+    torch.save(weights, folder / "pytorch_model.bin")
+    load_config(str(folder))
+    tiny.assert_same(tiny.snapshot(load_model(str(folder), "auto")), weights)
+    (folder / "pytorch_model.bin").write_text(POINTER)
+    with pytest.raises(ValueError, match="pytorch_model.bin is a pointer"):
+        load_config(str(folder))
+
+
+def test_weights_that_the_config_names(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    with pytest.raises(ValueError, match="has no weights"):
+        load_config(str(folder))
+    rewrite(folder / "config.json", transformers_weights="other.safetensors")
+    load_config(str(folder))
+    load_model(str(folder), "auto")
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', "{", "[]"])
+def test_an_index_that_is_none(folder: Path, content: str) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(content)
+    told = "safetensors.index.json(: not| has no object `weight_map`: download)"
+    with pytest.raises(ValueError, match=told):
         load_config(str(folder))
 
 
@@ -153,7 +210,7 @@ def test_directories_that_are_no_models(folder: Path, tmp_path: Path) -> None:
 def test_a_download_that_was_cut_short(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="model.safetensors is damaged or incomplete"):
+    with pytest.raises(ValueError, match="model.safetensors .* is damaged or cut"):
         load_config(str(folder))
 
 
@@ -162,7 +219,8 @@ def test_a_shard_that_is_missing(tmp_path: Path) -> None:
     load_config(str(tmp_path))
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
     shard.unlink()
-    with pytest.raises(ValueError, match=f"lacks {shard.name}, which .*index.json"):
+    told = f"lacks 1 of . files of weights that .*index.json names: {shard.name}"
+    with pytest.raises(FileNotFoundError, match=told):
         load_config(str(tmp_path))
 
 

@@ -1,7 +1,9 @@
 """The directory of a pruned model."""
 
-import json
+import errno
+import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,11 @@ from absorb_plugin.evaluation.output import (
     check_apart,
     check_output,
     check_result_file,
-    kept_files,
+    is_figure,
+    is_result,
     staged_directory,
 )
+from absorb_plugin.evaluation.recipes import is_native_recipe, native_recipe
 
 
 def test_failed_run_leaves_nothing(tmp_path):
@@ -34,21 +38,111 @@ def test_finished_run_replaces_the_old_one(tmp_path):
     assert files_in(out) == {"new"}
 
 
-def test_a_run_that_fails_leaves_no_report(tmp_path: Path) -> None:
+def save(content: str, staging: Path) -> None:
+    (staging / "config.json").write_text(content)
+
+
+def test_a_run_that_another_overtook_leaves_both(tmp_path: Path) -> None:
     out = tmp_path / "out"
+    for before in ("absent", "overwritten"):
+        with (
+            pytest.raises(FileExistsError, match="another run finished into") as told,
+            staged_directory(out) as staging,
+        ):
+            save("mine", staging)
+            with staged_directory(out) as other:
+                save(f"theirs, {before}", other)
+        assert (out / "config.json").read_text() == f"theirs, {before}"
+        (complete,) = tmp_path.glob(".out.*")
+        assert str(complete) in str(told.value)
+        assert (complete / "config.json").read_text() == "mine"
+        shutil.rmtree(complete)
+
+
+def test_a_run_that_fails_leaves_what_another_saved(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), staged_directory(out) as staging:
+        with staged_directory(out) as other:
+            save("theirs", other)
+        save("mine", staging)
+        raise KeyboardInterrupt
+    assert files_in(tmp_path) == {"out"} and files_in(out) == {"config.json"}
+
+
+def test_files_that_came_in_the_meantime_are_no_part_of_the_model(
+    tmp_path: Path,
+) -> None:
+    """An evaluation of the old model; into no model nothing is overwritten."""
+    out = tmp_path / "out"
+    with staged_directory(out) as staging:
+        save("old", staging)
+    with staged_directory(out) as staging:
+        (out / "eval.json").write_text("of the old model")
+        save("new", staging)
+    assert files_in(out) == {"config.json"}
+    other = tmp_path / "other"
+    with pytest.raises(FileExistsError), staged_directory(other) as staging:
+        other.mkdir()
+        (other / "notes.txt").write_text("mine")
+        save("new", staging)
+    assert files_in(other) == {"notes.txt"}
+
+
+def test_the_first_of_two_that_are_alike_stays(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with staged_directory(out, interchangeable=True) as staging:
+        save("second", staging)
+        with staged_directory(out, interchangeable=True) as other:
+            save("first", other)
+    assert (out / "config.json").read_text() == "first"
+    assert files_in(tmp_path) == {"out"}
+
+
+def test_a_link_to_another_disk_stays(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "out").symlink_to(disk / "model")
+    for content in ("old", "new"):
+        check_output(tmp_path / "out", overwrite=True)
+        with staged_directory(tmp_path / "out") as staging:
+            assert staging.parent == disk
+            save(content, staging)
+    assert (tmp_path / "out").is_symlink() and files_in(tmp_path) == {"disk", "out"}
+    assert (disk / "model" / "config.json").read_text() == "new"
+    assert files_in(disk) == {"model"}
+
+
+def test_a_mount_point_is_refused() -> None:
+    with pytest.raises(ValueError, match="mount point.*give one in it, as /model"):
+        check_output(Path("/"), overwrite=True)
+
+
+def test_a_model_that_cannot_be_moved_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with staged_directory(out) as staging:
+        save("old", staging)
+    original = Path.rename
+
+    def busy(path: Path, target: Path) -> Path:
+        if path == out:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return original(path, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
     with (
-        pytest.raises(RuntimeError),
+        pytest.raises(OSError, match="is complete, in .*busy.: move it") as told,
         staged_directory(out) as staging,
-        kept_files(out, staging),
     ):
-        (out / "report").mkdir(parents=True)
-        (out / "report" / "profile.json").write_text("{}")
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
+        save("new", staging)
+    (complete,) = tmp_path.glob(".out.*")
+    assert str(complete) in str(told.value)
+    assert (complete / "config.json").read_text() == "new"
+    assert (out / "config.json").read_text() == "old"
 
 
 def test_empty_directories_are_no_files(tmp_path: Path) -> None:
-    """What a run leaves that is killed after it made room for its report."""
     (tmp_path / "out" / "report").mkdir(parents=True)
     check_output(tmp_path / "out", overwrite=False)
     (tmp_path / "out" / "report" / "profile.json").write_text("{}")
@@ -126,15 +220,39 @@ def test_out_beside_or_in_the_model(model: Path, tmp_path: Path) -> None:
 # --- files of results -------------------------------------------------------------
 
 
-def test_only_results_are_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "eval.json"
-    check_result_file(path)
-    path.write_text(json.dumps({"model": "m", "sparsity": 0.5, "perplexity": 3.0}))
-    check_result_file(path)
-    (tmp_path / "figure.png").write_bytes(b"\x89PNG....")
-    check_result_file(tmp_path / "figure.png")
-    for content in ('{"model_type": "llama"}', "one\ntwo", "[1]"):
+RECIPES = Path(__file__).parents[2] / "recipes"
+OWN: dict[str, tuple[Callable[[bytes], bool], str, list[str]]] = {
+    "result": (is_result, '{"model": "m", "sparsity": 0.5}', ['{"model": 1}', "[1]"]),
+    "figure": (is_figure, "\x89PNG", ['{"model": "m", "sparsity": 0.5}', "one\ntwo"]),
+    "recipe": (
+        is_native_recipe,
+        native_recipe({"layers.0.q_proj": 0.5, "layers.0.k_proj": 0.4}, "wanda"),
+        ["one\ntwo", "a: [1", "\0", "prune_stage: {prune_modifiers: {}}"]
+        + [path.read_text() for path in sorted(RECIPES.glob("*.yaml"))],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_only_results_are_replaced(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "file"
+    is_own, own, others = OWN[kind]
+    check_result_file(None, "--out", is_own)
+    check_result_file(path, "--out", is_own)
+    for content in (own, ""):
+        path.write_text(content, encoding="latin-1")
+        check_result_file(path, "--out", is_own)
+    for content in others:
         path.write_text(content)
-        with pytest.raises(FileExistsError, match="no result of an earlier run"):
-            check_result_file(path)
-    assert path.read_text() == "[1]"
+        with pytest.raises(FileExistsError, match="--out .* no result of an earlier r"):
+            check_result_file(path, "--out", is_own)
+        assert path.read_text() == content
+
+
+def test_what_is_read_is_not_replaced(tmp_path: Path) -> None:
+    path, link = tmp_path / "eval.json", tmp_path / "link"
+    path.write_text('{"model": "m", "sparsity": 0.5}')
+    link.symlink_to(path)
+    check_result_file(link, "--out", is_result, [tmp_path / "other"])
+    with pytest.raises(FileExistsError, match="--out .*link is only read"):
+        check_result_file(link, "--out", is_result, [path])

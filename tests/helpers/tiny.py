@@ -213,6 +213,34 @@ def make_model(architecture: str, seed: int = 0, **overrides: Any) -> PreTrained
     return model
 
 
+def with_images(kind: str, vision_width: int = 48) -> PreTrainedModel:
+    """
+    :param kind: "gemma3" or "llava"
+    :param vision_width: of the MLP in the vision tower
+    """
+    text = {**SHAPE, "intermediate_size": 64, "num_hidden_layers": 2}
+    text |= {"model_type": "llama"}
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": vision_width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    fields = {"text_config": text, "vision_config": vision, "image_token_index": 9}
+    if kind == "llava":
+        vision |= {"projection_dim": 32, "model_type": "clip_vision_model"}
+        model_class = transformers.LlavaForConditionalGeneration
+    else:
+        text |= {"head_dim": 8, "model_type": "gemma3_text"}
+        fields |= {"mm_tokens_per_image": 4}
+        fields |= {"boi_token_index": 10, "eoi_token_index": 11}
+        model_class = transformers.Gemma3ForConditionalGeneration
+    torch.manual_seed(0)
+    return model_class(model_class.config_class(**fields)).float().eval()
+
+
 def small(**overrides: Any) -> PreTrainedModel:
     """A LLaMA of two blocks."""
     return make_model("llama", num_hidden_layers=2, **overrides)
