@@ -14,6 +14,7 @@ import torch
 from helpers import ranks
 
 ROOT = Path(__file__).parent.parent
+PATIENCE = 1800.0  # seconds, of a slow machine with other work
 SEVERAL = [world for world in ranks.WORLDS if world > 1]
 
 
@@ -29,21 +30,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path.mkdir()
         except FileExistsError:
             return _awaited(path)
-    done = subprocess.run(
-        [sys.executable, "-m", "helpers.ranks", str(path)],
-        env=dict(
-            os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-        ),
-        capture_output=True,
-        text=True,
-    )
-    (path / ".said").write_text(done.stderr[-5000:] if done.returncode else "")
-    (path / ".said").rename(path / "said")
+    said = "the worker that ran them has ended"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "helpers.ranks", str(path)],
+            env=dict(
+                os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+            ),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+        said = done.stderr[-5000:] if done.returncode else ""
+    finally:
+        (path / ".said").write_text(said)
+        (path / ".said").rename(path / "said")
     return _awaited(path)
 
 
 def _awaited(path: Path) -> Path:
+    deadline = time.monotonic() + PATIENCE
     while not (path / "said").exists():
+        assert time.monotonic() < deadline, "the worker that runs the ranks is gone"
         time.sleep(0.5)
     assert (path / "said").read_text() == ""
     return path
