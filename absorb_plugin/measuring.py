@@ -60,7 +60,7 @@ def masked_loss(setting: Setting, candidates: Sequence[np.ndarray]) -> Losses:
         candidates,
         setting.quantiles,
     )
-    return finite(setting.runner.run("Held-out loss", setting.samples.search, probe))
+    return _judged(setting, "Held-out loss", setting.samples.search, probe)
 
 
 def pruned_loss(setting: Setting, candidates: Sequence[np.ndarray]) -> Losses:
@@ -69,20 +69,46 @@ def pruned_loss(setting: Setting, candidates: Sequence[np.ndarray]) -> Losses:
     pruning = samples.pruning
     probe = PrunedLoss(setting.blocks, setting.pruner, candidates, len(pruning))
     what = f"Pruning as {setting.pruner.name} does"
-    return finite(setting.runner.run(what, [*pruning, *samples.confirm], probe))
+    return _judged(setting, what, [*pruning, *samples.confirm], probe)
 
 
 def dense_loss(setting: Setting) -> Losses:
-    """Losses of the dense model on the samples of `pruned_loss`."""
+    """
+    Losses of the dense model on the samples of `pruned_loss`.
+
+    :raises ValueError: if one is not finite
+    """
+    return _dense_loss(setting, setting.samples.confirm)
+
+
+def _dense_loss(setting: Setting, samples: Sequence[dict]) -> Losses:
     nothing = [np.zeros(len(setting.groups.linears))]
     probe = MaskedLoss(setting.blocks, setting.pruner.masks, {}, nothing)
-    return finite(setting.runner.run("Dense loss", setting.samples.confirm, probe))
+    sums, tokens = distributed.from_first(
+        setting.runner.run("Dense loss", samples, probe)
+    )
+    if not np.isfinite(sums).all():
+        raise ValueError(
+            "model: the loss of the dense model is not finite on some calibration "
+            "samples: check the weights and the dtype (float16 overflows in some "
+            "models, use bfloat16)"
+        )
+    return sums, tokens
 
 
-def finite(losses: Losses) -> Losses:
-    """An overflow is the worst of losses, not none; ranks decide by the first's."""
-    sums, tokens = distributed.from_first(losses)
-    return np.where(np.isnan(sums), np.inf, sums), tokens
+def _judged(
+    setting: Setting, what: str, samples: Sequence[dict], probe: MaskedLoss | PrunedLoss
+) -> Losses:
+    """
+    An overflow is the worst of losses, not none; ranks decide by the first's.
+
+    :raises ValueError: if it is none of pruning
+    """
+    sums, tokens = distributed.from_first(setting.runner.run(what, samples, probe))
+    sums = np.where(np.isnan(sums), np.inf, sums)
+    if np.isinf(sums).all(axis=0).any():
+        _dense_loss(setting, samples)
+    return sums, tokens
 
 
 def report_noise(

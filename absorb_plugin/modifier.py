@@ -121,6 +121,11 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
     _reports: "list[Report]" = PrivateAttr(default_factory=list)
     _recipe: str = PrivateAttr(default="")
     _first_report: int = PrivateAttr(default=0)
+    _staging: str | None = PrivateAttr(default=None)
+
+    def stage_reports(self, directory: str) -> None:
+        """Reports are written there, from where they go to `report_dir` afterwards."""
+        self._staging = directory
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         from absorb_plugin.blocks import find_blocks
@@ -150,8 +155,9 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         missing = calib is None or (hasattr(calib, "__len__") and not len(calib))
         if all(distributed.gather(missing)):  # one rank may be without samples
             read_batches(calib)  # says what is missing
-        for field in ("report_dir", "profile_cache"):
-            if (directory := getattr(self, field)) is not None:
+        written = {"report_dir": self._report_dir, "profile_cache": self.profile_cache}
+        for field, directory in written.items():
+            if directory is not None:
                 check_writable(field, directory)
         for found in self._pruners if self.reduce_pruner_statistics else ():
             if (attribute := found.pruner.rank_statistics) is not None:
@@ -193,7 +199,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
             )
             self._reports.append(report)
             if distributed.is_first():
-                report.write(self.report_dir)
+                report.write(self._report_dir)
                 notify_plugins(report.profile())
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
@@ -228,7 +234,11 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
             zeros.warn()
         for report, zeros in zip(self._reports, self._zeros):
             report.measure_realised(zeros.lost())
-            report.write(self.report_dir)
+            report.write(self._report_dir)
+
+    @property
+    def _report_dir(self) -> str | None:
+        return self._staging or self.report_dir
 
 
 ModifierFactory.register(

@@ -5,6 +5,7 @@ docs/reliability.md lists the kinds.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -314,6 +315,29 @@ def test_the_remedy_helps(name: str, tmp_path: Path) -> None:
         zeros = runs.zeros(model, find_blocks(model).linears())
         assert all(sum(rows) for rows in zeros.values())
         active_session().reset()
+
+
+@pytest.mark.parametrize("kind", ["wanda", "sparsegpt"])
+def test_a_token_that_the_dense_model_cannot_take(kind: str) -> None:
+    """Whichever sample has it: nothing is chosen by losses that are not finite."""
+    model, refused = tiny.make_model("llama"), 0
+    weight = model.model.embed_tokens.weight.data
+    weight[tiny.VOCABULARY - 1] = torch.inf
+    for position in range(0, 12, 2):
+        batch = tiny.make_batch(12)
+        batch["input_ids"] %= tiny.VOCABULARY - 1
+        batch["input_ids"][position, 3:] = tiny.VOCABULARY - 1
+        fields = {"strength": "auto", "signal": "auto", "rounds": 1}
+        try:
+            found = runs.allocate(model, [batch], kind=kind, **fields)
+        except ValueError as error:
+            assert re.search("NaN or infinity|not finite", str(error))
+            refused += 1
+            continue
+        assert found.search is not None and found.confirmed is not None
+        judged = [found.search.base_loss, *found.confirmed.losses.values()]
+        assert np.isfinite(judged).all()
+    assert refused > 3
 
 
 # --- zeros that are there already ------------------------------------------------

@@ -86,6 +86,15 @@ REFUSED: dict[str, tuple[Recipe, str]] = {
         ],
         "max_loss_increase bounds what one pruning modifier costs.*judged by nobody",
     ),
+    "a bound for a pruner of each of us": (
+        lambda: [
+            runs.absorption(max_loss_increase=0.1, strength="auto"),
+            runs.pruner(targets=["re:.*self_attn.*_proj$"]),
+            runs.absorption(max_loss_increase=0.1, strength="auto"),
+            runs.pruner(targets=["re:.*mlp.*_proj$"]),
+        ],
+        "max_loss_increase bounds what one pruning modifier costs.*judged by nobody",
+    ),
     "a bound and a Linear outside": (
         lambda: [
             runs.absorption(max_loss_increase=0.1, strength="auto"),

@@ -25,11 +25,7 @@ import torch
 torch.set_num_threads(1)
 from helpers import tiny
 from llmcompressor import oneshot
-from llmcompressor import oneshot
 from llmcompressor.core import reset_session
-from llmcompressor.modifiers.pruning import WandaPruningModifier
-from llmcompressor.modifiers.quantization import QuantizationModifier
-from llmcompressor.recipe import Recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 for case in cases:

@@ -125,10 +125,8 @@ def prune(
         output.check_space(out, weight_bytes(empty, dtype.value))
         check_saving(model, empty, tokenizer)
         data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
-        with (
-            output.staged_directory(out) as staging,
-            oneshot.staged_reports(parsed, out, staging),
-        ):
+        with output.staged_directory(out) as staging:
+            oneshot.stage_reports(parsed, out, staging)
             pruned = oneshot.prune(
                 load_for_pruning(model, dtype.value, trust_remote_code),
                 tokenizer,

@@ -29,6 +29,7 @@ from absorb_plugin.evaluation.plan import (
 )
 from absorb_plugin.evaluation.shards import Checkpoint
 from absorb_plugin.evaluation.zeros import Count, count_dense, count_quantized
+from absorb_plugin.pruners.adapter import DESTROYS_ZEROS
 
 __all__ = ["check_checkpoint"]
 
@@ -45,7 +46,6 @@ OWN_ZEROS, OWN_ZEROS_8_BITS, OWN_ZEROS_4_BITS = 0.05, 0.1, 0.5
 
 HEAD_WEIGHTS = ("weight", "weight_packed", "qweight")
 FLOATS = ("BF16", "F16", "F32", "F64")
-DESTROYS_ZEROS = {"GPTQModifier", "QuIPModifier", "SpinQuantModifier"}
 
 
 def check_checkpoint(directory: Path, load: bool = False) -> CheckReport:
@@ -135,6 +135,9 @@ def _sparsity_remedy(config: Mapping[str, Any]) -> str:
 def _skeleton(checkpoint: Checkpoint, report: CheckReport) -> PreTrainedModel | None:
     try:
         skeleton = make_skeleton(checkpoint.directory)
+        ends = skeleton.get_output_embeddings(), skeleton.get_input_embeddings()
+        # config.json may leave the default of its class out
+        report.tied = None not in ends and ends[0].weight is ends[1].weight
     except Exception as error:  # transformers raises anything for what it lacks
         report.warnings.append(
             f"transformers {transformers.__version__} cannot build this model "
@@ -142,9 +145,6 @@ def _skeleton(checkpoint: Checkpoint, report: CheckReport) -> PreTrainedModel | 
             "recipe.yaml"
         )
         return None
-    ends = skeleton.get_output_embeddings(), skeleton.get_input_embeddings()
-    # config.json may leave the default of its class out
-    report.tied = None not in ends and ends[0].weight is ends[1].weight
     return skeleton
 
 

@@ -174,8 +174,8 @@ def _check_out(out: Path) -> None:
     found = [path for path in (out / "model", out / "report") if path.exists()]
     if found and not (out / MARKER).is_file():
         raise FileExistsError(
-            f"{found[0]} is there, and no demo made it: choose another directory than "
-            f"{out}, or delete it"
+            f"{found[0]} is there, and nothing tells that a demo made it: choose "
+            f"another directory than {out}, or delete it"
         )
 
 

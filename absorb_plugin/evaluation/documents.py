@@ -42,10 +42,6 @@ DATASET_CHARACTERS = 40_000_000
 JSON_LINES = {".jsonl", ".ndjson", ".json"}
 TABLES = {".csv", ".tsv"}
 DELIMITERS = ",;\t|"
-REMEDY_CSV = "Put quotes around what has a {!r} in it, or give JSON lines"
-REMEDY_TSV = (
-    "If tabs or line ends lie within quotes, put the names of the header in quotes too"
-)
 # What is read where no column is named: the first of these that a row has.
 COLUMNS = ("text", "messages")
 
@@ -266,34 +262,35 @@ def _read_table(path: Path, column: str | None) -> Iterator[Document]:
         header = file.readline()
         tabs = _suffix(path) == ".tsv"
         delimiter = "\t" if tabs else max(DELIMITERS, key=header.count)
-        # In a TSV a quote is a letter, unless its header says otherwise: one that opens
-        # a sentence would else reach for the next, however many rows below.
-        plain = tabs and not header.startswith('"')
         names = next(csv.reader([header], delimiter=delimiter))
-        rows = csv.reader(
-            file,
-            delimiter=delimiter,
-            quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL,
-        )
-        for number, row in enumerate(filter(None, rows), start=1):
+        # In many a TSV quotes are letters. One that opens a sentence would reach for
+        # the next, however many rows below, if that were not an error.
+        rows = csv.reader(file, delimiter=delimiter, strict=tabs)
+        for number, row in enumerate(_rows(rows, path), start=1):
             where = f"{path}, row {number}"
-            if len(row) > len(names) or (plain and len(row) < len(names)):
+            if any(row[len(names) :]):
                 raise ValueError(
-                    f"{where} has {len(row)} fields, and the header {len(names)}. "
-                    + (REMEDY_TSV if plain else REMEDY_CSV.format(delimiter))
+                    f"{where} has {len(row)} fields, and the header {len(names)}. Put "
+                    f"quotes around what has a {delimiter!r} in it, or give JSON lines"
                 )
-            fields = map(_unquoted, row) if plain else row
-            values: Iterable[str | None] = chain(fields, repeat(None))
+            values: Iterable[str | None] = chain(row, repeat(None))
             yield _document(dict(zip(names, values)), column, where)
 
 
-def _unquoted(field: str) -> str:
-    """As it would be read within quotes, if they are whole."""
-    inner = field[1:-1]
-    whole = len(field) > 1 and field[0] == field[-1] == '"'
-    if whole and '"' not in inner.replace('""', ""):
-        return inner.replace('""', '"')
-    return field
+def _rows(rows: Any, path: Path) -> Iterator[list[str]]:
+    """Those of a reader of `csv` that are not empty."""
+    while True:
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            raise ValueError(
+                f"{path}, line {rows.line_num}: {error}. If quotes are letters in this "
+                "file, give it as JSON lines"
+            ) from error
+        if row is None:
+            return
+        if row:
+            yield row
 
 
 def _read_parquet(path: Path, column: str | None) -> Iterator[Document]:

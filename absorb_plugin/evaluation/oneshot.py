@@ -1,9 +1,8 @@
 """A thin wrapper over llm-compressor's `oneshot`, for the command line and the demo."""
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from transformers import PreTrainedModel, set_seed
 
 import absorb_plugin  # registers the modifier that a recipe may name
 from absorb_plugin.files import check_writable
-from absorb_plugin.report.write import write_or_warn
 
 __all__ = [
     "check_caches",
@@ -24,7 +22,7 @@ __all__ = [
     "load_recipe",
     "parse_recipe",
     "prune",
-    "staged_reports",
+    "stage_reports",
 ]
 
 
@@ -104,28 +102,15 @@ def check_caches(recipe: Recipe, out: Path) -> None:
         check_writable("profile_cache", cache)
 
 
-@contextmanager
-def staged_reports(recipe: Recipe, out: Path, staging: Path) -> Iterator[None]:
+def stage_reports(recipe: Recipe, out: Path, staging: Path) -> None:
     """
-    Reports whose `report_dir` lies in `out` are written into `staging`, which is to
-    take its place, and quote the recipe as it was.
+    Have reports whose `report_dir` lies in `out` written into `staging`, which is to
+    take its place.
     """
-    moved: list[tuple[Path, str]] = []
     for modifier in _ours(recipe):
         given = modifier.report_dir
-        if given is None or (inside := _inside(out, given)) is None:
-            continue
-        moved.append((staging / inside, given))
-        modifier.report_dir = str(staging / inside)
-    yield
-    for folder, given in moved:
-        names = str(folder).encode(), given.encode()
-        for file in (*folder.glob("profile*.json"), *folder.glob("report*.html")):
-            write_or_warn(file, partial(_replaced, file, *names))
-
-
-def _replaced(file: Path, old: bytes, new: bytes) -> bytes:
-    return file.read_bytes().replace(old, new)
+        if given is not None and (inside := _inside(out, given)) is not None:
+            modifier.stage_reports(str(staging / inside))
 
 
 def _ours(recipe: Recipe) -> list[absorb_plugin.AbsorptionAllocationModifier]:

@@ -74,8 +74,13 @@ class RecipeWishes:
         if self.quantize is not None:
             linears, kept = _linears(model), _quantized(model)
             wide = {name: x.in_features for name, x in linears.items() if name in kept}
-            ignore = dict.fromkeys(_pattern(x, kept) for x in linears if x not in kept)
-            fields = {**self._scheme(wide), "ignore": list(ignore)}
+            ignore = dict.fromkeys(
+                _one(x, kept) if x.startswith(_homes(model)) else _pattern(x, kept)
+                for x in linears
+                if x not in kept
+            )
+            scheme = self._scheme(wide | _widths_of_experts(model))
+            fields = {**scheme, "ignore": list(ignore)}
             stage["quantize_modifiers"] = {"QuantizationModifier": fields}
         return _yaml(stage)
 
@@ -144,29 +149,50 @@ def _linears(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
 
 def _quantized(model: PreTrainedModel) -> set[str]:
     """Full names of the Linears of the decoder blocks, those apart that route."""
-    blocks = find_blocks(model)
-    homes = tuple(f"{block.name}." for block in blocks.blocks)
-    return {x for x in _linears(model) if x.startswith(homes)} - blocks.routers
+    inside = {x for x in _linears(model) if x.startswith(_homes(model))}
+    return inside - find_blocks(model).routers
+
+
+def _homes(model: PreTrainedModel) -> tuple[str, ...]:
+    """What names within the decoder blocks begin with."""
+    return tuple(f"{block.name}." for block in find_blocks(model).blocks)
+
+
+def _widths_of_experts(model: PreTrainedModel) -> dict[str, int]:
+    """
+    Of experts that are one parameter yet, and Linears when they are quantised: which of
+    two sides is their columns differs from model to model, so both.
+    """
+    return {
+        f"{name}, side {side}": size
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and name.startswith(_homes(model))
+        for side, size in enumerate(parameter.shape[1:], start=1)
+    }
 
 
 def _pattern(name: str, kept: Collection[str]) -> str:
     """
-    An entry of `ignore` for a Linear and as much around it as holds none of `kept`, in
-    every block alike.
+    An entry of `ignore` for a Linear outside the decoder blocks, and as much around it
+    as holds none of `kept`.
     """
     parts = name.split(".")
-    for count in range(1, len(parts) + 1):
+    for count in range(1, len(parts)):
         outer = ".".join(parts[:count])
         if not any(other.startswith(f"{outer}.") for other in kept):
-            break
-    if outer == name and not any(map(str.isdigit, parts)):
-        return name
-    end = "$" if outer == name else r"\."
-    words = [r"\d+" if x.isdigit() else re.escape(x) for x in parts[:count]]
-    pattern = r"\.".join(words) + end
-    if any(re.match(pattern, other) for other in kept):
-        pattern = re.escape(outer) + end
-    return f"re:{pattern}"
+            return f"re:{re.escape(outer)}\\."
+    return _one(name, kept)
+
+
+def _one(name: str, kept: Collection[str]) -> str:
+    """An entry of `ignore` for a Linear, and its like in other blocks if not `kept`."""
+    parts = name.split(".")
+    words = (r"\d+" if x.isdigit() else re.escape(x) for x in parts)
+    pattern = r"\.".join(words) + "$"
+    alike = any(map(str.isdigit, parts))
+    if alike and not any(re.match(pattern, other) for other in kept):
+        return f"re:{pattern}"
+    return name
 
 
 def _group_size(widths: Mapping[str, int]) -> int:

@@ -33,7 +33,6 @@ class MaskedLoss(Probe):
     """
 
     state = ("_losses", "_tokens")
-    may_overflow = True
 
     def __init__(
         self,
@@ -46,6 +45,7 @@ class MaskedLoss(Probe):
         self._blocks = blocks
         self._masks = MaskedWeights(blocks, pruner, input_square_sums, quantiles)
         self._candidates = [block_sparsities(blocks, one) for one in candidates]
+        self.may_overflow = bool(np.any(candidates[0]))
         self._in_force = ExitStack()
         self._losses: list[list[float]] = []
         self._tokens: list[int] = []

@@ -46,7 +46,6 @@ class PrunedLoss(Probe):
     """
 
     state = ("_losses", "_tokens")
-    may_overflow = True
 
     def __init__(
         self,
@@ -59,6 +58,7 @@ class PrunedLoss(Probe):
         self.apart = calibrating
         mine = distributed.share(candidates)
         self._candidates = [block_sparsities(blocks, one) for one in mine]
+        self.may_overflow = any(np.any(one) for one in mine[:1])
         self._in_force = ExitStack()
         self._losses: list[list[float]] = []
         self._tokens: list[int] = []

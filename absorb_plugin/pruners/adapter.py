@@ -29,7 +29,7 @@ from absorb_plugin.pruners import Pruner, pruner_class
 from absorb_plugin.pruners.recipe import modifiers_before
 from absorb_plugin.search.budget import check_budget
 
-__all__ = ["PrunerAdapter", "check_aim", "find_pruners"]
+__all__ = ["DESTROYS_ZEROS", "PrunerAdapter", "check_aim", "find_pruners"]
 
 # What they do to a weight that was pruned, measured in tests/test_quantization.py. By
 # name: their modules moved between the versions of llm-compressor that we support.
@@ -145,18 +145,23 @@ def find_pruners(
     first = after.index(found[0])
     _warn_of_lost_zeros(after[first + 1 :], found[0])
     _warn_of_rotations(after[:first], modifier)
-    _warn_of_ignored(ignore, model)
+    _check_ignored(ignore, model)
     return [_resolve(other, model, blocks, ignore, max_sparsity) for other in found]
 
 
 def check_aim(pruners: Sequence[PrunerAdapter]) -> None:
-    """:raises ValueError: if a bound on the loss cannot be kept by what is judged"""
-    if len(pruners) > 1:
-        names = " and ".join(found.name for found in pruners)
+    """
+    Call it in `on_initialize`.
+
+    :raises ValueError: if a bound on the loss cannot be kept by what is judged
+    """
+    recipe = active_session().lifecycle.recipe.modifiers
+    names = [type(x).__name__ for x in recipe if isinstance(x, SparsityModifierBase)]
+    if len(names) > 1:
         raise ValueError(
-            f"max_loss_increase bounds what one pruning modifier costs, and {names} "
-            "follow: what they cost together is judged by nobody. Use one for all "
-            "targets, or give each a sparsity instead"
+            f"max_loss_increase bounds what one pruning modifier costs, and the recipe "
+            f"has {' and '.join(names)}: what they cost together is judged by nobody. "
+            "Use one for all targets, or give each a sparsity instead"
         )
     for found in pruners:
         if found.named:
@@ -199,8 +204,13 @@ def _warn_of_rotations(before: Sequence[Modifier], ours: Modifier) -> None:
             )
 
 
-def _warn_of_ignored(ignore: Sequence[str], model: torch.nn.Module) -> None:
-    """Of what leaves nothing dense; of a pruner's own `ignore` that is upstream's."""
+def _check_ignored(ignore: Sequence[str], model: torch.nn.Module) -> None:
+    """
+    A warning of what leaves nothing dense; of a pruner's own `ignore` that is for
+    llm-compressor to say.
+
+    :raises ValueError: of a wrong expression
+    """
     _check_patterns("ignore", _as_list(ignore))
     linears = [(n, x) for n, x in model.named_modules() if isinstance(x, Linear)]
     for pattern in _as_list(ignore):

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
+from llmcompressor.transformers.utils.helpers import infer_recipe_from_model_path
 from loguru import logger
 from torch.nn import Module
 
@@ -101,15 +102,19 @@ def _free(name: str, taken: Iterable[str], ending: str = "") -> str:
 
 
 def _stages_of(model: Module) -> list[str]:
-    """Of the recipe.yaml that a model came with."""
-    path = Path(getattr(model, "name_or_path", "") or "/dev/null") / "recipe.yaml"
-    if not path.is_file():
+    """Of the recipe.yaml that a model came with, found as llm-compressor finds it."""
+    path = infer_recipe_from_model_path(getattr(model, "name_or_path", ""))
+    if path is None:
         return []
     try:
-        return list(yaml.safe_load(path.read_text()) or {})
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
-        logger.warning(
-            f"{path} is no recipe ({error}): saving the pruned model may fail, since "
-            "llm-compressor adds to it. Remove it"
-        )
-        return []
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, ValueError) as error:
+        recipe = error
+    if isinstance(recipe, dict):
+        return list(map(str, recipe))
+    told = f": {recipe}" if isinstance(recipe, Exception) else ""
+    logger.warning(
+        f"{path}, which the model came with, is no recipe{told}. llm-compressor adds "
+        "to it when the model is saved, and may fail: remove it"
+    )
+    return []

@@ -67,7 +67,8 @@ class SparseGPT(Pruner):
         """
         Without `preserve` too: where a block of columns has more zeros than are asked
         for, nothing is pruned in it, and no error fills the zeros after it. From the
-        first block that has fewer, it does: there only what is asked for counts.
+        first block that has fewer, it does. So a block counts with the least share of
+        those before it and its own: never too much, and not falling in what is asked.
         """
         parts = zero.split(self.block_size, dim=1)
         shares = torch.stack([part.float().mean() for part in parts])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from absorb_plugin.search.budget import Budget
-from absorb_plugin.search.line_search import TIE, Judge, gain
+from absorb_plugin.search.line_search import Judge, beyond, gain
 
 __all__ = ["Confirmed", "confirm"]
 
@@ -46,7 +46,8 @@ def confirm(
     ballot.ask({"base": base, "uniform": uniform, "searched": found})
     best = min(("base", "uniform"), key=ballot.loss)
     chosen = "searched"
-    if ballot.loss("searched") > ballot.loss(best):
+    loss = ballot.loss("searched")
+    if not (np.isfinite(loss) and loss <= ballot.loss(best)):
         middle = budget.meet((ballot.allocations[best] + found) / 2)
         ballot.ask({"halfway": middle})
         chosen = "halfway" if ballot.beats("halfway", best) else best
@@ -91,8 +92,7 @@ class _Ballot:
 
     def beats(self, name: str, other: str) -> bool:
         """By more than a tie and than the standard error."""
-        won, error = self.gain(name, other)
-        return won > TIE and not won <= error
+        return beyond(*self.gain(name, other))
 
     def _known(self) -> dict[str, np.ndarray]:
         return {name: self.allocations[name] for name in self._sums}

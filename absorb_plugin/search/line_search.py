@@ -20,6 +20,7 @@ __all__ = [
     "Measure",
     "Round",
     "SearchResult",
+    "beyond",
     "descent_search",
     "gain",
     "line_search",
@@ -179,7 +180,7 @@ def _best_of_path(
     judged = {0: found.loss} | dict(zip(points, means, strict=True))
     least = int(np.argmin(means))
     won, error = gain(own, sums[least], tokens)
-    if won <= TIE or won <= error:
+    if not beyond(won, error):
         return replace(found, judged=judged)
     return replace(
         found,
@@ -215,9 +216,18 @@ def gain(own: np.ndarray, other: np.ndarray, tokens: np.ndarray) -> tuple[float,
     :param other: of another allocation, on the same samples
     :return: by how much the other is lower, nats per token, and its standard error
     """
-    difference = own - other
+    with np.errstate(invalid="ignore"):  # of two that overflow nothing is known
+        difference = own - other
     error = standard_error(difference, tokens)
     return float(difference.sum() / tokens.sum()), float(error)
+
+
+def beyond(won: float, error: float) -> bool:
+    """
+    Whether a gain is more than a tie and than its standard error. With one sample that
+    is NaN, and any gain beyond a tie counts; a gain that is NaN itself does not.
+    """
+    return won > TIE and not won <= error
 
 
 def _round(
@@ -248,7 +258,4 @@ def _choose(
     tied = [i for i, mean in enumerate(means) if mean <= means.min() + TIE]
     best = min(tied, key=lambda i: (abs(strengths[i]), -strengths[i]))
     mean, error = gain(own, sums[best], tokens)
-    # with one sample the error is NaN, and any gain beyond a tie is taken
-    if mean <= TIE or mean <= error:
-        return None
-    return best
+    return best if beyond(mean, error) else None

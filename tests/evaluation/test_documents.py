@@ -217,10 +217,11 @@ def test_tables_with_other_delimiters_and_long_fields(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.tsv", 'text\none, two\n"yes", he said\n', ["one, two", '"yes", he said']),
-        ("a.tsv", 'id\ttext\n1\t"not closed\n2\tb "c\n', ['"not closed', 'b "c']),
-        ("a.tsv", 'text\n"Whole, ""so""."\n"\n', ['Whole, "so".', '"']),
+        ("a.tsv", 'text\none, two\nshe said "yes"\n', ["one, two", 'she said "yes"']),
+        # as pandas writes it: quotes only where they are needed
+        ("a.tsv", 'text\n"one\ntwo, ""so""."\nthree\n', ['one\ntwo, "so".', "three"]),
         ("a.tsv", '"id"\t"text"\n1\t"one\n\ttwo"\n', ["one\n\ttwo"]),
+        ("a.csv", "id,text,\n1,one,,\n", ["one"]),
         ("a.csv", 'text\n"one, two"\nlate; she left\n', ["one, two", "late; she left"]),
         ("a.csv", "text\tid\nOne, two\t1\n", ["One, two"]),
     ],
@@ -237,8 +238,10 @@ def test_commas_and_quotes_in_a_text(
     [
         ("a.csv", "text\nHello, world\n", "row 1 has 2 fields.* header 1. Put quotes"),
         ("a.csv", "id;text\n1;a\n2;b;c\n", "row 2 has 3 fields.* a ';' in it"),
-        ("a.tsv", "id\ttext\n1\ta\tb\n", "row 1 has 3 fields.* in quotes too"),
-        ("a.tsv", 'id\ttext\n1\t"a\nb"\n', "row 2 has 1 fields.* in quotes too"),
+        ("a.tsv", "id\ttext\n1\ta\tb\n", "row 1 has 3 fields.*Put quotes"),
+        ("a.tsv", 'text\none\n"yes", he said\n', r"line \d: .*quotes are letters"),
+        ("a.tsv", 'text\n"not closed\nnext\n', r"line \d: .*quotes are letters"),
+        ("a.tsv", 'text\n"not closed\nbut "here" it is\n', r"line \d: .*are letters"),
     ],
 )
 def test_a_text_is_not_cut(

@@ -9,6 +9,7 @@ from compressed_tensors.utils import match_named_modules
 from helpers import tiny
 from transformers import PreTrainedModel
 
+from absorb_plugin.evaluation.loading import empty_model
 from absorb_plugin.evaluation.recipes import RecipeWishes
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*_owl_sparsegpt_*.yaml"))
@@ -56,6 +57,24 @@ def test_what_chooses_among_experts_is_not_quantised(
     assert quantized(model, fields) == linears(model) - gates - {"lm_head"}
     if recipe == "made":
         assert len(fields["ignore"]) == 1 + bool(gates)
+
+
+@pytest.mark.parametrize("architecture", ["phimoe", "jamba", "qwen3_moe"])
+def test_experts_that_are_no_linears_yet_are_quantised(architecture: str) -> None:
+    model = tiny.make_model(architecture)  # linearised
+    fused = empty_model(model.config)
+    assert len(linears(fused)) < len(linears(model))
+    text = RecipeWishes(sparsity=0.5, quantize="w8a8").text
+    assert quantize_fields(text(fused)) == quantize_fields(text(model))
+    experts = {name for name in linears(model) if ".experts." in name}
+    assert experts and experts <= quantized(model, quantize_fields(text(fused)))
+
+
+def test_groups_fit_experts_that_are_no_linears_yet() -> None:
+    sizes = {"moe_intermediate_size": 96, "hidden_size": 128}
+    fused = empty_model(tiny.make_model("qwen3_moe", **sizes).config)
+    fields = quantize_fields(RecipeWishes(sparsity=0.5, quantize="w4a16").text(fused))
+    assert fields["config_groups"]["group_0"]["weights"]["group_size"] == 32
 
 
 def test_groups_fit_what_is_quantised() -> None:

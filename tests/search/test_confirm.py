@@ -99,6 +99,13 @@ def test_equal_allocations_are_judged_once() -> None:
     assert len(text.seen) == 2 + 1  # halfway
 
 
+def test_where_all_overflow_the_search_has_not_won() -> None:
+    def judge(candidates: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        return np.full((len(candidates), 2), np.inf), np.array([5, 5])
+
+    assert confirm(GOAL, BASE, BUDGET, judge).chosen == "base"
+
+
 def test_an_overflow_loses() -> None:
     def pruner(allocation: np.ndarray) -> float:
         return 2.0 if np.abs(allocation - BASE).sum() < 1e-6 else float("inf")

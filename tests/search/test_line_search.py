@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from absorb_plugin.search.correction import corrected
-from absorb_plugin.search.line_search import STRENGTHS, TIE, SearchResult, line_search
+from absorb_plugin.search.line_search import (
+    STRENGTHS,
+    TIE,
+    SearchResult,
+    beyond,
+    line_search,
+)
 
 Loss = Callable[[np.ndarray], float]
 
@@ -76,6 +82,20 @@ def test_no_gain_beyond_a_tie_is_no_gain() -> None:
     found = search(loss, base=UNIFORM)
     assert min(found.rounds[0].losses) < 2.0
     assert found.rounds[0].chosen == 0.0
+
+
+@pytest.mark.parametrize(
+    "won, error, counts",
+    [
+        (0.1, 0.05, True),
+        (0.1, 0.1, False),
+        (1e-4, 0.0, False),
+        (0.1, np.nan, True),
+        (np.nan, np.nan, False),
+    ],
+)
+def test_what_counts_as_a_gain(won: float, error: float, counts: bool) -> None:
+    assert beyond(won, error) == counts
 
 
 def test_a_gain_within_its_standard_error_is_no_gain() -> None:
