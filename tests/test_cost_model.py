@@ -9,6 +9,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from absorb_plugin.pruners import PRUNERS
+
 BENCHMARKS = Path(__file__).parents[1] / "integration" / "benchmarks"
 TINY = dict(
     hidden_size=128,
@@ -42,6 +44,15 @@ def test_tables(
         assert any(name.startswith("Pruning as") for name in stations)
         # what is alive stays below what the package says
         assert all(row["peak"] <= row["statement"] for row in rows if row["statement"])
+
+
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
+def test_base_uniform_and_searched_are_compared_at_last(
+    cost_model: ModuleType, pruner: str
+) -> None:
+    stations = cost_model.schedule(PRUNERS[pruner](), 256, 64, 64)
+    last = stations[-1]
+    assert (last.probe, last.candidates, last.runs) == ("PrunedLoss", 3, 1)
 
 
 def test_an_op_takes_the_longest_of_its_parts(cost_model: ModuleType) -> None:
