@@ -7,7 +7,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from helpers.fake_accelerator import fake_accelerator
+
+from absorb_plugin.pruners import Pruner
+from absorb_plugin.pruners.sparsegpt import SparseGPT
+from absorb_plugin.pruners.wanda import Wanda
 
 SCRIPT = Path(__file__).parents[1] / "integration" / "gpu_check.py"
 
@@ -36,6 +41,29 @@ def test_on_a_fake_accelerator(
     found = json.loads(result.read_text())
     assert {row["probe"] for row in found["against the CPU"]} == set(gpu_check.CHECKS)
     assert all(row["ok"] for row in found["against the CPU"])
+
+
+@pytest.mark.parametrize("name", ["loss by wanda", "model by sparsegpt"])
+def test_the_trace_observes_what_a_run_does(
+    gpu_check: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = SparseGPT if "sparsegpt" in name else Wanda
+    observe, rows = kind.observe, []
+
+    def noted(self: Pruner, inputs: torch.Tensor) -> torch.Tensor:
+        rows.append((inputs.device.type, len(inputs)))
+        return observe(self, inputs)
+
+    monkeypatch.setattr(kind, "observe", noted)
+    check, tokens = gpu_check.CHECKS[name], 16
+    gpu_check._traced("tiny", check, tokens, 2)
+    model = gpu_check.build("tiny", torch.float32)
+    blocks = gpu_check.find_blocks(model)
+    probe = check.make(blocks, gpu_check.square_sums(blocks, torch.device("cpu")))
+    data = gpu_check.batch(model, check.samples, tokens)
+    gpu_check.run_probes(model, blocks, [data], [probe])
+    traced = [n for where, n in rows if where == "meta"]
+    assert traced and traced == [n for where, n in rows if where == "cpu"]
 
 
 def test_what_is_wrong_is_said(

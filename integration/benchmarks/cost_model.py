@@ -244,10 +244,9 @@ def traced(
     probe = make_probe(station, blocks, pruner)
     ids = torch.ones(together, station.tokens, dtype=torch.long, device="meta")
     data: list[Batch] = [{"input_ids": ids} for _ in range(batches)]
-    counted = station.pruning / station.samples if station.pruning else 1.0
     own = dict(model.named_parameters()), dict(model.named_buffers())
     limit = station_limit(station) if station.needs.single_batch else None
-    with tracing(*own, counted=counted) as cost, columns_once(cost):
+    with tracing(*own) as cost, columns_once(cost):
         run_probes(model, blocks, data, [probe], memory=limit)
     return cost
 
