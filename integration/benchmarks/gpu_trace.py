@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = ["RATES", "Cost", "Rates", "Trace", "tracing"]
 
@@ -84,14 +84,13 @@ class Cost:
 class Trace(TorchDispatchMode):
     """
     :param known: addresses of storages that were there before
-    :param counted: share of the rows that a mask picks
     """
 
-    def __init__(self, known: set[int], counted: float = 1.0) -> None:
+    def __init__(self, known: set[int]) -> None:
         super().__init__()
         self.cost = Cost()
-        self._counted, self._now = counted, 0
-        self._known = known
+        self._known, self._now = known, 0
+        self._masks = Masks()
         self._alive: dict[int, int] = {}
         self._references: dict[int, weakref.ref] = {}
 
@@ -101,11 +100,13 @@ class Trace(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if func is aten._local_scalar_dense.default:
             self.cost.count["syncs"] += 1
-            return _scalar(args[0])
-        output = _run(func, args, kwargs, self._counted)
+            mask = self._masks.of(args[0])
+            return _scalar(args[0]) if mask is None else mask.item()
+        output = _run(func, args, kwargs, self._masks)
+        self._masks.follow(func, args, kwargs, output)
         inputs = [x for x in tree_leaves((args, kwargs)) if _is_meta(x)]
         outputs = [x for x in tree_leaves(output) if _is_meta(x)]
-        name = func._schema.name.removeprefix("aten::")
+        name = _name(func)
         if outputs and name not in FREE and not _is_view(func):
             self._count(name, inputs, outputs)
         for tensor in (*inputs, *outputs):
@@ -150,23 +151,71 @@ class Trace(TorchDispatchMode):
     def _forget(self, address: int) -> Callable[[object], None]:
         def forget(_: object) -> None:
             self._now -= self._alive.pop(address)
+            self._masks.forget(address)
             del self._references[address]
 
         return forget
 
 
+class Masks:
+    """
+    Contents of the boolean tensors on "meta" that follow from shapes alone, as which
+    tokens of a batch count. What a comparison of numbers gives is not known.
+    """
+
+    def __init__(self) -> None:
+        # address of a storage -> its elements on the CPU; views look at the same
+        self._elements: dict[int, torch.Tensor] = {}
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """On the CPU, where it is known."""
+        if not tensor.is_meta or tensor.dtype != torch.bool:
+            return None
+        elements = self._elements.get(tensor.untyped_storage()._cdata)
+        if elements is None:
+            return None
+        return elements.as_strided(
+            tensor.size(), tensor.stride(), tensor.storage_offset()
+        )
+
+    def follow(
+        self, func: Any, args: Sequence, kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        """What an operation makes of them."""
+        if not _is_meta(output) or output.dtype != torch.bool or _is_view(func):
+            return
+        address = output.untyped_storage()._cdata
+        inputs = [x for x in tree_leaves((args, kwargs)) if _is_meta(x)]
+        if func in (aten.ones_like.default, aten.new_ones.default):
+            found = torch.ones(output.shape, dtype=torch.bool)
+        elif _name(func) in FREE or any(self.of(x) is None for x in inputs):
+            self.forget(address)
+            return
+        else:
+            here = {"device": "cpu"} if "device" in kwargs else {}
+            found = func(*self._here(args), **self._here(kwargs) | here)
+        if output is not args[0]:  # else done in place, where the elements are
+            size = output.untyped_storage().nbytes()
+            self._elements[address] = torch.empty(size, dtype=torch.bool)
+            self.of(output).copy_(found)
+
+    def forget(self, address: int) -> None:
+        """Of a storage that is gone, or of whose contents nothing is known."""
+        self._elements.pop(address, None)
+
+    def _here(self, values: Any) -> Any:
+        return tree_map(lambda x: self.of(x) if _is_meta(x) else x, values)
+
+
 @contextmanager
-def tracing(
-    *owners: Mapping[str, torch.Tensor], counted: float = 1.0
-) -> Iterator[Cost]:
+def tracing(*owners: Mapping[str, torch.Tensor]) -> Iterator[Cost]:
     """
     Within the context everything on "meta" is counted.
 
     :param owners: tensors that do not count as alive
-    :param counted: share of the rows that a mask picks
     """
     known = {x.untyped_storage()._cdata for owner in owners for x in owner.values()}
-    trace = Trace(known, counted)
+    trace = Trace(known)
     with ExitStack() as stack:
         for name, value in (("tolist", _listed), ("cpu", _on_cpu)):
             original = getattr(torch.Tensor, name)
@@ -194,12 +243,13 @@ def _listed(tensor: torch.Tensor) -> list:
     return _on_cpu(tensor).tolist()
 
 
-def _run(func: Any, args: Sequence, kwargs: dict[str, Any], counted: float) -> Any:
-    """As meta tensors cannot: by a mask, so large a share is picked."""
+def _run(func: Any, args: Sequence, kwargs: dict[str, Any], masks: Masks) -> Any:
+    """As meta tensors cannot: by a mask, and by one that is not known all is picked."""
     if func is aten.index.Tensor and _masked(args[1]):
         mask = args[1][0]
+        known = masks.of(mask)
         # thresholds between quantiles look at all of a matrix and cut it themselves
-        picked = mask.numel() if mask.dim() > 1 else round(mask.numel() * counted)
+        picked = mask.numel() if known is None else int(known.sum())
         return args[0].new_empty((picked, *args[0].shape[mask.dim() :]))
     if func in (aten.index_put_.default, aten._index_put_impl_.default) and _masked(
         args[1]
@@ -234,6 +284,10 @@ def _product(name: str, inputs: list[torch.Tensor], output: torch.Tensor) -> int
 
 def _is_meta(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_meta
+
+
+def _name(func: Any) -> str:
+    return func._schema.name.removeprefix("aten::")
 
 
 def _is_view(func: Any) -> bool:
