@@ -134,3 +134,19 @@ def test_older_lines_have_a_table(
     printed = capsys.readouterr().out
     assert "24 × 11 tokens of c4.jsonl, float32, perplexity on 80 tokens" in printed
     assert "Commit unknown." in printed
+
+
+def test_all_models_have_a_row_whatever_was_run(quality: ModuleType) -> None:
+    lines = {
+        "A": [line("uniform", 100.0), line("base", 90.0), line("ours", 45.0)],
+        "B": [line("base", 80.0), line("evolution", 30.0), line("ours", 60.0)],
+        "C": [line("base", 80.0)],
+    }
+    models = {name: quality.Results(own, "wiki.txt") for name, own in lines.items()}
+    head, _, row = quality.summary(models).splitlines()
+    cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
+    assert cells["vs base"] == "-38.8% (2)"  # sqrt(45 / 90 · 60 / 80) − 1
+    assert cells["vs uniform"] == "-55.0% (1)"
+    assert cells["vs ATP"] == "–"
+    assert cells["vs evolution"] == "+100.0% (1)"
+    assert cells["worst vs base"] == "-25.0%"

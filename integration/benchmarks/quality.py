@@ -384,31 +384,44 @@ def with_seconds(results: Results, method: str, key: tuple, seeds: set[int]) -> 
 
 
 def summary(models: dict[str, Results]) -> str:
-    """Markdown: the mean over models and seeds, and the worst cell."""
-    out = [
-        "| pruner | sparsity | base | models | vs base | vs uniform | vs ATP "
-        "| worst vs base | worst vs uniform |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    """Markdown: the mean over models and seeds, of how many models, and the worst."""
+    others = {
+        "base": "base",
+        "uniform": "uniform",
+        "atp": "ATP",
+        "evolution": "evolution",
+    }
+    head = ["pruner", "sparsity", "base", *(f"vs {name}" for name in others.values())]
+    head += ["worst vs base", "worst vs uniform"]
+    out = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for key in sorted({key for results in models.values() for key in results.keys}):
         rows = [results.row(*key) for results in models.values()]
-        rows = [row for row in rows if row["ours"]]
         changes = {
-            name: [change(row["ours"], row[name]) for row in rows if row[name]]
-            for name in ("base", "uniform", "atp")
+            name: [change(row["ours"], row[name]) for row in rows if both(row, name)]
+            for name in others
         }
-        if not all(changes.values()):
+        if not any(changes.values()):
             continue
         pruner, sparsity, allocator = key
-        means = [
-            geometric_mean(1 + value for value in changes[name]) - 1
-            for name in ("base", "uniform", "atp")
-        ]
-        worst = [max(changes[name]) for name in ("base", "uniform")]
-        cells = [pruner, f"{sparsity:.0%}", allocator, str(len(rows))]
-        cells += [f"{value:+.1%}" for value in (*means, *worst)]
+        cells = [pruner, f"{sparsity:.0%}", allocator]
+        cells += [over_models(found) for found in changes.values()]
+        for name in ("base", "uniform"):
+            cells.append(percent(max(changes[name], default=math.nan)))
         out.append(f"| {' | '.join(cells)} |")
     return "\n".join(out)
+
+
+def both(row: dict[str, dict], name: str) -> bool:
+    """Whether ours and another method have a seed in common."""
+    return bool(row["ours"].keys() & row[name].keys())
+
+
+def over_models(changes: list[float]) -> str:
+    """Geometric mean, and of how many models."""
+    if not changes:
+        return "–"
+    found = geometric_mean(1 + value for value in changes) - 1
+    return f"{percent(found)} ({len(changes)})"
 
 
 def accuracies(lines: list[dict]) -> str:
