@@ -52,6 +52,14 @@ def finished(quality: ModuleType, options: Namespace) -> dict:
     return cell | {"texts": texts, "commit": "f00"}
 
 
+def left(
+    quality: ModuleType, options: Namespace, done: list[dict]
+) -> tuple[list[dict], list[dict]]:
+    """What is to be run, and the lines that are kept."""
+    serving = quality.serving(options, [], done)
+    return quality.to_run(quality.cells(options), serving)
+
+
 def line(method: str, perplexity: float, **other: Any) -> dict:
     """As an older version has written it: without windows, digests and commit."""
     return {
@@ -73,7 +81,7 @@ def line(method: str, perplexity: float, **other: Any) -> dict:
 
 def test_a_run_is_not_repeated(quality: ModuleType, options: Namespace) -> None:
     done = [finished(quality, options)]
-    assert quality.to_run(options, [], done) == ([], done)
+    assert left(quality, options, done) == ([], done)
     assert "f00; this is f01" in quality.other_code(done, "f01")
     assert quality.other_code(done, "f00") == ""
 
@@ -86,7 +94,7 @@ def test_other_settings_are_another_run(
 ) -> None:
     done = [finished(quality, options)]
     setattr(options, field, value)
-    missing, kept = quality.to_run(options, [], done)
+    missing, kept = left(quality, options, done)
     assert len(missing) == 1 and not kept
 
 
@@ -96,14 +104,14 @@ def test_other_content_under_the_same_name_is_another_run(
 ) -> None:
     done = [finished(quality, options)]
     (options.text.parent / name).write_text("something else")
-    missing, kept = quality.to_run(options, [], done)
+    missing, kept = left(quality, options, done)
     assert len(missing) == 1 and not kept
 
 
 def test_what_is_known_by_less_is_run_again(
     quality: ModuleType, options: Namespace
 ) -> None:
-    missing, _ = quality.to_run(options, [], [line("uniform", 100.0)])
+    missing, _ = left(quality, options, [line("uniform", 100.0)])
     assert len(missing) == 1
 
 

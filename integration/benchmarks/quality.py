@@ -59,6 +59,7 @@ from result_lines import (
     other_code,
     read_lines,
     settings_of,
+    to_run,
 )
 from transformers import (
     AutoConfig,
@@ -240,26 +241,18 @@ def cells(options: argparse.Namespace) -> list[dict]:
     return result
 
 
-def to_run(
+def serving(
     options: argparse.Namespace, tasks: list[EncodedTask], done: list[dict]
-) -> tuple[list[dict], list[dict]]:
-    """Cells that have no line, and the lines of the others."""
+) -> list[dict]:
+    """Lines that are judged by all texts and tasks of this command."""
     wanted = {encoded.task.name: len(encoded.requests) for encoded in tasks}
     digests = {path.name: digest(path) for path in options.eval_text}
-    serving = [
+    return [
         line
         for line in done
         if wanted.items() <= items(line).items()
         and digests.items() <= eval_digests(line).items()
     ]
-    missing, kept = [], []
-    for cell in cells(options):
-        found = [line for line in serving if cell.items() <= line.items()]
-        if found:
-            kept.append(found[-1])
-        else:
-            missing.append(cell)
-    return missing, kept
 
 
 def eval_digests(line: dict) -> dict[str, str | None]:
@@ -562,7 +555,7 @@ def main() -> None:
             tokenizer,
             AutoConfig.from_pretrained(options.model),
         )
-        missing, kept = to_run(options, tasks, done)
+        missing, kept = to_run(cells(options), serving(options, tasks, done))
         if said := other_code(kept, code_version()):
             print(said, file=sys.stderr)
         for cell in missing:

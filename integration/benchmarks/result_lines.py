@@ -22,6 +22,7 @@ __all__ = [
     "other_code",
     "read_lines",
     "settings_of",
+    "to_run",
 ]
 
 # What all runs of a table have in common, beside the model and what judges them.
@@ -100,6 +101,24 @@ def read_lines(paths: Sequence[Path]) -> list[dict]:
         if path.exists()
         for line in path.read_text().splitlines()
     ]
+
+
+def to_run(
+    cells: Sequence[dict], done: Sequence[dict]
+) -> tuple[list[dict], list[dict]]:
+    """
+    Cells that have no line, and the last line of each of the others.
+
+    :param cells: fields that a line must have
+    """
+    missing, kept = [], []
+    for cell in cells:
+        found = [line for line in done if cell.items() <= line.items()]
+        if found:
+            kept.append(found[-1])
+        else:
+            missing.append(cell)
+    return missing, kept
 
 
 def append(line: dict, path: Path) -> None:
