@@ -3,6 +3,7 @@ What the search is held against, for quality.py: a random direction in its place
 evolutionary search at the same number of tokens.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
@@ -14,13 +15,16 @@ from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
 
 from absorb_plugin.blocks import BlockMap
+from absorb_plugin.calibration import Batch, count_tokens
 from absorb_plugin.groups import Groups
-from absorb_plugin.pruners.wanda import Wanda
+from absorb_plugin.pruners import MaskPruner, Pruner, Wanda
 from absorb_plugin.pruners.weights import MaskedWeights, block_sparsities
+from absorb_plugin.sample_split import SampleSplit
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.search.descent import Slopes
 from absorb_plugin.settings import Effort
 from absorb_plugin.signals import Setting, Signal
+from absorb_plugin.signals.gradient import PrunerGradient
 
 __all__ = ["RandomSlopes", "by_name", "evolve", "tokens_of"]
 
@@ -41,16 +45,42 @@ class RandomSlopes(Signal):
         return lambda allocation: Slopes(fixed, np.zeros_like(fixed), float("nan"))
 
 
-def tokens_of(effort: Effort) -> int:
+def tokens_of(
+    batches: Sequence[Batch], effort: Effort, pruner: Pruner, columns: int
+) -> int:
     """
-    Tokens that the descent before Wanda takes, in those of a forward of the model: a
-    backward round as four, a candidate of the confirmation as two.
+    Tokens that ours takes before a pruner, beside the inputs' statistics, in those of a
+    forward of the model: a round's backward counts as four. Left out is the candidate
+    halfway, which the last comparison asks for where the outcome of the search loses.
 
+    :param batches: calibration batches
     :param effort: `AllocationSettings().measuring()`
+    :param columns: of the widest Linear
     """
-    rounds = 4 * effort.rounds * effort.signal
-    judged = 5 * effort.search + 3 * 2 * 2 * effort.confirm
-    return (rounds + judged) * effort.tokens
+    split = SampleSplit(
+        batches,
+        effort,
+        judged=True,
+        by_loss=True,
+        pruning_tokens=pruner.judge_tokens(columns),
+    )
+    pruning, confirm = tokens_in(split.pruning), tokens_in(split.confirm)
+    # three candidates: each with pruned weights, and before that with the block's own,
+    # the first on all samples, the others on those that are pruned by
+    total = 3 * (pruning + confirm) + (pruning + confirm) + 2 * pruning
+    rounds, candidates = effort.rounds, 5
+    if not isinstance(pruner, MaskPruner):
+        # a second stage by the pruner's slopes in place of three points of the path
+        own, candidates = max(1, effort.rounds // 2), 2
+        rounds += own
+        for _ in range(math.ceil(own / PrunerGradient().refresh)):
+            total += 2 * tokens_in(split.next_pruning())
+    total += candidates * tokens_in(split.search)
+    return total + sum(4 * tokens_in(split.next_signal()) for _ in range(rounds))
+
+
+def tokens_in(samples: Sequence[dict]) -> int:
+    return sum(map(count_tokens, samples))
 
 
 class Masked:

@@ -71,6 +71,7 @@ from transformers import (
 from absorb_plugin import AbsorptionAllocationModifier
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.calibration import samples_of
+from absorb_plugin.choices import widest
 from absorb_plugin.cpu import keep_freed_memory
 from absorb_plugin.evaluation.documents import read_text
 from absorb_plugin.evaluation.oneshot import prune
@@ -85,6 +86,7 @@ from absorb_plugin.evaluation.text import calibration_samples, evaluation_window
 from absorb_plugin.forward.inputs import InputStatistics
 from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.groups import linear_sizes
+from absorb_plugin.pruners import PRUNERS as ARITHMETIC
 from absorb_plugin.sample_split import SampleSplit
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.settings import AllocationSettings
@@ -145,7 +147,8 @@ def evolved(
     """Names of the Linears and their sparsities, by the evolutionary search."""
     settings = AllocationSettings()
     effort, blocks = settings.measuring(), find_blocks(model)
-    split = SampleSplit(samples_of(samples), effort, judged=True, by_loss=True)
+    batches, pruner = samples_of(samples), ARITHMETIC[cell["pruner"]]()
+    split = SampleSplit(batches, effort, judged=True, by_loss=True)
     runner = ProbeRunner(model, blocks, settings.probe_memory)
     watch = InputStatistics(blocks)
     sums = runner.run("Input statistics", split.statistics, watch)
@@ -157,7 +160,7 @@ def evolved(
         sums,
         [sample["input_ids"] for sample in chosen],
         budget,
-        tokens=tokens_of(effort),
+        tokens=tokens_of(batches, effort, pruner, widest(blocks)),
         seed=cell["seed"],
     )
     by_linear = by_name(blocks, found)
