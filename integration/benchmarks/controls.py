@@ -4,8 +4,9 @@ evolutionary search at the same number of tokens.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import ClassVar
 
 import numpy as np
@@ -27,6 +28,12 @@ from absorb_plugin.signals import Setting, Signal
 from absorb_plugin.signals.gradient import PrunerGradient
 
 __all__ = ["RandomSlopes", "by_name", "evolve", "tokens_of"]
+
+
+# Windows of a generation that judge all offspring, and those that judge the best two.
+FEW, MORE = 2, 6
+# Of the way of an evolution; the points between them are judged at its end.
+PARTS = 3
 
 
 class RandomSlopes(Signal):
@@ -96,29 +103,24 @@ class Masked:
         self._model, self._blocks = model, blocks
         self._dense = {n: x.weight.data for n, x in blocks.linears().items()}
         self._masks = MaskedWeights(blocks, Wanda(), sums)
-        self._at: dict[str, float] = {}
-
-    @contextmanager
-    def dense(self) -> Iterator[None]:
-        """The weights come back as they were, whatever happens."""
-        try:
-            yield
-        finally:
-            for name, linear in self._blocks.linears().items():
-                linear.weight.data = self._dense[name]
+        self._made: dict[str, tuple[float, torch.Tensor]] = {}
 
     def set(self, allocation: np.ndarray) -> None:
-        """Mask what differs from before."""
+        """Masks are made anew where the sparsity is not that of the last time."""
         for index, sparsities in block_sparsities(self._blocks, allocation).items():
             block = self._blocks.blocks[index]
             for name, sparsity in sparsities.items():
-                full = block.full_name(name)
-                if self._at.get(full) == sparsity:
-                    continue
-                linear = block.linears[name]
-                linear.weight.data = self._dense[full]
-                linear.weight.data = self._masks.weight(index, name, sparsity)
-                self._at[full] = sparsity
+                full, linear = block.full_name(name), block.linears[name]
+                if full not in self._made or self._made[full][0] != sparsity:
+                    linear.weight.data = self._dense[full]
+                    weight = self._masks.weight(index, name, sparsity)
+                    self._made[full] = sparsity, weight
+                linear.weight.data = self._made[full][1]
+
+    def restore(self) -> None:
+        """The dense weights."""
+        for name, linear in self._blocks.linears().items():
+            linear.weight.data = self._dense[name]
 
     @torch.no_grad()
     def log_probabilities(self, ids: torch.Tensor) -> torch.Tensor:
@@ -126,58 +128,108 @@ class Masked:
         return log_softmax(logits.float(), dim=-1)
 
 
+@dataclass(frozen=True)
+class Window:
+    """
+    :param ids: shape (1, tokens)
+    :param dense: the dense model's log-probabilities, shape (1, tokens - 1, vocabulary)
+    """
+
+    ids: torch.Tensor
+    dense: torch.Tensor
+
+
+class Divergence:
+    """KL divergence from the dense model; `spent` counts the tokens of all forwards."""
+
+    def __init__(self, masked: Masked) -> None:
+        self._masked = masked
+        self.spent = 0
+
+    def windows(self, samples: Iterable[Batch]) -> list[Window]:
+        self._masked.restore()
+        return [
+            Window(ids, self._run(ids).bfloat16())
+            for ids in (sample["input_ids"] for sample in samples)
+        ]
+
+    def of(self, allocation: np.ndarray, windows: Sequence[Window]) -> float:
+        """In nats, summed over all tokens."""
+        self._masked.set(allocation)
+        return sum(
+            float(
+                kl_div(
+                    self._run(window.ids),
+                    window.dense.float(),
+                    reduction="sum",
+                    log_target=True,
+                )
+            )
+            for window in windows
+        )
+
+    def least(
+        self, allocations: Sequence[np.ndarray], windows: Sequence[Window], count: int
+    ) -> list[np.ndarray]:
+        """So many allocations, the best first."""
+        found = [self.of(one, windows) for one in allocations]
+        return [allocations[i] for i in np.argsort(found, kind="stable")[:count]]
+
+    def _run(self, ids: torch.Tensor) -> torch.Tensor:
+        self.spent += ids.numel()
+        return self._masked.log_probabilities(ids)
+
+
 def evolve(
     model: PreTrainedModel,
     blocks: BlockMap,
     sums: Mapping[str, torch.Tensor],
-    samples: Sequence[torch.Tensor],
+    split: SampleSplit,
     budget: Budget,
     *,
     tokens: int,
     seed: int,
     offspring: int = 8,
-    step: float = 0.05,
+    step: float = 0.1,
 ) -> np.ndarray:
     """
     A level-switch search in the manner of EvoPress (arXiv 2410.14649): each offspring
     moves sparsity by one step between Linears of equal size, one to three times;
-    fitness is the KL divergence from the dense model, of all on two samples, and of the
-    best two on eight.
+    fitness is the KL divergence from the dense model, of all offspring by FEW windows,
+    of the best two and their parent by MORE. Every generation has windows of its own,
+    as every round of ours has. What is held out chooses at the end, as it does for
+    ours: of some points of the path the best.
 
-    :param samples: token ids, each (1, tokens), of one length
+    :param split: of the samples, into those that measure and those that are held out
     :param budget: its start is uniform
-    :param tokens: the search ends when it has run so many
+    :param tokens: no generation begins once so many are run, the last choice included
     :return: one sparsity per Linear
     """
     masked, generator = Masked(model, blocks, sums), np.random.default_rng(seed)
-    spent, current, turn = 0, budget.uniform(), 0
-    with masked.dense():
-        targets = [masked.log_probabilities(ids).bfloat16() for ids in samples]
-        spent += sum(ids.numel() for ids in samples)
-
-        def divergence(allocation: np.ndarray, chosen: Sequence[int]) -> float:
-            nonlocal spent
-            masked.set(allocation)
-            total = 0.0
-            for number in chosen:
-                found = masked.log_probabilities(samples[number])
-                target = targets[number].float()
-                total += float(kl_div(found, target, reduction="sum", log_target=True))
-                spent += samples[number].numel()
-            return total
-
-        while spent < tokens:
-            few = [(2 * turn + i) % len(samples) for i in range(2)]
-            turn += 1
-            family = [current] + [
-                mutated(current, budget, generator, step) for _ in range(offspring)
+    divergence, fresh = Divergence(masked), rounds_of(split)
+    held_out = [*split.search, *split.confirm]
+    last_choice = (1 + PARTS + 1) * tokens_in(held_out)
+    path = [budget.uniform()]
+    try:
+        while divergence.spent + last_choice < tokens:
+            few = divergence.windows(islice(fresh, FEW))
+            family = [
+                mutated(path[-1], budget, generator, step) for _ in range(offspring)
             ]
-            fitness = [divergence(one, few) for one in family]
-            best = np.argsort(fitness)[:2]
-            more = list(range(min(8, len(samples))))
-            final = [divergence(family[i], more) for i in best]
-            current = family[best[int(np.argmin(final))]]
-    return current
+            best = divergence.least(family, few, 2)
+            more = divergence.windows(islice(fresh, MORE))
+            path += divergence.least([path[-1], *best], more, 1)
+        points = [path[(len(path) - 1) * part // PARTS] for part in range(PARTS + 1)]
+        (found,) = divergence.least(points, divergence.windows(held_out), 1)
+    finally:
+        masked.restore()
+    return found
+
+
+def rounds_of(split: SampleSplit) -> Iterator[dict]:
+    """Windows of the signal, of one round after another."""
+    while True:
+        yield from split.next_signal()
 
 
 def mutated(

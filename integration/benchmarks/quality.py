@@ -152,13 +152,12 @@ def evolved(
     runner = ProbeRunner(model, blocks, settings.probe_memory)
     watch = InputStatistics(blocks)
     sums = runner.run("Input statistics", split.statistics, watch)
-    chosen = split.next_signal()
     budget = Budget.of(linear_sizes(blocks), cell["sparsity"], settings.max_sparsity)
     found = evolve(
         model,
         blocks,
         sums,
-        [sample["input_ids"] for sample in chosen],
+        split,
         budget,
         tokens=tokens_of(batches, effort, pruner, widest(blocks)),
         seed=cell["seed"],
