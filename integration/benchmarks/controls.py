@@ -190,7 +190,7 @@ def evolve(
     tokens: int,
     seed: int,
     offspring: int = 8,
-    step: float = 0.1,
+    steps: tuple[float, float] = (0.2, 0.05),
 ) -> np.ndarray:
     """
     A level-switch search in the manner of EvoPress (arXiv 2410.14649): each offspring
@@ -203,15 +203,19 @@ def evolve(
     :param split: of the samples, into those that measure and those that are held out
     :param budget: its start is uniform
     :param tokens: no generation begins once so many are run, the last choice included
+    :param steps: the first and the last, geometric between, as those of ours get
+        shorter: the search is strongest so, of generations as few as these
     :return: one sparsity per Linear
     """
     masked, generator = Masked(model, blocks, sums), np.random.default_rng(seed)
     divergence, fresh = Divergence(masked), rounds_of(split)
     held_out = [*split.search, *split.confirm]
-    last_choice = (1 + PARTS + 1) * tokens_in(held_out)
-    path = [budget.uniform()]
+    # by the dense model, the start and PARTS points
+    before = tokens - (PARTS + 2) * tokens_in(held_out)
+    path, (first, last) = [budget.uniform()], steps
     try:
-        while divergence.spent + last_choice < tokens:
+        while divergence.spent < before:
+            step = first * (last / first) ** (divergence.spent / before)
             few = divergence.windows(islice(fresh, FEW))
             family = [
                 mutated(path[-1], budget, generator, step) for _ in range(offspring)
