@@ -21,12 +21,12 @@ Methods: `dense`; `uniform`; `atp`, the depth-only ramp at the best of a few β,
 on the very text that it is judged by (each by its own), which favours it; `base`, the
 allocator alone; `paper`, the noise ratio at η = 1e-2 with noise on every token and
 strength 0.1; `ours`, the defaults of the modifier; `evolution`, an evolutionary search
-per Linear in the manner of EvoPress by KL divergence, from uniform, at as many tokens
-as ours (`controls.py`). In a table of their own, with the seconds of the whole
-`oneshot`: `masks`, ours without the last comparison; `gradient`, `pruner`, `response`
-and `noise`, ours with that signal; `block`, `part` and `linear`, with that level;
-`quick` and `thorough`, with that effort; `random`, ours with a random direction of the
-same length and the judge.
+per Linear in the manner of EvoPress by KL divergence, from uniform, by Wanda's masks,
+at as many tokens as ours takes before the pruner that follows (`controls.py`). In a
+table of their own, with the seconds of the whole `oneshot`: `masks`, ours without the
+last comparison; `gradient`, `pruner`, `response` and `noise`, ours with that signal;
+`block`, `part` and `linear`, with that level; `quick` and `thorough`, with that effort;
+`random`, ours with a random direction of the same length and the judge.
 
 `--tasks` adds zero-shot accuracies (task files as of `absorb eval`) and a table of
 them; runs whose line lacks a task, or has it with another `--limit`, are repeated.
@@ -537,6 +537,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, nargs="+", required=True)
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
+    names = [path.name for path in options.eval_text or []]
+    if len(set(names)) < len(names):
+        parser.error("--eval-text: give files of different names, which tables go by")
 
     done = read_lines(options.out)
     if not options.table:
