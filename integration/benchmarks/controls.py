@@ -32,7 +32,7 @@ __all__ = ["RandomSlopes", "by_name", "evolve", "tokens_of"]
 
 # Windows of a generation that judge all offspring, and those that judge the best two.
 FEW, MORE = 2, 6
-# Of the way of an evolution; the points between them are judged at its end.
+# Of the way of an evolution, whose ends are judged last, beside its start.
 PARTS = 3
 
 
@@ -204,7 +204,7 @@ def evolve(
     :param budget: its start is uniform
     :param tokens: no generation begins once so many are run, the last choice included
     :param steps: the first and the last, geometric between, as those of ours get
-        shorter: the search is strongest so, of generations as few as these
+        shorter
     :return: one sparsity per Linear
     """
     masked, generator = Masked(model, blocks, sums), np.random.default_rng(seed)
