@@ -10,8 +10,10 @@ Perplexity of every allocation on held-out text, through the real `oneshot`.
 An allocator may have arguments: `--allocators lsa:beta=0.07 dlp:reduce=median`. Every
 pruned model is judged by every held-out text; each text has its table.
 
-One line of JSON per run, appended as it completes; a run whose line is there already is
-not repeated. `--table` prints the Markdown tables of files of results and runs nothing:
+One line of JSON per run, appended as it completes; a run whose line is there already,
+with the same settings and the same content of its texts, is not repeated, of whatever
+commit it is. `--table` prints the Markdown tables of files of results, one for each
+combination of settings, and runs nothing:
 
     python integration/benchmarks/quality.py --table --out one.jsonl other.jsonl
 
@@ -19,12 +21,12 @@ Methods: `dense`; `uniform`; `atp`, the depth-only ramp at the best of a few β,
 on the very text that it is judged by (each by its own), which favours it; `base`, the
 allocator alone; `paper`, the noise ratio at η = 1e-2 with noise on every token and
 strength 0.1; `ours`, the defaults of the modifier; `evolution`, an evolutionary search
-per Linear in the manner of EvoPress by KL divergence, from uniform, at as many tokens
-as ours (`controls.py`). In a table of their own, with the seconds of the whole
-`oneshot`: `masks`, ours without the last comparison; `gradient`, `pruner`, `response`
-and `noise`, ours with that signal; `block`, `part` and `linear`, with that level;
-`quick` and `thorough`, with that effort; `random`, ours with a random direction of the
-same length and the judge.
+per Linear in the manner of EvoPress by KL divergence, from uniform, by Wanda's masks,
+at as many tokens as ours takes before the pruner that follows (`controls.py`). In a
+table of their own, with the seconds of the whole `oneshot`: `masks`, ours without the
+last comparison; `gradient`, `pruner`, `response` and `noise`, ours with that signal;
+`block`, `part` and `linear`, with that level; `quick` and `thorough`, with that effort;
+`random`, ours with a random direction of the same length and the judge.
 
 `--tasks` adds zero-shot accuracies (task files as of `absorb eval`) and a table of
 them; runs whose line lacks a task, or has it with another `--limit`, are repeated.
@@ -38,6 +40,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import geometric_mean, mean, stdev
 
@@ -46,6 +49,18 @@ from controls import RandomSlopes, by_name, evolve, tokens_of
 from datasets import Dataset
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from loguru import logger
+from result_lines import (
+    append,
+    code_version,
+    described,
+    digest,
+    fixed_fields,
+    grouped,
+    other_code,
+    read_lines,
+    settings_of,
+    to_run,
+)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -56,6 +71,7 @@ from transformers import (
 from absorb_plugin import AbsorptionAllocationModifier
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.calibration import samples_of
+from absorb_plugin.choices import widest
 from absorb_plugin.cpu import keep_freed_memory
 from absorb_plugin.evaluation.documents import read_text
 from absorb_plugin.evaluation.oneshot import prune
@@ -70,6 +86,7 @@ from absorb_plugin.evaluation.text import calibration_samples, evaluation_window
 from absorb_plugin.forward.inputs import InputStatistics
 from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.groups import linear_sizes
+from absorb_plugin.pruners import PRUNERS as ARITHMETIC
 from absorb_plugin.sample_split import SampleSplit
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.settings import AllocationSettings
@@ -130,19 +147,19 @@ def evolved(
     """Names of the Linears and their sparsities, by the evolutionary search."""
     settings = AllocationSettings()
     effort, blocks = settings.measuring(), find_blocks(model)
-    split = SampleSplit(samples_of(samples), effort, judged=True, by_loss=True)
+    batches, pruner = samples_of(samples), ARITHMETIC[cell["pruner"]]()
+    split = SampleSplit(batches, effort, judged=True, by_loss=True)
     runner = ProbeRunner(model, blocks, settings.probe_memory)
     watch = InputStatistics(blocks)
     sums = runner.run("Input statistics", split.statistics, watch)
-    chosen = split.next_signal()
     budget = Budget.of(linear_sizes(blocks), cell["sparsity"], settings.max_sparsity)
     found = evolve(
         model,
         blocks,
         sums,
-        [sample["input_ids"] for sample in chosen],
+        split,
         budget,
-        tokens=tokens_of(effort),
+        tokens=tokens_of(batches, effort, pruner, widest(blocks)),
         seed=cell["seed"],
     )
     by_linear = by_name(blocks, found)
@@ -180,9 +197,13 @@ def run(
         pruned = prune(model, tokenizer, recipe, samples, seed=cell["seed"])
     seconds = time.perf_counter() - begin
     line = cell | {
-        "texts": {name: judged(pruned, windows) for name, windows in texts.items()},
+        "texts": {
+            path.name: judged(pruned, texts[path.name]) | {"digest": digest(path)}
+            for path in options.eval_text
+        },
         "realised": linear_sparsity(pruned),
         "seconds": round(seconds, 1),
+        "commit": code_version(),
     }
     if tasks:
         found = evaluate_tasks(pruned, tasks, batch_size=16)
@@ -196,13 +217,7 @@ def judged(model: PreTrainedModel, windows: Windows) -> dict:
 
 
 def cells(options: argparse.Namespace) -> list[dict]:
-    fixed = {
-        "model": Path(options.model).name,
-        "text": Path(options.text).name,
-        "samples": options.samples,
-        "seq_len": options.seq_len,
-        "dtype": options.dtype,
-    }
+    fixed = fixed_fields(options)
     methods = [method for method in options.methods if method not in ("dense", "atp")]
     if "atp" in options.methods:
         methods += [f"atp:{beta}" for beta in ATP_BETAS]
@@ -228,8 +243,27 @@ def cells(options: argparse.Namespace) -> list[dict]:
     return result
 
 
+def serving(
+    options: argparse.Namespace, tasks: list[EncodedTask], done: list[dict]
+) -> list[dict]:
+    """Lines that are judged by all texts and tasks of this command."""
+    wanted = {encoded.task.name: len(encoded.requests) for encoded in tasks}
+    digests = {path.name: digest(path) for path in options.eval_text}
+    return [
+        line
+        for line in done
+        if wanted.items() <= items(line).items()
+        and digests.items() <= eval_digests(line).items()
+    ]
+
+
+def eval_digests(line: dict) -> dict[str, str | None]:
+    """Name of a text that a run has been judged by -> digest of its content."""
+    return {name: found.get("digest") for name, found in line["texts"].items()}
+
+
 class Results:
-    """Perplexities of one model on one text by cell."""
+    """Perplexities of one model, under one combination of settings, by cell."""
 
     def __init__(self, lines: list[dict], text: str) -> None:
         self.lines = [line for line in lines if text in line["texts"]]
@@ -345,31 +379,44 @@ def with_seconds(results: Results, method: str, key: tuple, seeds: set[int]) -> 
 
 
 def summary(models: dict[str, Results]) -> str:
-    """Markdown: the mean over models and seeds, and the worst cell."""
-    out = [
-        "| pruner | sparsity | base | models | vs base | vs uniform | vs ATP "
-        "| worst vs base | worst vs uniform |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    """Markdown: the mean over models and seeds, of how many models, and the worst."""
+    others = {
+        "base": "base",
+        "uniform": "uniform",
+        "atp": "ATP",
+        "evolution": "evolution",
+    }
+    head = ["pruner", "sparsity", "base", *(f"vs {name}" for name in others.values())]
+    head += ["worst vs base", "worst vs uniform"]
+    out = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for key in sorted({key for results in models.values() for key in results.keys}):
         rows = [results.row(*key) for results in models.values()]
-        rows = [row for row in rows if row["ours"]]
         changes = {
-            name: [change(row["ours"], row[name]) for row in rows if row[name]]
-            for name in ("base", "uniform", "atp")
+            name: [change(row["ours"], row[name]) for row in rows if both(row, name)]
+            for name in others
         }
-        if not all(changes.values()):
+        if not any(changes.values()):
             continue
         pruner, sparsity, allocator = key
-        means = [
-            geometric_mean(1 + value for value in changes[name]) - 1
-            for name in ("base", "uniform", "atp")
-        ]
-        worst = [max(changes[name]) for name in ("base", "uniform")]
-        cells = [pruner, f"{sparsity:.0%}", allocator, str(len(rows))]
-        cells += [f"{value:+.1%}" for value in (*means, *worst)]
+        cells = [pruner, f"{sparsity:.0%}", allocator]
+        cells += [over_models(found) for found in changes.values()]
+        for name in ("base", "uniform"):
+            cells.append(percent(max(changes[name], default=math.nan)))
         out.append(f"| {' | '.join(cells)} |")
     return "\n".join(out)
+
+
+def both(row: dict[str, dict], name: str) -> bool:
+    """Whether ours and another method have a seed in common."""
+    return bool(row["ours"].keys() & row[name].keys())
+
+
+def over_models(changes: list[float]) -> str:
+    """Geometric mean, and of how many models."""
+    if not changes:
+        return "–"
+    found = geometric_mean(1 + value for value in changes) - 1
+    return f"{percent(found)} ({len(changes)})"
 
 
 def accuracies(lines: list[dict]) -> str:
@@ -417,35 +464,48 @@ def items(line: dict) -> dict[str, int]:
 
 
 def print_tables(lines: list[dict]) -> None:
-    names = dict.fromkeys(line["model"] for line in lines)
     for text in dict.fromkeys(text for line in lines for text in line["texts"]):
-        models = {}
-        for name in names:
-            models[name] = Results([x for x in lines if x["model"] == name], text)
-        for name, results in models.items():
-            print_results(name, results)
-        if len(models) > 1:
-            print(f"### All models, {text}\n\n{summary(models)}\n")
-    for name in names:
-        with_tasks = [x for x in lines if x["model"] == name and "tasks" in x]
-        if with_tasks:
-            count = max(n for line in with_tasks for n in items(line).values())
-            print(
-                f"### {name}\n\nZero-shot accuracy, at most {count:,} items per "
-                f"task.\n\n{accuracies(with_tasks)}\n"
-            )
+        of_text = [line for line in lines if text in line["texts"]]
+        for settings, alike in grouped(of_text, partial(judged_by, text)):
+            models = {
+                of["model"]: Results(own, text) for of, own in grouped(alike, model_of)
+            }
+            for name, results in models.items():
+                print_results(name, settings, results)
+            if len(models) > 1:
+                about = f"{described(settings)}; {text}"
+                print(f"### All models, {about}\n\n{summary(models)}\n")
+    with_tasks = [line for line in lines if "tasks" in line]
+    for of, own in grouped(with_tasks, lambda x: model_of(x) | settings_of(x)):
+        count = max(n for line in own for n in items(line).values())
+        print(
+            f"### {of['model']}\n\n{described(of)}. Zero-shot accuracy, at most "
+            f"{count:,} items per task.\n\n{accuracies(own)}\n"
+        )
 
 
-def print_results(name: str, results: Results) -> None:
-    if not results.lines:
-        return
-    first, text = results.lines[0], results.text
+def model_of(line: dict) -> dict:
+    return {"model": line["model"]}
+
+
+def judged_by(text: str, line: dict) -> dict:
+    """Settings of a run, and what of a text it is judged by."""
+    judged = line["texts"][text]
+    # lines of earlier versions tell the number of windows by that of tokens alone
+    windows = line.get("windows") or judged["tokens"] // (line["seq_len"] - 1)
+    return settings_of(line) | {"windows": windows, "digest": judged.get("digest")}
+
+
+def print_results(name: str, settings: dict, results: Results) -> None:
+    text = results.text
+    content = f" ({settings['digest']})" if settings["digest"] else ""
     dense = results.of("dense", "-", 0.0, "-")
     tokens = max(line["texts"][text]["tokens"] for line in results.lines)
+    commits = dict.fromkeys(line.get("commit") or "unknown" for line in results.lines)
     print(
-        f"### {name}\n\nDense {shown(dense)}; {first['samples']} × "
-        f"{first['seq_len']} tokens of {first['text']}, perplexity on {tokens:,} "
-        f"tokens of {text}.\n\n{table(results)}\n\n{others_table(results)}\n"
+        f"### {name}\n\nDense {shown(dense)}; {described(settings)}, perplexity on "
+        f"{tokens:,} tokens of {text}{content}. Commit {', '.join(commits)}.\n\n"
+        f"{table(results)}\n\n{others_table(results)}\n"
     )
 
 
@@ -477,13 +537,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, nargs="+", required=True)
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
+    names = [path.name for path in options.eval_text or []]
+    if len(set(names)) < len(names):
+        parser.error("--eval-text: give files of different names, which tables go by")
 
-    done = [
-        json.loads(line)
-        for path in options.out
-        if path.exists()
-        for line in path.read_text().splitlines()
-    ]
+    done = read_lines(options.out)
     if not options.table:
         keep_freed_memory()
         SIGNALS["random"] = RandomSlopes
@@ -502,19 +560,13 @@ def main() -> None:
             tokenizer,
             AutoConfig.from_pretrained(options.model),
         )
-        wanted = {encoded.task.name: len(encoded.requests) for encoded in tasks}
-        for cell in cells(options):
-            if any(
-                cell.items() <= line.items()
-                and texts.keys() <= line["texts"].keys()
-                and wanted.items() <= items(line).items()
-                for line in done
-            ):
-                continue
+        missing, kept = to_run(cells(options), serving(options, tasks, done))
+        if said := other_code(kept, code_version()):
+            print(said, file=sys.stderr)
+        for cell in missing:
             line = run(cell, options, tokenizer, texts, tasks)
             done.append(line)
-            with options.out[0].open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append(line, options.out[0])
             print(json.dumps(line), file=sys.stderr, flush=True)
     print_tables(done)
 

@@ -7,14 +7,14 @@ what the loss really grew by, on held-out text.
         [--uniform 0.2 0.3 0.4 0.5 0.6] [--effort standard] [--seeds 0] \
         --out results.jsonl
 
-One line of JSON per run, appended as it completes; a run whose line is there is not
-repeated. Pruned uniformly to the sparsities of `--uniform` it says, interpolated, what
-uniform reaches at the loss that a bound came to. `--table` prints the Markdown table
-and runs nothing.
+One line of JSON per run, appended as it completes; a run whose line is there, with the
+same settings and the same content of its texts, is not repeated, of whatever commit it
+is. Pruned uniformly to the sparsities of `--uniform` it says, interpolated, what
+uniform reaches at the loss that a bound came to. `--table` prints the Markdown tables,
+one for each combination of settings, and runs nothing.
 """
 
 import argparse
-import json
 import logging
 import math
 import sys
@@ -25,6 +25,18 @@ import numpy as np
 import torch
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from loguru import logger
+from result_lines import (
+    append,
+    code_version,
+    described,
+    digest,
+    fixed_fields,
+    grouped,
+    other_code,
+    read_lines,
+    settings_of,
+    to_run,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from absorb_plugin import AbsorptionAllocationModifier
@@ -75,17 +87,14 @@ def run(
         "sparsity": linear_sparsity(model),
         "increase": math.log(perplexity(model, windows)[0]) - dense,
         "seconds": round(seconds, 1),
+        "commit": code_version(),
     }
 
 
 def cells(options: argparse.Namespace) -> list[dict]:
-    fixed = {
-        "model": Path(options.model).name,
-        "text": Path(options.text).name,
-        "eval_text": Path(options.eval_text).name,
-        "samples": options.samples,
-        "seq_len": options.seq_len,
-        "dtype": options.dtype,
+    fixed = fixed_fields(options) | {
+        "eval_text": options.eval_text.name,
+        "eval_digest": digest(options.eval_text),
     }
     kinds = [{"uniform": sparsity} for sparsity in options.uniform]
     kinds += [{"bound": bound, "effort": options.effort} for bound in options.bounds]
@@ -98,35 +107,57 @@ def cells(options: argparse.Namespace) -> list[dict]:
 
 
 def uniform_at(lines: list[dict], line: dict) -> str:
-    """What uniform pruning reaches at the loss of a line, linear between its own."""
-    alike = ("model", "text", "eval_text", "samples", "seq_len", "pruner", "seed")
-    points = sorted(
+    """
+    What uniform pruning reaches at the loss of a line, linear between its own.
+
+    :param lines: of the same model and settings
+    """
+    points = [
         (other["increase"], other["sparsity"])
         for other in lines
-        if "uniform" in other and all(other[name] == line[name] for name in alike)
-    )
-    if not points or line["increase"] > points[-1][0]:
+        if "uniform" in other
+        and all(other[name] == line[name] for name in ("pruner", "seed"))
+    ]
+    if not points or line["increase"] > max(points)[0]:
         return "–"
-    increases, sparsities = zip(*[(0.0, 0.0), *points], strict=True)
+    # a little pruning can lower the loss, so dense need not be the first
+    increases, sparsities = zip(*sorted([(0.0, 0.0), *points]), strict=True)
     return f"{np.interp(line['increase'], increases, sparsities):.1%}"
 
 
 def table(lines: list[dict]) -> str:
+    """:param lines: of the same model and settings"""
     out = [
-        "| model | pruner | effort | bound | seed | sparsity found | realised increase "
+        "| pruner | effort | bound | seed | sparsity found | realised increase "
         "| within 10 % | uniform at that loss | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for line in lines:
         if "bound" not in line:
             continue
         kept = "yes" if line["increase"] <= 1.1 * line["bound"] else "no"
-        cells = [line["model"], line["pruner"], line["effort"], f"{line['bound']:g}"]
+        cells = [line["pruner"], line["effort"], f"{line['bound']:g}"]
         cells += [str(line["seed"]), f"{line['sparsity']:.1%}"]
         cells += [f"{line['increase']:+.3f}", kept, uniform_at(lines, line)]
         cells.append(f"{line['seconds']:.0f}")
         out.append(f"| {' | '.join(cells)} |")
     return "\n".join(out)
+
+
+def print_tables(lines: list[dict]) -> None:
+    for of, own in grouped(lines, judged_by):
+        content = f" ({of['eval_digest']})" if of["eval_digest"] else ""
+        windows = f"{of['windows']} windows of " if of["windows"] else ""
+        print(
+            f"### {of['model']}\n\n{described(of)}, loss on {windows}"
+            f"{of['eval_text']}{content}.\n\n{table(own)}\n"
+        )
+
+
+def judged_by(line: dict) -> dict:
+    """Model and settings of a run, and what it is judged by."""
+    names = ("model", "eval_text", "eval_digest")
+    return settings_of(line) | {name: line.get(name) for name in names}
 
 
 def main() -> None:
@@ -150,9 +181,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
-    done = []
-    if options.out.exists():
-        done = [json.loads(line) for line in options.out.read_text().splitlines()]
+    done = read_lines([options.out])
     if not options.table:
         keep_freed_memory()
         logging.disable(logging.WARNING)
@@ -162,17 +191,14 @@ def main() -> None:
         windows = evaluation_windows(
             read_text(options.eval_text), tokenizer, options.seq_len, options.windows
         )
-        missing = [
-            cell
-            for cell in cells(options)
-            if not any(cell.items() <= line.items() for line in done)
-        ]
+        missing, kept = to_run(cells(options), done)
+        if said := other_code(kept, code_version()):
+            print(said, file=sys.stderr)
         dense = math.log(perplexity(load(options), windows)[0]) if missing else 0.0
         for cell in missing:
             done.append(run(cell, options, tokenizer, windows, dense))
-            with options.out.open("a") as file:
-                file.write(json.dumps(done[-1]) + "\n")
-    print(table(done))
+            append(done[-1], options.out)
+    print_tables(done)
 
 
 if __name__ == "__main__":

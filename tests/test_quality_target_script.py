@@ -1,0 +1,102 @@
+"""integration/benchmarks/quality_target.py: what is compared with what."""
+
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "integration" / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def target() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(BENCHMARKS))
+    yield import_module("quality_target")
+    sys.path.remove(str(BENCHMARKS))
+
+
+def line(increase: float, sparsity: float, **other: Any) -> dict:
+    """As an older version has written it: without windows, digests and commit."""
+    return {
+        "model": "A",
+        "text": "c4.jsonl",
+        "eval_text": "wiki.txt",
+        "samples": 24,
+        "seq_len": 256,
+        "dtype": "float32",
+        "pruner": "wanda",
+        "seed": 0,
+        "increase": increase,
+        "sparsity": sparsity,
+        "seconds": 1.0,
+        **other,
+    }
+
+
+def bound(increase: float, **other: Any) -> dict:
+    return line(increase, 0.5, bound=0.3, effort="standard", **other)
+
+
+def uniform(increase: float, sparsity: float, **other: Any) -> dict:
+    return line(increase, sparsity, uniform=sparsity, **other)
+
+
+def test_uniform_is_interpolated_from_the_dense_model_on(target: ModuleType) -> None:
+    lines = [uniform(0.4, 0.4), uniform(0.2, 0.3)]
+    assert target.uniform_at(lines, bound(0.3)) == "35.0%"
+    assert target.uniform_at(lines, bound(0.1)) == "15.0%"
+    assert target.uniform_at(lines, bound(0.5)) == "–"
+
+
+def test_uniform_that_lowers_the_loss_comes_before_dense(target: ModuleType) -> None:
+    lines = [uniform(-0.1, 0.1), uniform(0.2, 0.3)]
+    # from dense on; unsorted, np.interp says whatever its bisection meets
+    assert target.uniform_at(lines, bound(0.1)) == "15.0%"
+    assert target.uniform_at(lines, bound(-0.05)) == "5.0%"
+
+
+def test_uniform_of_another_pruner_or_seed_does_not_count(target: ModuleType) -> None:
+    lines = [uniform(0.4, 0.4, pruner="sparsegpt"), uniform(0.4, 0.4, seed=1)]
+    assert target.uniform_at(lines, bound(0.3)) == "–"
+
+
+@pytest.mark.parametrize(
+    "other", [{"dtype": "bfloat16"}, {"windows": 9}, {"eval_digest": "f00"}]
+)
+def test_settings_have_a_table_each(
+    target: ModuleType, capsys: pytest.CaptureFixture, other: dict
+) -> None:
+    target.print_tables([bound(0.3), uniform(0.4, 0.4, **other)])
+    first, _ = capsys.readouterr().out.split("### A\n")[1:]
+    assert "| +0.300 | yes | – |" in first
+
+
+def test_a_run_is_known_by_its_settings(target: ModuleType, tmp_path: Path) -> None:
+    for name in ("c4.jsonl", "wiki.txt"):
+        (tmp_path / name).write_text(name)
+    options = Namespace(
+        model="models/A",
+        text=tmp_path / "c4.jsonl",
+        eval_text=tmp_path / "wiki.txt",
+        samples=24,
+        seq_len=256,
+        dtype="float32",
+        windows=8,
+        pruners=["wanda"],
+        seeds=[0],
+        bounds=[0.3],
+        uniform=[0.4],
+        effort="standard",
+    )
+    done = [cell | {"commit": "f00"} for cell in target.cells(options)]
+    assert target.to_run(target.cells(options), done) == ([], done)
+    options.windows = 9
+    assert len(target.to_run(target.cells(options), done)[0]) == 2
+    options.windows = 8
+    options.eval_text.write_text("something else")
+    assert len(target.to_run(target.cells(options), done)[0]) == 2
