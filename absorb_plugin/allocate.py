@@ -43,7 +43,7 @@ from absorb_plugin.pruners import Pruner
 from absorb_plugin.pruners.present import with_present_zeros
 from absorb_plugin.sample_split import SampleSplit
 from absorb_plugin.search.budget import Budget
-from absorb_plugin.search.confirm import confirm
+from absorb_plugin.search.confirm import Confirmed, confirm
 from absorb_plugin.search.correction import corrected
 from absorb_plugin.search.descent import Stage, refined
 from absorb_plugin.search.line_search import (
@@ -101,9 +101,9 @@ def allocate(
             direction = measure_direction(method.setting, method.signal, final)
             final = budget.meet(corrected(final, direction, float(settings.strength)))
         if method.confirms and final is not base.sparsity:
-            judge = partial(pruned_loss, method.setting)
-            confirmed = confirm(final, base.sparsity, budget, judge)
+            search, confirmed = method.confirmed(final, base, budget, search)
             final = confirmed.sparsity
+            direction = direction if search is None else search.direction
     signal = method.signal
     return Allocation(
         blocks=blocks,
@@ -189,8 +189,37 @@ class Method:
             cache=self.setting.runner.cache,
         )
 
-    def search(self, base: Base, budget: Budget) -> SearchResult:
-        """Down the slopes of a signal that has some, else along its direction."""
+    def confirmed(
+        self,
+        final: np.ndarray,
+        base: Base,
+        budget: Budget,
+        search: SearchResult | None,
+    ) -> tuple[SearchResult | None, Confirmed]:
+        """
+        By the pruner's own arithmetic. Masks choose where the search starts; if that is
+        clearly not what the pruner does better with, it is run again from there.
+
+        :param search: that found `final`, if one did
+        """
+        judge = partial(pruned_loss, self.setting)
+        first = confirm(final, base.sparsity, budget, judge)
+        agreed = search is None or first.start in ("", search.start)
+        if agreed or self.signal.once or self.settings.max_loss_increase is not None:
+            return search, first
+        again = self.search(base, budget, first.start)
+        second = confirm(again.sparsity, base.sparsity, budget, judge)
+        return (again, second) if second.loss < first.loss else (search, first)
+
+    def search(
+        self, base: Base, budget: Budget, start: str | None = None
+    ) -> SearchResult:
+        """
+        Down the slopes of a signal that has some, else along its direction.
+
+        :param start: of the former, "base" or "uniform"; None for the better one under
+            masks
+        """
         setting, signal = self.setting, self.signal
         judge = partial(masked_loss, setting)
         if signal.once:
@@ -198,7 +227,7 @@ class Method:
             return line_search(base.sparsity, budget, measure, judge, rounds=1)
         stages = self._stages()
         return descent_search(
-            base.sparsity, budget, stages, judge, groups=setting.groups
+            base.sparsity, budget, stages, judge, groups=setting.groups, start=start
         )
 
     def refine(self, near: np.ndarray, budget: Budget) -> np.ndarray:

@@ -90,8 +90,9 @@ def _dense_loss(setting: Setting, samples: Sequence[dict]) -> Losses:
     if not np.isfinite(sums).all():
         raise ValueError(
             "model: the loss of the dense model is not finite on some calibration "
-            "samples: check the weights and the dtype (float16 overflows in some "
-            "models, use bfloat16)"
+            "samples, though its blocks put out finite numbers: check the weights "
+            "after the blocks (final norm, lm_head) and the dtype (float16 overflows "
+            "in some models, use bfloat16)"
         )
     return sums, tokens
 

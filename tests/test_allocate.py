@@ -11,10 +11,14 @@ from helpers.probes import PRUNERS
 from transformers import PreTrainedModel
 
 from absorb_plugin import allocate as method
+from absorb_plugin.allocators.base_allocation import Base
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.groups import LEVELS, named
 from absorb_plugin.judges import PrunedLoss
 from absorb_plugin.pruners import Pruner, SparseGPT, Wanda
+from absorb_plugin.search.budget import Budget
+from absorb_plugin.search.confirm import Confirmed
+from absorb_plugin.search.line_search import SearchResult
 
 
 @pytest.mark.parametrize("kind", list(PRUNERS))
@@ -139,3 +143,47 @@ def test_signal_auto(blocks: int, level: str, kind: str, signal: str) -> None:
     model = tiny.make_model("llama", num_hidden_layers=blocks)
     found = runs.allocate(model, kind=kind, signal="auto", level=level)
     assert found.signal == signal
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_where_the_pruner_prefers_another_start_the_search_begins_there(
+    better: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks choose the start, and need not agree with what the pruner makes of it."""
+    starts: list[str | None] = []
+    original = method.Method.search
+
+    def search(
+        self: method.Method, base: Base, budget: Budget, start: str | None = None
+    ) -> SearchResult:
+        starts.append(start)
+        found = original(self, base, budget, start)
+        assert start in (None, found.start)
+        return found
+
+    def confirm(found: np.ndarray, *_: object) -> Confirmed:
+        first = len(starts) == 1
+        loss = 2.0 if first == better else 1.0
+        preferred = "uniform" if first else ""
+        return Confirmed(found, "searched", {"searched": loss}, 0.0, 0.0, preferred)
+
+    monkeypatch.setattr(method.Method, "search", search)
+    monkeypatch.setattr("absorb_plugin.allocate.confirm", confirm)
+    # masks prefer the base
+    monkeypatch.setattr(
+        "absorb_plugin.search.line_search._means", lambda sums, tokens: [1.0, 2.0]
+    )
+    found = runs.allocate(
+        tiny.make_model("llama"),
+        [tiny.make_batch(8)],
+        kind="sparsegpt",
+        allocator="atp",
+        signal="pruner",
+        strength="auto",
+        rounds=1,
+    )
+    assert starts == [None, "uniform"]
+    assert found.search is not None and found.confirmed is not None
+    assert found.search.start == ("uniform" if better else "base")
+    assert found.confirmed.loss == 1.0
+    np.testing.assert_array_equal(found.sparsity, found.search.sparsity)

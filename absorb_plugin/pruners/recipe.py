@@ -103,7 +103,11 @@ def _free(name: str, taken: Iterable[str], ending: str = "") -> str:
 
 def _stages_of(model: Module) -> list[str]:
     """Of the recipe.yaml that a model came with, found as llm-compressor finds it."""
-    path = infer_recipe_from_model_path(getattr(model, "name_or_path", ""))
+    try:
+        path = infer_recipe_from_model_path(getattr(model, "name_or_path", ""))
+    except Exception as error:  # whatever the hub says of a name that it has not
+        logger.debug(f"no recipe.yaml that the model came with: {error}")
+        return []
     if path is None:
         return []
     try:

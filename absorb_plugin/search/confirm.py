@@ -21,6 +21,8 @@ class Confirmed:
     :param losses: held-out cross-entropy in nats per token, by name
     :param gain: by how much the one taken is below the base, nats per token
     :param standard_error: of that, over samples; NaN for one sample
+    :param start: "base" or "uniform", which of the two beats the other by more than the
+        standard error of that; empty if neither does
     """
 
     sparsity: np.ndarray
@@ -28,6 +30,12 @@ class Confirmed:
     losses: dict[str, float]
     gain: float
     standard_error: float
+    start: str = ""
+
+    @property
+    def loss(self) -> float:
+        """Of the one taken."""
+        return self.losses[self.chosen]
 
 
 def confirm(
@@ -53,7 +61,9 @@ def confirm(
         chosen = "halfway" if ballot.beats("halfway", best) else best
     won, error = ballot.gain(chosen, "base")
     losses = {name: ballot.loss(name) for name in ballot.allocations}
-    return Confirmed(ballot.allocations[chosen], chosen, losses, won, error)
+    other = "uniform" if best == "base" else "base"
+    start = best if ballot.beats(best, other) else ""
+    return Confirmed(ballot.allocations[chosen], chosen, losses, won, error, start)
 
 
 class _Ballot:

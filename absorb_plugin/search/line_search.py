@@ -132,6 +132,7 @@ def descent_search(
     judge: Judge,
     *,
     groups: Spreading,
+    start: str | None = None,
 ) -> SearchResult:
     """
     Descend from the better of base and uniform. Of the path of a single stage the best
@@ -140,8 +141,9 @@ def descent_search(
 
     :param stages: each from where the one before ended
     :param groups: spreads one number per group over the Linears
+    :param start: "base" or "uniform", where it is not for the judge to say
     """
-    found, own, tokens = _started(base, budget, judge)
+    found, own, tokens = _started(base, budget, judge, start)
     descents, current = [], found.sparsity
     for stage in stages:
         descents.append(descend(current, budget, stage, groups))
@@ -192,13 +194,16 @@ def _best_of_path(
 
 
 def _started(
-    base: np.ndarray, budget: Budget, judge: Judge
+    base: np.ndarray, budget: Budget, judge: Judge, start: str | None = None
 ) -> tuple[SearchResult, np.ndarray, np.ndarray]:
-    """The better of base and uniform, its loss sums, and tokens, per sample."""
+    """
+    The better of base and uniform, or the one asked for, its loss sums, and tokens, per
+    sample.
+    """
     uniform = budget.uniform()
     sums, tokens = judge([base, uniform])
     base_loss, uniform_loss = _means(sums, tokens)
-    better = uniform_loss < base_loss
+    better = uniform_loss < base_loss if start is None else start == "uniform"
     found = SearchResult(
         uniform if better else base,
         "uniform" if better else "base",

@@ -82,7 +82,7 @@ def test_what_no_demo_made_is_left(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     (tmp_path / name / "config.json").write_text("mine")
     line = error_of("demo", "--out", tmp_path)
-    assert f"{tmp_path / name} is there, and no demo made it" in line
+    assert f"{tmp_path / name} is there, and nothing tells that a demo made it" in line
     assert (tmp_path / name / "config.json").read_text() == "mine"
     assert list(tmp_path.iterdir()) == [tmp_path / name]
 

@@ -99,6 +99,14 @@ def test_equal_allocations_are_judged_once() -> None:
     assert len(text.seen) == 2 + 1  # halfway
 
 
+@pytest.mark.parametrize(
+    "better, expected", [(BASE, "base"), (UNIFORM, "uniform"), ((BASE + UNIFORM) / 2, "")]
+)
+def test_which_start_the_pruner_prefers(better: np.ndarray, expected: str) -> None:
+    found, _ = confirmed(distance_from(better))
+    assert found.start == expected
+
+
 def test_where_all_overflow_the_search_has_not_won() -> None:
     def judge(candidates: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         return np.full((len(candidates), 2), np.inf), np.array([5, 5])
