@@ -59,14 +59,14 @@ class Stage:
 UNIFORM, OWL, CORRECTED = "uniform", "OWL", "OWL + absorption"
 # The last one that is run is saved.
 WANDA = (
-    Stage(None, "dense", 12),
-    Stage("wanda", UNIFORM, 65),
-    Stage("wanda", OWL, 60),
-    Stage("wanda", CORRECTED, 140),
+    Stage(None, "dense", 8),
+    Stage("wanda", UNIFORM, 26),
+    Stage("wanda", OWL, 29),
+    Stage("wanda", CORRECTED, 83),
 )
 SPARSEGPT = (
-    Stage("sparsegpt", UNIFORM, 100),
-    Stage("sparsegpt", CORRECTED, 250),
+    Stage("sparsegpt", UNIFORM, 55),
+    Stage("sparsegpt", CORRECTED, 150),
 )
 
 
