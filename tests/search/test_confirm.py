@@ -100,7 +100,8 @@ def test_equal_allocations_are_judged_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "better, expected", [(BASE, "base"), (UNIFORM, "uniform"), ((BASE + UNIFORM) / 2, "")]
+    "better, expected",
+    [(BASE, "base"), (UNIFORM, "uniform"), ((BASE + UNIFORM) / 2, "")],
 )
 def test_which_start_the_pruner_prefers(better: np.ndarray, expected: str) -> None:
     found, _ = confirmed(distance_from(better))
