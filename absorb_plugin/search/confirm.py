@@ -9,6 +9,10 @@ from absorb_plugin.search.line_search import Judge, beyond, gain
 
 __all__ = ["Confirmed", "confirm"]
 
+# Standard errors between base and uniform that make the search begin anew, which costs
+# as much as the first did.
+CLEARLY = 2.0
+
 
 @dataclass(frozen=True)
 class Confirmed:
@@ -21,8 +25,8 @@ class Confirmed:
     :param losses: held-out cross-entropy in nats per token, by name
     :param gain: by how much the one taken is below the base, nats per token
     :param standard_error: of that, over samples; NaN for one sample
-    :param start: "base" or "uniform", which of the two beats the other by more than the
-        standard error of that; empty if neither does
+    :param start: "base" or "uniform", which of the two beats the other clearly, by more
+        than CLEARLY standard errors; empty if neither does
     """
 
     sparsity: np.ndarray
@@ -62,7 +66,10 @@ def confirm(
     won, error = ballot.gain(chosen, "base")
     losses = {name: ballot.loss(name) for name in ballot.allocations}
     other = "uniform" if best == "base" else "base"
-    start = best if ballot.beats(best, other) else ""
+    ahead, unsure = ballot.gain(best, other)
+    # of one sample nothing is clear but an overflow
+    clear = ahead == np.inf or ahead > CLEARLY * unsure
+    start = best if clear else ""
     return Confirmed(ballot.allocations[chosen], chosen, losses, won, error, start)
 
 
