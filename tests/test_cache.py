@@ -130,8 +130,10 @@ def test_another_sparsity_skips_statistics_and_probe(
 
 
 def test_another_pruner_skips_what_masks_tell(
-    tmp_path: Path, measured: list[str]
+    tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # no search begins anew
+    monkeypatch.setattr("absorb_plugin.search.confirm.CLEARLY", np.inf)
     allocate(tmp_path, kind="wanda")
     measured.clear()
     kept = allocate(tmp_path, kind="sparsegpt", signal="pruner")

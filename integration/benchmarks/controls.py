@@ -57,8 +57,9 @@ def tokens_of(
 ) -> int:
     """
     Tokens that ours takes before a pruner, beside the inputs' statistics, in those of a
-    forward of the model: a round's backward counts as four. Left out is the candidate
-    halfway, which the last comparison asks for where the outcome of the search loses.
+    forward of the model: a round's backward counts as four. Left out are the candidate
+    halfway, which the last comparison asks for where the outcome of the search loses,
+    and a search that begins anew where the pruner prefers another start.
 
     :param batches: calibration batches
     :param effort: `AllocationSettings().measuring()`
