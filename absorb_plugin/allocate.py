@@ -4,6 +4,7 @@ The method on one screen: calibration batches -> statistics -> base allocation -
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -209,7 +210,8 @@ class Method:
             return search, first
         again = self.search(base, budget, first.start)
         second = confirm(again.sparsity, base.sparsity, budget, judge)
-        return (again, second) if second.loss < first.loss else (search, first)
+        won = (again, second) if second.loss < first.loss else (search, first)
+        return won[0], replace(won[1], anew=True)
 
     def search(
         self, base: Base, budget: Budget, start: str | None = None

@@ -185,5 +185,5 @@ def test_where_the_pruner_prefers_another_start_the_search_begins_there(
     assert starts == [None, "uniform"]
     assert found.search is not None and found.confirmed is not None
     assert found.search.start == ("uniform" if better else "base")
-    assert found.confirmed.loss == 1.0
+    assert found.confirmed.loss == 1.0 and found.confirmed.anew
     np.testing.assert_array_equal(found.sparsity, found.search.sparsity)

@@ -50,6 +50,7 @@ def compare(
 
 def _print(runs: Sequence["Run"], file: TextIO) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from absorb_plugin.evaluation.compare import task_names
@@ -64,7 +65,7 @@ def _print(runs: Sequence["Run"], file: TextIO) -> None:
         table.add_column(column, justify="right", overflow="fold")
     for run in runs:
         table.add_row(
-            run.name,
+            escape(run.name),
             run.allocation or "",
             "" if run.sparsity is None else f"{run.sparsity:.4f}",
             "" if run.perplexity is None else f"{run.perplexity:.2f}",

@@ -252,7 +252,8 @@ def _encode_task(
     flat = [pair for item in pairs for pair in item]
     ids = _ids(tokenizer, [text for a, b in flat for text in (a, a + b)])
     # Something must stand in front of the first token that is predicted.
-    alone = prefix or [_first_token(tokenizer)]
+    bare = any(not ids[context] for context, _ in flat)
+    alone = prefix or ([_first_token(tokenizer)] if bare else [])
     requests, shortened = [], 0
     for item, item_pairs in zip(task.items, pairs, strict=True):
         found = []
@@ -342,15 +343,15 @@ def accuracy(task: Task, scores: Sequence[Sequence[Score]]) -> TaskResult:
     """
     right, right_norm = [], []
     for item, found in zip(task.items, scores, strict=True):
-        if item.gold is None:
-            right.append(found[0].greedy)
-            continue
         sums = np.array([score.logprob for score in found])
         if np.isnan(sums).any():
             raise ValueError(
                 f"{task.path}, line {item.line}: the model's logits are not numbers, "
                 "so it has no answer"
             )
+        if item.gold is None:
+            right.append(found[0].greedy)
+            continue
         # Characters of the choice, not of the blank that was put in front of it.
         characters = [len(continuation) - 1 for _, continuation in item.pairs]
         right.append(int(sums.argmax()) == item.gold)

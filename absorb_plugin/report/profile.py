@@ -339,8 +339,10 @@ def confirmed_entry(allocation: Allocation, judge: str) -> dict[str, Any] | None
         "chosen": confirmed.chosen,
         "gain": json_number(confirmed.gain),
         "standard_error": json_number(confirmed.standard_error),
+        "anew": confirmed.anew,
         # a bound on the loss is kept on the samples that confirm
         "chose_nothing": allocation.quality is None
+        and not confirmed.anew
         and keys["confirm"].isdisjoint(keys["search"]),
     }
 

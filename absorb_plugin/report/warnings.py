@@ -43,8 +43,17 @@ def _correction(profile: Profile) -> str:
     if search is None:
         return ""
     kept = not search["taken"] and not any(x["chosen"] for x in search["rounds"])
+    confirmed = profile["confirmed"] or {}
+    if confirmed.get("anew"):
+        start = "uniform" if search["start"] == "uniform" else base
+        return (
+            "The pruner's own arithmetic clearly preferred another start than masks "
+            "did, so the search was run once more from there. The outcome that did "
+            f"better started from {start}."
+        )
     if search["start"] == "uniform":
-        return _started_from_uniform(search, base, kept)
+        whole = kept and confirmed.get("chosen") in (None, "searched", "uniform")
+        return _started_from_uniform(search, base, whole)
     if kept:
         return (
             "The base allocation was kept: no correction beat it on the held-out "

@@ -27,6 +27,8 @@ class Confirmed:
     :param standard_error: of that, over samples; NaN for one sample
     :param start: "base" or "uniform", which of the two beats the other clearly, by more
         than CLEARLY standard errors; empty if neither does
+    :param anew: whether the search was begun anew for that, so that the samples of this
+        comparison have chosen
     """
 
     sparsity: np.ndarray
@@ -35,6 +37,7 @@ class Confirmed:
     gain: float
     standard_error: float
     start: str = ""
+    anew: bool = False
 
     @property
     def loss(self) -> float:

@@ -132,6 +132,28 @@ def test_the_two_accuracies_differ(tmp_path: Path, llama: PreTrainedModel) -> No
     assert result == TaskResult(acc=0.0, acc_norm=1.0, stderr=None, n=1)
 
 
+@pytest.mark.parametrize("gold", [0, None])
+def test_scores_that_are_no_numbers_are_no_answer(gold: int | None) -> None:
+    task = tasks.Task("t", Path("t.jsonl"), (tasks.Item((("a", " b"),), gold, 3),))
+    with pytest.raises(ValueError, match="line 3: the model's logits are not numbers"):
+        tasks.accuracy(task, [[tasks.Score(math.nan, False)]])
+
+
+def test_a_tokenizer_without_a_first_token(
+    tmp_path: Path, llama: PreTrainedModel
+) -> None:
+    """It is needed where a context is empty, and nowhere else."""
+    tokenizer = make_tokenizer(False)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    row = {"query": "word1", "choices": ["word2", "word3"], "gold": 1}
+    encode_tasks(
+        read_tasks([write(tmp_path / "t.jsonl", [row])]), tokenizer, llama.config
+    )
+    empty = read_tasks([write(tmp_path / "u.jsonl", [row | {"query": ""}])])
+    with pytest.raises(ValueError, match="neither BOS nor EOS"):
+        encode_tasks(empty, tokenizer, llama.config)
+
+
 def test_greedy_rows(tmp_path: Path, llama: PreTrainedModel) -> None:
     tokenizer = make_tokenizer(True)
     context = words(6, 3)

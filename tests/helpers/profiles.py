@@ -105,6 +105,7 @@ def make_confirmed(chosen: str = "searched", **losses: float | None) -> dict[str
         "chosen": chosen,
         "gain": (losses["base"] or 0.0) - (losses[chosen] or 0.0),
         "standard_error": 0.03,
+        "anew": False,
         "chose_nothing": True,
     }
 

@@ -174,7 +174,7 @@ def test_what_was_confirmed(
     losses, chosen = confirmed["losses"], confirmed["chosen"]
     assert confirmed["gain"] == pytest.approx(losses["base"] - losses[chosen], abs=1e-6)
     assert confirmed["standard_error"] > 0 or confirmed["chosen"] == "base"
-    assert confirmed["chose_nothing"] is True
+    assert confirmed["chose_nothing"] is not confirmed["anew"]
     uses = {entry["use"]: entry for entry in profile["samples"]}
     assert {"statistics", "search", "confirm"} <= uses.keys()
     assert uses["confirm"]["tokens"] == 16 * uses["confirm"]["samples"] > 0

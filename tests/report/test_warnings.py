@@ -42,6 +42,10 @@ ZERO = [{"direction": [], "strengths": [0.0], "losses": [4.5], "chosen": 0.0}]
             "nothing beat it: this is a uniform allocation",
         ),
         (
+            {"confirmed": make_confirmed() | {"anew": True}},
+            "clearly preferred another start .* did better started from owl",
+        ),
+        (
             {"confirmed": make_confirmed("base", base=4.4, searched=4.5)},
             r"^Judged by SparseGPT.* did not hold \(nats: base 4\.400, uniform 4\.500, "
             r"searched 4\.500\), so the allocation is that of owl alone\.$",
