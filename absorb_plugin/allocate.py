@@ -206,7 +206,7 @@ class Method:
         judge = partial(pruned_loss, self.setting)
         first = confirm(final, base.sparsity, budget, judge)
         agreed = search is None or first.start in ("", search.start)
-        if agreed or self.signal.once or self.settings.max_loss_increase is not None:
+        if agreed or self.signal.once:
             return search, first
         again = self.search(base, budget, first.start)
         second = confirm(again.sparsity, base.sparsity, budget, judge)

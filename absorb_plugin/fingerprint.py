@@ -69,8 +69,7 @@ def model_digest(model: PreTrainedModel) -> str:
     Everything about the model and the software that a measurement's result depends on:
     all weights and buffers, configuration, how attention is computed, whether experts
     see all tokens, name of the device, what it may round, versions, and the code here
-    that measures. Neither the model's path nor the number
-    of threads is part of it.
+    that measures. Neither the model's path nor the number of threads is part of it.
     """
     config = model.config.to_dict()
     config.pop("_name_or_path", None)

@@ -1,10 +1,7 @@
 """integration/benchmarks/controls.py: as many tokens and samples as ours has."""
 
 import math
-import sys
 from collections.abc import Iterable, Iterator
-from importlib import import_module
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import naive, runs, tiny
+from helpers.benchmarks import imported
 from transformers import PreTrainedModel
 
 from absorb_plugin.blocks import find_blocks
@@ -22,15 +20,13 @@ from absorb_plugin.sample_split import SampleSplit
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.settings import AllocationSettings
 
-BENCHMARKS = Path(__file__).parents[1] / "integration" / "benchmarks"
 LENGTH = 24
 
 
 @pytest.fixture(scope="module")
 def controls() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(BENCHMARKS))
-    yield import_module("controls")
-    sys.path.remove(str(BENCHMARKS))
+    with imported("controls") as script:
+        yield script
 
 
 def samples(count: int, length: int = LENGTH) -> list[dict[str, torch.Tensor]]:

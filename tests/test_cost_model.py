@@ -1,14 +1,13 @@
 """The cost model of docs/scaling.md, on a shape that is traced in seconds."""
 
-import sys
 from collections.abc import Iterator
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from helpers.benchmarks import imported
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from absorb_plugin.blocks import find_blocks
@@ -16,7 +15,6 @@ from absorb_plugin.forward.run import run_probes
 from absorb_plugin.judges import PrunedLoss
 from absorb_plugin.pruners import PRUNERS, Pruner
 
-BENCHMARKS = Path(__file__).parents[1] / "integration" / "benchmarks"
 TINY = dict(
     hidden_size=128,
     intermediate_size=256,
@@ -29,9 +27,8 @@ TINY = dict(
 
 @pytest.fixture(scope="module")
 def cost_model() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(BENCHMARKS))
-    yield import_module("cost_model")
-    sys.path.remove(str(BENCHMARKS))
+    with imported("cost_model") as script:
+        yield script
 
 
 @pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])

@@ -1,23 +1,19 @@
 """integration/benchmarks/quality.py: which runs are repeated, and what tables say."""
 
-import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-
-BENCHMARKS = Path(__file__).parents[1] / "integration" / "benchmarks"
+from helpers.benchmarks import imported
 
 
 @pytest.fixture(scope="module")
 def quality() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(BENCHMARKS))
-    yield import_module("quality")
-    sys.path.remove(str(BENCHMARKS))
+    with imported("quality") as script:
+        yield script
 
 
 @pytest.fixture

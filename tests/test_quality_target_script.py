@@ -1,23 +1,19 @@
 """integration/benchmarks/quality_target.py: what is compared with what."""
 
-import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-
-BENCHMARKS = Path(__file__).parents[1] / "integration" / "benchmarks"
+from helpers.benchmarks import imported
 
 
 @pytest.fixture(scope="module")
 def target() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(BENCHMARKS))
-    yield import_module("quality_target")
-    sys.path.remove(str(BENCHMARKS))
+    with imported("quality_target") as script:
+        yield script
 
 
 def line(increase: float, sparsity: float, **other: Any) -> dict:

@@ -130,13 +130,15 @@ def run_demo(
     windows = evaluation_windows([evaluation_text], tokenizer, SEQ_LEN, WINDOWS)
 
     rows: list[Row] = []
-    # what masks tell of the model is measured for Wanda, and serves SparseGPT as well
-    measured = tempfile.TemporaryDirectory()
     first = time.perf_counter()  # without making the checkpoint, which is done once
     out.mkdir(parents=True, exist_ok=True)
     (out / MARKER).touch()
     stages, left_out = [*WANDA, *(SPARSEGPT if sparsegpt else ())], ""
-    with measured as cache, staged_directory(out / "model") as staging:
+    # what masks tell of the model is measured for Wanda, and serves SparseGPT as well
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        staged_directory(out / "model") as staging,
+    ):
         for number, stage in enumerate(stages):
             elapsed = time.perf_counter() - first
             if stage is WANDA[-1] and sparsegpt is None:

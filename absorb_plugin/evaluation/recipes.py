@@ -72,14 +72,17 @@ class RecipeWishes:
             }
         }
         if self.quantize is not None:
-            linears, kept = _linears(model), _quantized(model)
+            linears, blocks = _linears(model), find_blocks(model)
+            # what names within the decoder blocks begin with
+            homes = tuple(f"{block.name}." for block in blocks.blocks)
+            kept = {x for x in linears if x.startswith(homes)} - blocks.routers
             wide = {name: x.in_features for name, x in linears.items() if name in kept}
             ignore = dict.fromkeys(
-                _one(x, kept) if x.startswith(_homes(model)) else _pattern(x, kept)
+                _one(x, kept) if x.startswith(homes) else _pattern(x, kept)
                 for x in linears
                 if x not in kept
             )
-            scheme = self._scheme(wide | _widths_of_experts(model))
+            scheme = self._scheme(wide | _widths_of_experts(model, homes))
             fields = {**scheme, "ignore": list(ignore)}
             stage["quantize_modifiers"] = {"QuantizationModifier": fields}
         return _yaml(stage)
@@ -147,18 +150,9 @@ def _linears(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
     }
 
 
-def _quantized(model: PreTrainedModel) -> set[str]:
-    """Full names of the Linears of the decoder blocks, those apart that route."""
-    inside = {x for x in _linears(model) if x.startswith(_homes(model))}
-    return inside - find_blocks(model).routers
-
-
-def _homes(model: PreTrainedModel) -> tuple[str, ...]:
-    """What names within the decoder blocks begin with."""
-    return tuple(f"{block.name}." for block in find_blocks(model).blocks)
-
-
-def _widths_of_experts(model: PreTrainedModel) -> dict[str, int]:
+def _widths_of_experts(
+    model: PreTrainedModel, homes: tuple[str, ...]
+) -> dict[str, int]:
     """
     Of experts that are one parameter yet, and Linears when they are quantised: which of
     two sides is their columns differs from model to model, so both.
@@ -166,7 +160,7 @@ def _widths_of_experts(model: PreTrainedModel) -> dict[str, int]:
     return {
         f"{name}, side {side}": size
         for name, parameter in model.named_parameters()
-        if parameter.dim() == 3 and name.startswith(_homes(model))
+        if parameter.dim() == 3 and name.startswith(homes)
         for side, size in enumerate(parameter.shape[1:], start=1)
     }
 

@@ -31,9 +31,7 @@ def current_part() -> slice:
 
 
 class Parts:
-    """
-    :param size: samples at a time; 0 for all
-    """
+    """:param size: samples at a time; 0 for all"""
 
     def __init__(self, size: int = 0) -> None:
         self.size = size

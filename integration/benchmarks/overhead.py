@@ -30,9 +30,9 @@ from absorb_plugin.evaluation.documents import read_text
 from absorb_plugin.evaluation.oneshot import prune
 from absorb_plugin.evaluation.text import calibration_samples
 from absorb_plugin.forward.runner import ProbeRunner
+from absorb_plugin.pruners import PRUNERS
 
 from memory import GIB, status  # isort: skip
-from quality import PRUNERS  # isort: skip
 
 seconds: dict[str, float] = defaultdict(float)
 gib: dict[str, float] = {}
@@ -112,7 +112,7 @@ def main() -> None:
         dtype=getattr(torch, options.dtype),
         **({} if options.layers is None else {"num_hidden_layers": options.layers}),
     )
-    pruner = PRUNERS[options.pruner](
+    pruner = PRUNERS[options.pruner].modifier(
         sparsity=options.sparsity, targets=["Linear"], ignore=["re:.*lm_head"]
     )
     modifier = AbsorptionAllocationModifier(allocator=options.allocator)

@@ -47,7 +47,6 @@ from statistics import geometric_mean, mean, stdev
 import torch
 from controls import RandomSlopes, by_name, evolve, tokens_of
 from datasets import Dataset
-from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from loguru import logger
 from result_lines import (
     append,
@@ -86,14 +85,13 @@ from absorb_plugin.evaluation.text import calibration_samples, evaluation_window
 from absorb_plugin.forward.inputs import InputStatistics
 from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.groups import linear_sizes
-from absorb_plugin.pruners import PRUNERS as ARITHMETIC
+from absorb_plugin.pruners import PRUNERS
 from absorb_plugin.sample_split import SampleSplit
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.settings import AllocationSettings
 from absorb_plugin.signals import SIGNALS
 
 Windows = Sequence[Sequence[int]]
-PRUNERS = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}
 ATP_BETAS = (0.0025, 0.005, 0.01)
 OTHERS = (
     *("random", "masks", "gradient", "pruner", "response", "noise"),
@@ -147,7 +145,7 @@ def evolved(
     """Names of the Linears and their sparsities, by the evolutionary search."""
     settings = AllocationSettings()
     effort, blocks = settings.measuring(), find_blocks(model)
-    batches, pruner = samples_of(samples), ARITHMETIC[cell["pruner"]]()
+    batches, pruner = samples_of(samples), PRUNERS[cell["pruner"]]()
     split = SampleSplit(batches, effort, judged=True, by_loss=True)
     runner = ProbeRunner(model, blocks, settings.probe_memory)
     watch = InputStatistics(blocks)
@@ -192,7 +190,8 @@ def run(
             fields["targets"], fields["sparsity"] = evolved(cell, model, samples)
         else:
             modifier = allocation(cell["method"], cell["allocator"], options.cache)
-        pruner = PRUNERS[cell["pruner"]](**fields, ignore=["re:.*lm_head"])
+        kind = PRUNERS[cell["pruner"]].modifier
+        pruner = kind(**fields, ignore=["re:.*lm_head"])
         recipe = [pruner] if modifier is None else [modifier, pruner]
         pruned = prune(model, tokenizer, recipe, samples, seed=cell["seed"])
     seconds = time.perf_counter() - begin

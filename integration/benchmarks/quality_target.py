@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from loguru import logger
 from result_lines import (
     append,
@@ -45,8 +44,8 @@ from absorb_plugin.evaluation.documents import read_text
 from absorb_plugin.evaluation.oneshot import prune
 from absorb_plugin.evaluation.perplexity import linear_sparsity, perplexity
 from absorb_plugin.evaluation.text import calibration_samples, evaluation_windows
+from absorb_plugin.pruners import PRUNERS
 
-PRUNERS = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}
 UPPER = 0.8
 
 
@@ -68,7 +67,7 @@ def run(
         documents, tokenizer, options.samples, options.seq_len, cell["seed"]
     )
     recipe = [
-        PRUNERS[cell["pruner"]](
+        PRUNERS[cell["pruner"]].modifier(
             sparsity=cell.get("uniform", UPPER),
             targets=["Linear"],
             ignore=["re:.*lm_head"],
