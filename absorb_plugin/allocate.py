@@ -168,8 +168,9 @@ class Method:
         self._allocator = settings.base_allocator()
         statistics: Mapping[str, torch.Tensor] = {}
         if by_loss or self._allocator.needs == "activations":
-            probe = InputStatistics(blocks)
-            statistics = runner.run("Input statistics", samples.statistics, probe)
+            what, probe = "Input statistics", InputStatistics(blocks)
+            # it has been checked only then that blocks can run in parts
+            statistics = runner.run(what, samples.statistics, probe, in_parts=prunes)
         self._measured: Mapping[str, float] = {}
         if self._allocator.needs == "gram":
             grams = GramProbe(blocks, self._allocator)
@@ -257,4 +258,11 @@ class Method:
             sums, _ = pruned_loss(self.setting, [allocation])
             return gain(sums[0], dense[0], tokens)
 
-        return largest_budget(bound, budget.sparsity, at, increase, budget.least())
+        def scan(sparsities: Sequence[float]) -> list[float]:
+            uniform = [budget.at(sparsity).uniform() for sparsity in sparsities]
+            nothing = np.zeros_like(uniform[0])
+            sums, tokens = masked_loss(self.setting, [nothing, *uniform])
+            return [gain(one, sums[0], tokens)[0] for one in sums[1:]]
+
+        upper, least = budget.sparsity, budget.least()
+        return largest_budget(bound, upper, at, increase, scan, least)

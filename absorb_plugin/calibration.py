@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from absorb_plugin import distributed
 from absorb_plugin.batches import as_tensors
 from absorb_plugin.cpu import fast_bfloat16
-from absorb_plugin.language_model import without_cache
+from absorb_plugin.language_model import without_extras
 from absorb_plugin.precision import ieee_float32
 from absorb_plugin.torch_state import plain_torch
 
@@ -68,11 +68,15 @@ def calibrating(model: torch.nn.Module) -> Iterator[None]:
     attention = _attention(model)
     with ExitStack() as stack:
         stack.enter_context(calibration_forward_context(model))
-        if attention == FUSED and get_execution_device(model).type == "cpu":
+        on_cpu = get_execution_device(model).type == "cpu"
+        if attention == FUSED and on_cpu and not _caps_attention(model):
             # eager attention is for graphs that are traced, and none are here; of 512
             # tokens it takes a CPU as long as all other products
             stack.enter_context(patch_attr(model.config, ATTENTION, FUSED))
-        stack.enter_context(without_cache(model))
+        if any(module._compiled_call_impl for module in model.modules()):
+            # what hooks and other weights do to a block is for no graph
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(without_extras(model))
         stack.enter_context(DisableQuantization(model))
         stack.enter_context(HooksMixin.disable_hooks())
         stack.enter_context(fast_bfloat16())
@@ -83,6 +87,12 @@ def calibrating(model: torch.nn.Module) -> Iterator[None]:
 def _attention(model: torch.nn.Module) -> str | None:
     """How a Hugging Face model computes attention; None of another."""
     return getattr(getattr(model, "config", None), ATTENTION, None)
+
+
+def _caps_attention(model: torch.nn.Module) -> bool:
+    """Whether scores are capped, as Gemma 2's are; fused attention leaves that out."""
+    config = model.config.get_text_config()
+    return getattr(config, "attn_logit_softcapping", None) is not None
 
 
 @plain_torch()
@@ -332,17 +342,17 @@ def cut_tokens(
     if has_media(sample):
         return dict(sample)
     total = sample["input_ids"].shape[1]
+    # padding may lie between tokens too, where texts were packed
     real = token_mask(sample)[0].nonzero().flatten()
-    start, stop = int(real[0]), int(real[-1]) + 1
-    room = stop - start - length
+    room = len(real) - length
     offset = 0
     if salt is not None and room > 0:
         _, content = sample_key(sample)
         digest = hashlib.sha256(salt.encode() + content).digest()
         offset = int.from_bytes(digest[:8], "big") % (room + 1)
-    places = torch.arange(start + offset, min(start + offset + length, stop))
+    places = real[offset : offset + length].clone()
     if first:
-        places[0] = start
+        places[0] = real[0]
     return {
         name: tensor[:, places.to(tensor.device)]
         if tensor.dim() > 1 and tensor.shape[1] == total

@@ -15,12 +15,16 @@ __all__ = [
     "check_predicts_tokens",
     "forward_inputs",
     "language_model",
-    "without_cache",
+    "without_extras",
 ]
 
 # What a batch may hold beside a model's inputs. Of tokens and their embeddings models
 # take one; losses need the tokens.
 NOT_OURS = {"labels", "past_key_values", "use_cache", "inputs_embeds"}
+
+# What a forward may give beside logits: a key-value cache, and the load of experts, of
+# which a forward of the head alone has none.
+EXTRAS = ("use_cache", "output_router_logits")
 
 REMEDY = (
     "Use strength: 0, which keeps the base allocation, or signal: noise with a number "
@@ -89,23 +93,25 @@ def check_ids(model: Module, batches: Iterable[Mapping[str, torch.Tensor]]) -> N
 
 
 @contextmanager
-def without_cache(model: Module) -> Iterator[None]:
-    """Within the context no configuration in the model asks for a key-value cache."""
+def without_extras(model: Module) -> Iterator[None]:
+    """Within the context no configuration in the model asks for any of EXTRAS."""
     with ExitStack() as stack:
         for config in _configs(model):
-            stack.callback(setattr, config, "use_cache", config.use_cache)
-            config.use_cache = False
+            for name in EXTRAS:
+                if isinstance(asked := getattr(config, name, None), bool):
+                    stack.callback(setattr, config, name, asked)
+                    setattr(config, name, False)
         yield
 
 
 def _configs(model: Module) -> list:
-    """Every configuration that has `use_cache`, nested ones included."""
+    """Every configuration, nested ones included."""
     found: dict[int, object] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
         nested = vars(config).values() if hasattr(config, "__dict__") else ()
         for one in (config, *nested):
-            if isinstance(getattr(one, "use_cache", None), bool):
+            if any(isinstance(getattr(one, name, None), bool) for name in EXTRAS):
                 found[id(one)] = one
     return list(found.values())
 

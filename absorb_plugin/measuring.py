@@ -67,7 +67,10 @@ def pruned_loss(setting: Setting, candidates: Sequence[np.ndarray]) -> Losses:
     """Losses by the pruner's arithmetic on samples that chose nothing."""
     candidates, samples = distributed.from_first(candidates), setting.samples
     pruning = samples.pruning
-    probe = PrunedLoss(setting.blocks, setting.pruner, candidates, len(pruning))
+    make = partial(PrunedLoss, setting.blocks, setting.pruner, candidates, len(pruning))
+    probe = make(together=setting.pruner.hessians)
+    if not setting.runner.has_room(probe.needs):
+        probe = make()
     what = f"Pruning as {setting.pruner.name} does"
     return _judged(setting, what, [*pruning, *samples.confirm], probe)
 

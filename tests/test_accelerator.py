@@ -20,6 +20,7 @@ from absorb_plugin.allocate import Allocation
 from absorb_plugin.devices import computing_on_one_device
 from absorb_plugin.evaluation.allocation import allocate_model
 from absorb_plugin.precision import widest_float
+from absorb_plugin.pruners import SparseGPT
 from absorb_plugin.pruners.thresholds import global_threshold, row_thresholds
 from absorb_plugin.settings import AllocationSettings
 from absorb_plugin.signals import SIGNALS
@@ -77,9 +78,11 @@ def over_two(model: PreTrainedModel) -> PreTrainedModel:
     return dispatch_model(model, devices, main_device="fake:0", force_hooks=True)
 
 
-def allocated(model: PreTrainedModel, **fields: Any) -> Allocation:
-    settings = AllocationSettings(**fields)
-    return allocate_model(model, tiny.make_dataset(6), 0.5, settings)
+def allocated(
+    model: PreTrainedModel, pruner: str = "wanda", **fields: Any
+) -> Allocation:
+    settings, samples = AllocationSettings(**fields), tiny.make_dataset(6)
+    return allocate_model(model, samples, 0.5, settings, pruner=pruner)
 
 
 def test_devices_must_not_be_mixed(two_devices: FakeDevice) -> None:
@@ -147,6 +150,35 @@ def test_oneshot(name: str, tmp_path: Path) -> None:
             runs.run(model, [runs.absorption(**fields), pruner], tmp_path / folder)
         found.append(pruner.sparsity)
     np.testing.assert_allclose(*found, rtol=0, atol=1e-6)
+
+
+def test_candidates_are_pruned_at_once_where_there_is_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A walk of many small steps is one for all of them, on an accelerator."""
+    sets: list[int] = []
+    original = SparseGPT.prune_each
+
+    def counted(self: SparseGPT, weights: Any, observed: Any, *rest: Any) -> Any:
+        sets.append(len(observed))
+        return original(self, weights, observed, *rest)
+
+    monkeypatch.setattr(SparseGPT, "prune_each", counted)
+    fields = {"signal": "gradient", **SEARCH, "confirm_samples": 2}
+    expected = allocated(make_model("llama"), pruner="sparsegpt", **fields)
+    assert set(sets) == {1}
+    sets.clear()
+    with fake_accelerator():
+        model = offloaded(make_model("llama"))
+        found = allocated(model, pruner="sparsegpt", **fields)
+    assert max(sets) == 3
+    np.testing.assert_allclose(found.sparsity, expected.sparsity, rtol=0, atol=1e-6)
+    sets.clear()
+    with fake_accelerator():
+        model = offloaded(make_model("llama"))
+        found = allocated(model, pruner="sparsegpt", probe_memory=100_000, **fields)
+    assert set(sets) == {1}
+    np.testing.assert_allclose(found.sparsity, expected.sparsity, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("signal", list(SIGNALS))

@@ -137,6 +137,20 @@ def test_cut_leaves_padding_out(padding: str | None) -> None:
         assert torch.equal(ids, sample["input_ids"][kept])
 
 
+def test_padding_between_tokens_is_left_out() -> None:
+    """Of packed texts: a window has as many tokens as it should, wherever it lies."""
+    sample = tiny.make_batch(1, 40)
+    sample["attention_mask"][:, 8:30] = 0
+    kept = sample["input_ids"][sample["attention_mask"].bool()].tolist()
+    for salt in map(str, range(40)):
+        cut = cut_tokens(sample, 6, salt)
+        ids = cut["input_ids"][0].tolist()
+        assert len(ids) == 6 and cut["attention_mask"].all()
+        assert any(kept[i : i + 6] == ids for i in range(len(kept)))
+    (single,) = single_samples([sample], by_loss=True)
+    assert single["input_ids"][0].tolist() == kept
+
+
 @pytest.mark.parametrize("padding", ["left", "right", None])
 @pytest.mark.parametrize("first", [False, True])
 def test_windows_lie_anywhere_and_always_at_the_same_place(

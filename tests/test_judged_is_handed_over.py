@@ -4,6 +4,7 @@ with Linears at the cap.
 """
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from absorb_plugin.blocks import find_blocks
 from absorb_plugin.forward.probe import Probe
 from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.groups import LEVELS
+from absorb_plugin.judges import pruned_loss
 from absorb_plugin.pruners.adapter import PrunerAdapter
-from absorb_plugin.pruners.weights import MaskedWeights, Observed
+from absorb_plugin.pruners.weights import MaskedWeights, Observed, prune_observed
 
 BUDGET, CAP = 0.7, 0.73
 # Name -> sparsities in the order in which candidates ran.
@@ -37,17 +39,19 @@ class Watch:
         self.upstream: dict[str, float] = {}
         self._judge: Judged | None = None
         self._run, self._weight = ProbeRunner.run, MaskedWeights.weight
-        self._prune, self._set = Observed.prune, PrunerAdapter.set_sparsities
-        monkeypatch.setattr(ProbeRunner, "run", lambda *args: self.run(*args))
+        self._prune, self._set = prune_observed, PrunerAdapter.set_sparsities
+        monkeypatch.setattr(ProbeRunner, "run", lambda *a, **k: self.run(*a, **k))
         monkeypatch.setattr(MaskedWeights, "weight", lambda *a: self.weight(*a))
-        monkeypatch.setattr(Observed, "prune", lambda *args: self.prune(*args))
+        monkeypatch.setattr(pruned_loss, "prune_observed", self.prune)
         monkeypatch.setattr(
             PrunerAdapter, "set_sparsities", lambda *args: self.set_sparsities(*args)
         )
 
-    def run(self, runner: Any, what: str, samples: list[dict], probe: Probe) -> Any:
+    def run(
+        self, runner: Any, what: str, samples: list[dict], probe: Probe, **how: bool
+    ) -> Any:
         self._judge = {} if type(probe) in JUDGES.values() else None
-        result = self._run(runner, what, samples, probe)
+        result = self._run(runner, what, samples, probe, **how)
         if self._judge is not None:
             self.runs.append((type(probe), self._judge))
         self._judge = None
@@ -61,14 +65,14 @@ class Watch:
 
     def prune(
         self,
-        observed: Observed,
         pruner: Any,
         linears: Mapping[str, Linear],
-        sparsities: Mapping[str, list[float]],
+        observed: list[Observed],
+        sparsities: list[Mapping[str, list[float]]],
     ) -> Any:
-        for name, (sparsity,) in sparsities.items() if self._judge is not None else ():
+        for name, (sparsity,) in chain(*(one.items() for one in sparsities)):
             self._note(linears[name], sparsity)
-        return self._prune(observed, pruner, linears, sparsities)
+        return self._prune(pruner, linears, observed, sparsities)
 
     def set_sparsities(
         self, adapter: PrunerAdapter, sparsities: Mapping[str, float]

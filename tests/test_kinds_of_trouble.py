@@ -98,6 +98,50 @@ def test_a_cache_that_is_handed_to_every_forward(attention: str) -> None:
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("case", RUNS)
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+def test_the_load_of_experts_is_not_asked_for(architecture: str, case: str) -> None:
+    """`output_router_logits`, as training leaves it: the head alone has none."""
+    expected = sparsities(tiny.make_model(architecture), **RUNS[case])
+    model = tiny.make_model(architecture)
+    model.config.output_router_logits = True
+    np.testing.assert_array_equal(sparsities(model, **RUNS[case]), expected)
+    assert model.config.output_router_logits is True
+
+
+@pytest.mark.parametrize("case", RUNS)
+@pytest.mark.parametrize("which", ["model", "blocks"])
+def test_a_compiled_model_is_measured_as_it_was(which: str, case: str) -> None:
+    expected = sparsities(tiny.make_model("llama"), **RUNS[case])
+    model = tiny.make_model("llama")
+    for module in [model] if which == "model" else model.model.layers:
+        module.compile(backend="eager")
+    np.testing.assert_array_equal(sparsities(model, **RUNS[case]), expected)
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_a_configuration_that_calls_its_sizes_otherwise(case: str) -> None:
+    """As remote code does, and with heads of every block its own."""
+    model = tiny.make_model("llama")
+    expected = sparsities(model, **RUNS[case])
+    fields = vars(model.config)
+    del fields["hidden_size"], fields["vocab_size"]
+    fields["num_attention_heads"] = [fields["num_attention_heads"], 2, 1]
+    np.testing.assert_array_equal(sparsities(model, **RUNS[case]), expected)
+
+
+def test_capped_attention_stays_capped() -> None:
+    """Gemma 2's; PyTorch's fused attention, else right on a CPU, leaves it out."""
+    found = []
+    for attention in ("eager", "sdpa"):
+        model = tiny.make_model("gemma2", attn_implementation=attention)
+        model.config.attn_logit_softcapping = 0.1
+        for layer in model.model.layers:
+            layer.self_attn.attn_logit_softcapping = 0.1
+        found.append(sparsities(model, **RUNS["search"]))
+    np.testing.assert_array_equal(*found)
+
+
 def test_configurations_are_as_they_were() -> None:
     model = tiny.make_model("llama", use_cache=True)
     sparsities(Wrapped(model), **RUNS["slope"])

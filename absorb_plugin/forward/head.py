@@ -39,7 +39,8 @@ class OutputHead:
         self.output: Any = torch.empty(0)
         self.placeholders = placeholders(model)
         self.chunk_bytes = CHUNK_BYTES
-        self.vocabulary: int = model.config.get_text_config().vocab_size
+        known = getattr(model.config.get_text_config(), "vocab_size", None)
+        self.vocabulary: int = known or model.get_input_embeddings().num_embeddings
 
     def logits(
         self, input_ids: torch.Tensor, hidden: torch.Tensor, start: int, stop: int

@@ -10,6 +10,7 @@ from torch.nn import Module
 from absorb_plugin import distributed
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch, token_mask
+from absorb_plugin.forward.parts import current_part
 from absorb_plugin.forward.probe import Probe, RunBlock
 
 __all__ = ["InputStatistics", "real_tokens", "square_sum", "unseen_linears"]
@@ -78,7 +79,8 @@ class InputStatistics(Probe):
             return
         if self._seen is None or self._seen[0] is not x:
             # queries, keys and values are made of one input
-            self._seen = (x, square_sum(*real_tokens(x, self._mask)))
+            mask = self._mask[current_part()]
+            self._seen = (x, square_sum(*real_tokens(x, mask)))
         total = self._seen[1]
         if name in self._sums:
             total = total + self._sums[name]

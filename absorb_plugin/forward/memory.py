@@ -77,6 +77,11 @@ class Footprint:
         room = memory - self.fixed - samples * tokens * self.per_state
         return min(samples, max(1, room // self.inside(tokens)))
 
+    def kept_samples(self, tokens: int, memory: int) -> int:
+        """How many can be kept while a block runs one of them, at least one."""
+        room = memory - self.fixed - self.inside(tokens)
+        return max(1, room // (tokens * self.per_state))
+
     def samples(self, tokens: int, memory: int) -> int:
         """
         How many samples of so many tokens fit `memory` at a time, at least one. Where
@@ -162,6 +167,8 @@ def footprint(
     config = model.config.get_text_config()
     element = dtype_of(model).itemsize
     heads = getattr(config, "num_attention_heads", None) or 1
+    if not isinstance(heads, int):  # of every block its own
+        heads = max(heads)
     shapes, need = _Shapes.of(blocks), reduce(or_, needs, Needs())
     chunk = output_head.CHUNK_BYTES if memory is None else max(1, memory // CHUNK_SHARE)
     chunk = min(output_head.CHUNK_BYTES, chunk)
@@ -173,11 +180,14 @@ def footprint(
         + _float32_copies(model, shapes, need)
     )
     states = 2 + need.trajectories
+    # remote code calls it as it likes
+    hidden = getattr(config, "hidden_size", None) or model.get_input_embeddings()
+    hidden = hidden if isinstance(hidden, int) else hidden.embedding_dim
     return Footprint(
         fixed,
         chunk,
-        element * config.hidden_size * states,
-        _inside(config.hidden_size, shapes, element, need),
+        element * hidden * states,
+        _inside(hidden, shapes, element, need),
         (24 if need.backward else 12) * heads,
     )
 
@@ -236,14 +246,15 @@ def _hessians(shapes: _Shapes, element: int, need: Needs) -> int:
     group = max(
         (_weights(group) for block in shapes.sharing for group in block), default=0
     )
-    square = 4 * shapes.input**2
+    square, sets = 4 * shapes.input**2, max(1, need.sets)
+    inverting = (INVERSE_COPIES + sets - 1) * square
     walk = _at_once(need) * group * (3 * 4 + element)
-    return 4 * observed + max(INVERSE_COPIES * square, square + walk)
+    return sets * 4 * observed + max(inverting, sets * square + walk)
 
 
 def _at_once(need: Needs) -> int:
-    """Sparsities that the pruner makes of a weight at once."""
-    return max(1, need.kept_weights)
+    """Pruned copies of a weight that are made at once."""
+    return max(1, need.kept_weights, need.sets)
 
 
 def _thresholds(shapes: _Shapes, need: Needs) -> int:

@@ -26,6 +26,7 @@ class Needs:
     :param backward: runs blocks backward
     :param float32: runs blocks in float32
     :param hessians: adds up Σ x xᵀ of a Linear's inputs and inverts it
+    :param sets: of inputs that a block is pruned for at once
     :param kept_weights: pruned copies of the whole model that are kept
     :param single_batch: all samples must pass a block before the next one
     """
@@ -35,6 +36,7 @@ class Needs:
     backward: bool = False
     float32: bool = False
     hessians: bool = False
+    sets: int = 0
     kept_weights: int = 0
     single_batch: bool = False
 

@@ -52,6 +52,7 @@ def run_probes(
     probes: Sequence[Probe],
     *,
     memory: int | None = None,
+    in_parts: bool = False,
     description: str = "Measuring",
 ) -> None:
     """
@@ -63,6 +64,8 @@ def run_probes(
         more than `memory`
     :param memory: limit in bytes of what the run may take beside the model; None for
         no limit. What cannot be cut to it goes on with a warning
+    :param in_parts: whether blocks may run a batch a few samples at a time, so that
+        fewer batches visit every block; the probes tell samples by `current_part`
     :param description: label of the progress bar
     :raises torch.OutOfMemoryError: if not even one sample fits the device
     :raises NonFiniteHiddenState: naming the first block with NaN or infinity, unless a
@@ -82,26 +85,31 @@ def run_probes(
         if memory is not None and need.fixed > memory:
             release(blocks.modules)  # it needs the room of blocks that are kept
         stack.enter_context(parts.applied(blocks.modules))
-        whole = any(one.single_batch for one in needs)
-        if whole:
+        if any(one.single_batch for one in needs):
             batches = _whole(batches, need, memory, parts)
+            _run_all(model, batches, hooks, description, parts)
+        elif in_parts:
+            batches = [*_in_parts(batches, need, memory, parts)]
+            _run_all(model, batches, hooks, description, parts, divisible=True)
         else:
-            batches = _within_memory(batches, need, memory)
-        _run_all(model, [*batches], hooks, parts if whole else None, description)
+            batches = [*_within_memory(batches, need, memory)]
+            _run_all(model, batches, hooks, description, divisible=True)
 
 
 def _run_all(
     model: Module,
     batches: Sequence[Batch],
     hooks: "_BlockHooks",
-    parts: Parts | None,
     description: str,
+    parts: Parts | None = None,
+    divisible: bool = False,
 ) -> None:
     """
     Batch by batch; where one does not fit the device, without the blocks that are kept
     there, and where that is not enough, in halves from there on.
 
-    :param parts: in which blocks run a batch that must stay whole; None if none must
+    :param parts: in which blocks run a batch; None if they run all of it
+    :param divisible: whether a batch may be cut
     """
     waiting = deque(batches)
     hidden = not distributed.is_first()
@@ -112,18 +120,18 @@ def _run_all(
             if said is None:
                 bar.update()
                 continue
+            waiting.appendleft(batch)
             if hooks.release():
-                waiting.appendleft(batch)
                 continue
             samples = len(batch["input_ids"])
-            at_a_time = samples if parts is None else parts.size or samples
-            _check_divisible(said, at_a_time)
+            at_a_time = 1 if parts is None else parts.size or samples
+            if at_a_time == 1:
+                _check_divisible(said, samples if divisible else 1)
             _warn_of_halves(description)
-            if parts is None:
-                waiting = deque(split_samples([batch, *waiting], samples // 2))
-            else:
+            if parts is not None and at_a_time > 1:
                 parts.size = at_a_time // 2
-                waiting.appendleft(batch)
+            else:
+                waiting = deque(split_samples(waiting, samples // 2))
             bar.total = bar.n + len(waiting)
 
 
@@ -179,15 +187,35 @@ def _whole(
 ) -> list[Batch]:
     """Batches that must stay whole; `parts` says how blocks run them."""
     found = list(batches)
-    for batch in found if memory is not None else ():
-        samples, tokens = batch["input_ids"].shape
-        assert memory is not None
-        parts.size = need.part(samples, tokens, memory)
-        states = samples * tokens * need.per_state
-        most = need.fixed + states + parts.size * need.inside(tokens)
-        if most > memory:
-            _warn_of_memory(memory, most, need.fixed, samples, tokens)
+    for batch in found:
+        _fit(parts, batch, need, memory)
     return found
+
+
+def _in_parts(
+    batches: Iterable[Batch], need: Footprint, memory: int | None, parts: Parts
+) -> Iterator[dict]:
+    """Cut only where all hidden states of a batch would not fit."""
+    for batch in batches:
+        samples, tokens = batch["input_ids"].shape
+        if memory is not None:
+            samples = min(samples, need.kept_samples(tokens, memory))
+        for one in split_samples([batch], samples):
+            _fit(parts, one, need, memory)
+            yield one
+
+
+def _fit(parts: Parts, batch: Batch, need: Footprint, memory: int | None) -> None:
+    """Have blocks run so few samples at a time that a batch stays within memory."""
+    if memory is None:
+        return
+    samples, tokens = batch["input_ids"].shape
+    part = need.part(samples, tokens, memory)
+    parts.size = min(parts.size or part, part)
+    states = samples * tokens * need.per_state
+    most = need.fixed + states + part * need.inside(tokens)
+    if most > memory:
+        _warn_of_memory(memory, most, need.fixed, samples, tokens)
 
 
 @cache

@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
+import torch
+from compressed_tensors.offload import get_execution_device
 from loguru import logger
 from torch.nn import Module
 
@@ -11,8 +14,8 @@ from absorb_plugin import distributed
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.cache import ProfileCache
 from absorb_plugin.calibration import join_samples, pad_to_batch
-from absorb_plugin.forward.memory import limit_by_machine
-from absorb_plugin.forward.probe import Probe
+from absorb_plugin.forward.memory import footprint, limit_by_machine
+from absorb_plugin.forward.probe import Needs, Probe
 from absorb_plugin.forward.resident import kept_onloaded
 from absorb_plugin.forward.run import run_probes
 from absorb_plugin.language_model import language_model
@@ -58,33 +61,49 @@ class ProbeRunner:
             finally:
                 self._memory = before
 
-    def run(self, what: str, samples: Sequence[dict], probe: Probe) -> Any:
+    def has_room(self, needs: Needs) -> bool:
+        """
+        Whether a probe's memory, whatever the samples, is an accelerator's and within
+        the limit. Of the host the caches are small, and launches cost it nothing.
+        """
+        model = language_model(self._model)
+        if torch.device(get_execution_device(model)).type == "cpu":
+            return False
+        need = footprint(model, self._blocks.modules, [needs], self._memory)
+        return need.fixed <= self._memory
+
+    def run(
+        self,
+        what: str,
+        samples: Sequence[dict],
+        probe: Probe,
+        *,
+        in_parts: bool = False,
+    ) -> Any:
         """
         Under torch.distributed every rank runs its share of the samples, and all of
         them where a probe takes a single batch.
 
         :param what: is measured, for messages and the cache
         :param samples: batches of one, the same on all ranks
+        :param in_parts: as of `run_probes`
         :return: the probe's result, the same on all ranks
         """
         tokens = sum(sample["input_ids"].numel() for sample in samples)
         logger.info(f"{what}: {len(samples)} samples, {tokens} tokens")
         whole = probe.needs.single_batch
         mine = list(samples) if whole else distributed.share(samples)
+        measure = partial(self._measure, what, mine, probe, in_parts)
         with distributed.fail_together():
             if self.cache is None or not probe.state:
-                self._measure(what, mine, probe)
+                measure()
             else:
-                self.cache.load_or_run(
-                    what,
-                    mine,
-                    probe,
-                    self._memory,
-                    lambda: self._measure(what, mine, probe),
-                )
+                self.cache.load_or_run(what, mine, probe, self._memory, measure)
         return probe.result()
 
-    def _measure(self, what: str, samples: list[dict], probe: Probe) -> None:
+    def _measure(
+        self, what: str, samples: list[dict], probe: Probe, in_parts: bool
+    ) -> None:
         whole = probe.needs.single_batch
         run_probes(
             self._model,
@@ -92,5 +111,6 @@ class ProbeRunner:
             [pad_to_batch(samples)] if whole else join_samples(samples),
             [probe],
             memory=self._memory,
+            in_parts=in_parts,
             description=what,
         )

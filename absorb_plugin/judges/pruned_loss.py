@@ -24,7 +24,12 @@ from absorb_plugin.forward.linears import given, replaced_weights
 from absorb_plugin.forward.loss import check_predicted, score_states
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.pruners.base import Pruner
-from absorb_plugin.pruners.weights import Observed, ObservedInputs, block_sparsities
+from absorb_plugin.pruners.weights import (
+    Observed,
+    ObservedInputs,
+    block_sparsities,
+    prune_observed,
+)
 
 __all__ = ["PrunedLoss", "judged_rows"]
 
@@ -43,6 +48,8 @@ class PrunedLoss(Probe):
     :param candidates: allocations, each one sparsity per prunable Linear
     :param calibrating: so many first samples of the batch are what weights are pruned
         by; the others are what is judged by
+    :param together: prune a block for all candidates at once: fewer and larger steps,
+        and the memory of them all
     """
 
     state = ("_losses", "_tokens")
@@ -53,12 +60,14 @@ class PrunedLoss(Probe):
         pruner: Pruner,
         candidates: Sequence[np.ndarray],
         calibrating: int,
+        together: bool = False,
     ) -> None:
         self._blocks, self._pruner, self._calibrating = blocks, pruner, calibrating
         self.apart = calibrating
         mine = distributed.share(candidates)
         self._candidates = [block_sparsities(blocks, one) for one in mine]
         self.may_overflow = any(np.any(one) for one in mine[:1])
+        self._at_once = max(1, len(self._candidates)) if together else 1
         self._in_force = ExitStack()
         self._losses: list[list[float]] = []
         self._tokens: list[int] = []
@@ -69,6 +78,7 @@ class PrunedLoss(Probe):
             trajectories=len(self._candidates),
             pruned=len(self._candidates),
             hessians=self._pruner.hessians,
+            sets=self._at_once,
             single_batch=True,
         )
 
@@ -90,16 +100,17 @@ class PrunedLoss(Probe):
         states = [before, *self._hidden[1:]]
         states += [before] * (len(self._candidates) - len(states))
         self._hidden = []
-        observed = self._own
-        del self._own  # or two sets of Hessians would be held
-        calibrating = slice(self._calibrating)
-        own = run.of_samples(calibrating)
-        for number, state in enumerate(states):
-            if number > 0:
-                watch = self._inputs(index, self._mask[calibrating])
-                with watch.watched() as observed:
-                    own(state[calibrating])
-            self._hidden.append(self._run_pruned(index, number, observed, state, run))
+        linears = self._blocks.blocks[index].linears
+        for start in range(0, len(states), self._at_once):
+            some = range(start, min(start + self._at_once, len(states)))
+            observed = [self._observed(index, one, states[one], run) for one in some]
+            wanted = [self._wanted(index, one) for one in some]
+            made = prune_observed(self._pruner, linears, observed, wanted)
+            del observed  # or two sets of Hessians would be held
+            for one, pruned in zip(some, made, strict=True):
+                weights = {name: partial(given, w) for name, (w,) in pruned.items()}
+                with replaced_weights(linears, weights):
+                    self._hidden.append(run(states[one]))
         return self._hidden[0]
 
     def finish(self, batch: Batch, head: OutputHead) -> None:
@@ -124,21 +135,22 @@ class PrunedLoss(Probe):
         linears = self._blocks.blocks[index].linears
         return ObservedInputs(self._pruner, linears, mask)
 
-    def _run_pruned(
-        self,
-        index: int,
-        candidate: int,
-        observed: Observed,
-        state: torch.Tensor,
-        run: RunBlock,
-    ) -> torch.Tensor:
+    def _observed(
+        self, index: int, candidate: int, state: torch.Tensor, run: RunBlock
+    ) -> Observed:
+        """Of the inputs of a block's Linears, in which what is judged has no part."""
+        if candidate == 0:  # the model's own pass
+            found, self._own = self._own, Observed()
+            return found
+        calibrating = slice(self._calibrating)
+        watch = self._inputs(index, self._mask[calibrating])
+        with watch.watched() as observed:
+            run.of_samples(calibrating)(state[calibrating])
+        return observed
+
+    def _wanted(self, index: int, candidate: int) -> dict[str, list[float]]:
         sparsities = self._candidates[candidate].get(index, {})
-        linears = self._blocks.blocks[index].linears
-        wanted = {name: [s] for name, s in sparsities.items()}
-        pruned = observed.prune(self._pruner, linears, wanted)
-        weights = {name: partial(given, one) for name, (one,) in pruned.items()}
-        with replaced_weights(linears, weights):
-            return run(state)
+        return {name: [s] for name, s in sparsities.items()}
 
 
 def judged_rows(batch: Batch, calibrating: int) -> dict[str, torch.Tensor]:

@@ -102,6 +102,24 @@ class Pruner:
         """
         raise NotImplementedError
 
+    def prune_each(
+        self,
+        weights: Sequence[torch.Tensor],
+        observed: Sequence[torch.Tensor],
+        sparsities: Sequence[Sequence[Sequence[float]]],
+    ) -> list[list[list[torch.Tensor]]]:
+        """
+        `prune` of several sets of inputs.
+
+        :param observed: per set what was observed
+        :param sparsities: per set those of every weight, equally many in all sets
+        :return: per set what `prune` returns
+        """
+        return [
+            self.prune(weights, one, wanted)
+            for one, wanted in zip(observed, sparsities, strict=True)
+        ]
+
 
 class MaskPruner(Pruner):
     """

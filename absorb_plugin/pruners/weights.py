@@ -28,6 +28,7 @@ __all__ = [
     "PrunedSlopes",
     "band",
     "block_sparsities",
+    "prune_observed",
 ]
 
 
@@ -319,20 +320,33 @@ class Observed:
             self._home[name] = self._home[first]
             self.groups[self._home[first]][1].append(name)
 
-    def prune(
-        self,
-        pruner: Pruner,
-        linears: Mapping[str, Linear],
-        sparsities: Mapping[str, Sequence[float]],
-    ) -> dict[str, list[torch.Tensor]]:
-        """Relative name -> the pruned weights, one per sparsity."""
-        pruned: dict[str, list[torch.Tensor]] = {}
-        for observed, names in self.groups:
-            weights = [linears[name].weight for name in names]
-            wanted = [sparsities[name] for name in names]
-            found = pruner.prune(weights, observed, wanted)
-            pruned |= dict(zip(names, found, strict=True))
-        return pruned
+
+def prune_observed(
+    pruner: Pruner,
+    linears: Mapping[str, Linear],
+    observed: Sequence[Observed],
+    sparsities: Sequence[Mapping[str, Sequence[float]]],
+) -> list[dict[str, list[torch.Tensor]]]:
+    """
+    What a pruner makes of a block, for each of several sets of inputs.
+
+    :param linears: relative name -> Linear
+    :param sparsities: per set of inputs, relative name -> sparsities
+    :return: per set of inputs, relative name -> pruned weights, one per sparsity
+    """
+    pruned: list[dict[str, list[torch.Tensor]]] = [{} for _ in observed]
+    # an expert may have seen tokens of one set only
+    alike: dict[tuple[str, ...], list[tuple[int, torch.Tensor]]] = {}
+    for number, one in enumerate(observed):
+        for total, names in one.groups:
+            alike.setdefault(tuple(names), []).append((number, total))
+    for group, sets in alike.items():
+        weights = [linears[name].weight for name in group]
+        wanted = [[sparsities[number][name] for name in group] for number, _ in sets]
+        found = pruner.prune_each(weights, [total for _, total in sets], wanted)
+        for (number, _), own in zip(sets, found, strict=True):
+            pruned[number] |= dict(zip(group, own, strict=True))
+    return pruned
 
 
 class ObservedInputs:

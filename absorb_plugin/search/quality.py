@@ -1,7 +1,7 @@
 """The largest budget whose loss stays within a bound."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +11,14 @@ __all__ = ["LEAST", "RESOLUTION", "Point", "Quality", "largest_budget"]
 # Budgets are told apart to this, and none below LEAST is tried.
 RESOLUTION = 0.005
 LEAST = 0.05
+# The cheap curve: the distance of its points, increases that a logarithm is taken of,
+# and how steep it may be believed to be, per unit of sparsity.
+SCANNED = 0.1
+TINY, HUGE = 1e-3, 1e6
+STEEP = (4.0, 20.0)
+# How far beyond it the first budget lies, and the next from that at most.
+AHEAD = 0.02
+AT_ONCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -51,22 +59,27 @@ def largest_budget(
     upper: float,
     allocate: Callable[[float, np.ndarray | None], np.ndarray],
     judge: Callable[[np.ndarray], tuple[float, float]],
+    scan: Callable[[Sequence[float]], Sequence[float]],
     least: float = 0.0,
 ) -> Quality:
     """
-    Bisection between budgets that keep the bound and budgets that break it. Where both
-    sides are known the next one lies where the logarithm of the increase, which is
-    nearly straight in the sparsity, meets the bound.
+    The first budget is tried where a cheap curve meets the bound, others around it,
+    until one that keeps the bound and one that breaks it are a resolution apart. The
+    logarithm of the increase is nearly straight in the sparsity.
 
     :param bound: the largest increase
     :param upper: the largest budget
     :param allocate: (budget, allocation of the nearest budget known, or None) -> an
         allocation of that budget
     :param judge: an allocation -> increase of the loss and its standard error
+    :param scan: budgets -> increase of the loss, roughly and without a correction
     :param least: the smallest budget that can be had
     :raises ValueError: if even that, or LEAST, breaks the bound
     """
+    floor = min(max(LEAST, least), upper)
     points: list[Point] = []
+    kept: Point | None = None
+    broken: Point | None = None
 
     def ask(sparsity: float) -> Point:
         near = min(points, key=lambda p: abs(p.sparsity - sparsity), default=None)
@@ -75,44 +88,94 @@ def largest_budget(
         points.append(Point(sparsity, allocation, *judge(allocation)))
         return points[-1]
 
-    most = ask(upper)
-    if most.cautious <= bound:
-        return Quality(bound, most, points)
-    kept: Point | None = None
-    broken = most
-    floor = min(max(LEAST, least), upper)
+    sparsity, slope = _first(bound, floor, upper, scan)
     while True:
-        low = floor if kept is None else kept.sparsity
-        if broken.sparsity - low <= RESOLUTION + 1e-9:
-            break
-        point = ask(_next(low, kept, broken, bound))
+        point = ask(sparsity)
         if point.cautious <= bound:
             kept = point
         else:
             broken = point
-    if kept is None and broken.sparsity > floor:
-        point = ask(floor)
-        kept = point if point.cautious <= bound else None
-    if kept is None:
-        last = points[-1]
-        fewer = ", or lower limits" if least > LEAST else ""
-        raise ValueError(
-            f"max_loss_increase={bound:g} cannot be kept: at a sparsity of "
-            f"{last.sparsity:.4g} already the loss grows by {last.increase:.4g} ± "
-            f"{last.error:.2g} nats per token. Raise it above {last.cautious:.4g}, or "
-            f"take more calibration samples, whose standard error is smaller{fewer}"
-        )
-    return Quality(bound, kept, points)
+        if kept is not None and kept.sparsity >= upper:
+            return Quality(bound, kept, points)
+        if broken is not None and broken.sparsity <= floor:
+            break
+        if kept is None or broken is None:
+            sparsity = _beyond(point, bound, slope, len(points), floor, upper)
+        elif broken.sparsity - kept.sparsity > RESOLUTION + 1e-9:
+            sparsity = _between(kept, broken, bound)
+        else:
+            return Quality(bound, kept, points)
+    last = points[-1]
+    fewer = ", or lower limits" if least > LEAST else ""
+    raise ValueError(
+        f"max_loss_increase={bound:g} cannot be kept: at a sparsity of "
+        f"{last.sparsity:.4g} already the loss grows by {last.increase:.4g} ± "
+        f"{last.error:.2g} nats per token. Raise it above {last.cautious:.4g}, or "
+        f"take more calibration samples, whose standard error is smaller{fewer}"
+    )
 
 
-def _next(low: float, kept: Point | None, broken: Point, bound: float) -> float:
-    """A multiple of the resolution strictly between the two sides."""
+def _first(
+    bound: float,
+    floor: float,
+    upper: float,
+    scan: Callable[[Sequence[float]], Sequence[float]],
+) -> tuple[float, float]:
+    """
+    Where to begin, and how fast the logarithm of the increase grows there.
+
+    A correction wins a little over the curve, so it is a little beyond.
+    """
+    if upper <= floor:
+        return upper, STEEP[1]
+    count = math.ceil((upper - floor) / SCANNED - 1e-9) + 1
+    grid = np.linspace(floor, upper, count)
+    logs = np.log(np.clip(scan(grid.tolist()), TINY, HUGE))
+    logs = np.maximum.accumulate(logs)  # what is noise where little is lost
+    aim = math.log(bound)
+    above = np.flatnonzero(logs > aim)
+    if not len(above):
+        return upper, STEEP[0]
+    if above[0] == 0:
+        return floor, STEEP[1]
+    cell = slice(above[0] - 1, above[0] + 1)
+    at = float(np.interp(aim, logs[cell], grid[cell]))
+    slope = float(np.diff(logs[cell])[0] / np.diff(grid[cell])[0])
+    at = _multiple(at + AHEAD, floor, upper)
+    return at, min(max(slope, STEEP[0]), STEEP[1])
+
+
+def _beyond(
+    last: Point, bound: float, slope: float, tried: int, floor: float, upper: float
+) -> float:
+    """As far on as the curve says, and farther each time it was not far enough."""
+    most = AT_ONCE * 2.0 ** (tried - 1)
+    # an increase that is none, or overflows, tells no distance
+    way = math.log(bound / last.cautious) / slope if last.cautious > 0 else math.inf
+    step = min(most, max(abs(way), 2 * RESOLUTION * tried))
+    if last.cautious <= bound:
+        return min(upper, _multiple(last.sparsity + step, last.sparsity, upper))
+    return max(floor, _multiple(last.sparsity - step, floor, last.sparsity))
+
+
+def _between(kept: Point, broken: Point, bound: float) -> float:
+    """Strictly between the two, where the logarithm of the increase meets the bound."""
+    low, high = kept.sparsity, broken.sparsity
     share = 0.5
-    if kept is not None and kept.cautious > 0:
+    if kept.cautious > 0:
         rise = math.log(broken.cautious / kept.cautious)
         share = math.log(bound / kept.cautious) / rise if rise > 0 else 0.5
         share = min(0.9, max(0.1, share))
-    steps = round((broken.sparsity - low) / RESOLUTION * share)
-    last = math.ceil((broken.sparsity - low) / RESOLUTION - 1e-9) - 1
-    at = low + RESOLUTION * min(max(1, steps), max(1, last))
-    return round(at / RESOLUTION) * RESOLUTION if low > 0 else at
+    steps = round((high - low) / RESOLUTION * share)
+    last = math.ceil((high - low) / RESOLUTION - 1e-9) - 1
+    return _multiple(low + RESOLUTION * min(max(1, steps), max(1, last)), low, high)
+
+
+def _multiple(at: float, low: float, high: float) -> float:
+    """
+    The nearest multiple of the resolution strictly between the two sides, or `at`
+    within them: the least budget that can be had need not be one.
+    """
+    nearest = round(at / RESOLUTION) * RESOLUTION
+    within = low + 1e-9 < nearest < high - 1e-9
+    return nearest if within else min(max(at, low), high)

@@ -17,6 +17,7 @@ from absorb_plugin.pruners.weights import (
     PrunedSlopes,
     band,
     block_sparsities,
+    prune_observed,
 )
 from absorb_plugin.torch_state import stored
 
@@ -71,7 +72,8 @@ class PrunedModel(Probe):
             name: [s, *band(s, self._step)]
             for name, s in self._sparsities.get(index, {}).items()
         }
-        pruned = self._observed.prune(self._pruner, linears, wanted)
+        found = prune_observed(self._pruner, linears, [self._observed], [wanted])
+        (pruned,) = found
         self._kept[index] = {
             name: [weight.to(_home(linears[name])) for weight in weights]
             for name, weights in pruned.items()

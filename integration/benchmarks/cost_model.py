@@ -84,6 +84,7 @@ class Station:
     :param tokens: of a sample
     :param candidates: allocations that are judged at once
     :param pruning: samples that weights are pruned by, among `samples`
+    :param in_parts: whether blocks may run fewer samples than a batch has at a time
     """
 
     name: str
@@ -94,6 +95,11 @@ class Station:
     tokens: int
     candidates: int = 0
     pruning: int = 0
+    in_parts: bool = False
+
+    @property
+    def by_part(self) -> bool:
+        return self.in_parts or self.needs.single_batch
 
 
 class Recorder(ProbeRunner):
@@ -107,7 +113,17 @@ class Recorder(ProbeRunner):
     def kept_onloaded(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def run(self, what: str, samples: Sequence[dict], probe: Probe) -> Any:
+    def has_room(self, needs: Needs) -> bool:
+        return True
+
+    def run(
+        self,
+        what: str,
+        samples: Sequence[dict],
+        probe: Probe,
+        *,
+        in_parts: bool = False,
+    ) -> Any:
         candidates = len(getattr(probe, "_candidates", ()))
         station = Station(
             what,
@@ -118,6 +134,7 @@ class Recorder(ProbeRunner):
             max(sample["input_ids"].shape[1] for sample in samples),
             candidates,
             getattr(probe, "_calibrating", 0),
+            in_parts,
         )
         self.stations.append(station)
         return _answer(probe, len(samples), candidates)
@@ -211,7 +228,8 @@ def make_probe(station: Station, blocks: BlockMap, pruner: Pruner) -> Probe:
         flat = np.full(count, S)
         return GradientProbe(blocks, MaskedSlopes(blocks, masks, flat, 0.05))
     if station.probe == "PrunedLoss":
-        return PrunedLoss(blocks, pruner, flats, station.pruning)
+        together = station.needs.sets > 1
+        return PrunedLoss(blocks, pruner, flats, station.pruning, together)
     assert station.probe == "MaskedLoss", station.probe
     return MaskedLoss(blocks, pruner.masks, sums, flats, quantiles)
 
@@ -245,9 +263,11 @@ def traced(
     ids = torch.ones(together, station.tokens, dtype=torch.long, device="meta")
     data: list[Batch] = [{"input_ids": ids} for _ in range(batches)]
     own = dict(model.named_parameters()), dict(model.named_buffers())
-    limit = station_limit(station) if station.needs.single_batch else None
+    limit = station_limit(station) if station.by_part else None
     with tracing(*own) as cost, columns_once(cost):
-        run_probes(model, blocks, data, [probe], memory=limit)
+        run_probes(
+            model, blocks, data, [probe], memory=limit, in_parts=station.in_parts
+        )
     return cost
 
 
@@ -308,6 +328,14 @@ def kept_share(name: str) -> float:
     return min(1.0, left // (2 * size["block"]) / size["layers"])
 
 
+def judging(station: Station, candidates: int) -> Station:
+    """The same of fewer candidates."""
+    sets = min(station.needs.sets, candidates)
+    counts = {"trajectories": candidates, "pruned": candidates, "sets": sets}
+    needs = replace(station.needs, **counts)
+    return replace(station, candidates=candidates, needs=needs)
+
+
 def station_cost(
     name: str, station: Station, pruner: Pruner, gpus: int
 ) -> dict[str, Any]:
@@ -315,19 +343,25 @@ def station_cost(
     model = build(name, CONFIGS[name]["num_hidden_layers"])
     blocks = find_blocks(model)
     limit = station_limit(station)
+    if station.probe == "PrunedLoss":  # the ranks share the candidates
+        station = judging(station, math.ceil(station.candidates / gpus))
     need = footprint(model, blocks.modules, [station.needs], limit)
+    if station.needs.sets > 1 and need.fixed > limit:  # `ProbeRunner.has_room`
+        station = replace(station, needs=replace(station.needs, sets=1))
+        need = footprint(model, blocks.modules, [station.needs], limit)
     # what the pruner has made is kept where the weights are, on the host
     size = shape(name)
     kept = 2 * station.needs.kept_weights * size["layers"] * size["block"]
     need = replace(need, fixed=need.fixed - kept)
     whole = station.needs.single_batch
-    if station.probe == "PrunedLoss":  # the ranks share the candidates
-        station = replace(station, candidates=math.ceil(station.candidates / gpus))
     mine = station.samples if whole else math.ceil(station.samples / gpus)
-    together = mine if whole else min(JOINED, mine, need.samples(station.tokens, limit))
+    fits = need.kept_samples if station.in_parts else need.samples
+    together = mine if whole else min(JOINED, mine, fits(station.tokens, limit))
     batches = math.ceil(mine / together)
     together = math.ceil(mine / batches)
-    part = need.part(mine, station.tokens, limit) if whole else together
+    part = together
+    if station.by_part:
+        part = need.part(together, station.tokens, limit)
     cost = _extrapolated(name, station, pruner, together, batches)
     moved = _moved(name, station, batches)
     took = (

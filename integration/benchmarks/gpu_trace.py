@@ -124,7 +124,7 @@ class Trace(TorchDispatchMode):
         if name in PRODUCTS:
             flops = _product(name, inputs, outputs[0])
             count["FLOP"] += flops
-            narrow = outputs[0].element_size() == 2
+            narrow = all(x.element_size() == 2 for x in inputs)
             times["products"] = flops / (RATES.half if narrow else RATES.single)
         elif name == "linalg_cholesky_ex":
             times["factors"] = inputs[0].shape[-1] ** 3 / 3 / RATES.factor

@@ -1,12 +1,15 @@
 """Statistics of the Linears' inputs, against hooks on whole forwards."""
 
+import pytest
 import torch
 from helpers import naive, tiny
-from helpers.probes import run
+from helpers.probes import first_linears, run
 from transformers import PreTrainedModel
 
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.forward.inputs import InputStatistics, square_sum, unseen_linears
+from absorb_plugin.forward.memory import footprint
+from absorb_plugin.forward.run import run_probes
 
 
 def test_statistics_equal_hooks(any_model: PreTrainedModel) -> None:
@@ -27,6 +30,41 @@ def test_batch_size_changes_nothing(llama: PreTrainedModel) -> None:
     run(llama, [{k: v[i : i + 1] for k, v in batch.items()} for i in (2, 0, 1)], single)
     for name, total in whole.result().items():
         torch.testing.assert_close(single.result()[name], total, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "opt", "mpt", "mixtral"])
+def test_in_parts_one_visit_for_many_samples(architecture: str) -> None:
+    """What memory allows is the number of samples at a time, not that of a batch."""
+    # of what an expert gets nothing tells the padding
+    padding = None if architecture == "mixtral" else "right"
+    model, batch = tiny.make_model(architecture), tiny.make_batch(5, padding=padding)
+    blocks = find_blocks(model)
+    whole, parts = InputStatistics(blocks), InputStatistics(blocks)
+    run(model, [batch], whole)
+    need = footprint(model, blocks.modules, [parts.needs], memory=1)
+    # what is not chunks of logits has 11 of 16 parts
+    states = 5 * need.per_state * 12
+    limit = (states + need.inside(12)) * 16 // 11 + 32
+    sizes, visits = [], []
+    block = blocks.modules[0]
+    hooks = [
+        block.register_forward_pre_hook(lambda *_: visits.append(1)),
+        first_linears(blocks)[blocks.blocks[0].name].register_forward_pre_hook(
+            lambda _, args: sizes.append(len(args[0]))
+        ),
+    ]
+    run_probes(model, blocks, [batch], [parts], memory=limit, in_parts=True)
+    for hook in hooks:
+        hook.remove()
+    assert len(visits) == 1 and len(sizes) > 1 and max(sizes) < 5
+    for name, total in whole.result().items():
+        torch.testing.assert_close(parts.result()[name], total, rtol=1e-4, atol=1e-6)
+    # where not even the states fit, batches are cut as well
+    again = InputStatistics(blocks)
+    run_probes(model, blocks, [batch], [again], memory=1, in_parts=True)
+    assert len(visits) == 1
+    for name, total in whole.result().items():
+        torch.testing.assert_close(again.result()[name], total, rtol=1e-4, atol=1e-6)
 
 
 def test_experts_without_tokens_have_none() -> None:

@@ -70,6 +70,38 @@ def test_one_sample_that_does_not_fit(llama: PreTrainedModel) -> None:
     tiny.assert_untouched(llama, before)
 
 
+def test_in_parts_batches_are_halved_last(
+    llama: PreTrainedModel, warnings: list[str]
+) -> None:
+    """First fewer samples at a time; of a batch that does not fit even so, a half."""
+    roomy = tiny.make_model("llama")
+    batch = tiny.make_batch(4)
+    batches, at_a_time = [], []
+
+    def refuse_batch(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        batches.append(len(kwargs.get("hidden_states", args[0] if args else None)))
+
+    def refuse(module: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
+        at_a_time.append(len(args[0]))
+        if batches[-1] > 2:
+            raise torch.OutOfMemoryError("the device is full")
+
+    found, expected = (
+        PROBES["statistics"].make(place(model, tiny.make_batch()))
+        for model in (llama, roomy)
+    )
+    last = llama.model.layers[-1]
+    last.register_forward_pre_hook(refuse_batch, with_kwargs=True)
+    last.mlp.register_forward_pre_hook(refuse)
+    what = f"Run {next(NUMBER)}"
+    blocks = find_blocks(llama)
+    run_probes(llama, blocks, [batch], [found], in_parts=True, description=what)
+    run_probes(roomy, find_blocks(roomy), [batch], [expected])
+    assert batches == [4, 4, 4, 2, 2] and at_a_time == [4, 2, 1, 1, 1, 1, 1]
+    np.testing.assert_allclose(numbers(found), numbers(expected), rtol=1e-4)
+    assert sum("does not fit" in message for message in warnings) == 1
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "opt"])
 @pytest.mark.parametrize("which", sorted(AT_ONCE))
 def test_what_must_stay_whole_runs_in_parts(which: str, architecture: str) -> None:

@@ -161,6 +161,11 @@ def _judged(judge: str, pruner: str, where: Place) -> Probe:
     return make_judge(judge, where, PRUNERS[pruner](), where.candidates())
 
 
+def _together(where: Place) -> Probe:
+    pruner, candidates = PRUNERS["sparsegpt"](), where.candidates()
+    return PrunedLoss(where.blocks, pruner, candidates, CALIBRATING, together=True)
+
+
 def _response(level: str, where: Place) -> Probe:
     groups, masks = Groups.at(level, where.blocks), where.masks(PRUNERS["wanda"]())
     return ResponseProbe(where.blocks, groups, masks, where.flat(), STEP)
@@ -215,6 +220,9 @@ PROBES: dict[str, ProbeCase] = {
         for judge in JUDGES
         for pruner in PRUNERS
     },
+    "pruner of all candidates at once": ProbeCase(
+        _together, partial(mul, JUDGE_PASSES["pruner"]), heads=1
+    ),
     "response": ProbeCase(
         partial(_response, "block"), lambda count: count * (count + 3) // 2, heads=1
     ),

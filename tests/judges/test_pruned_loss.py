@@ -43,9 +43,15 @@ def losses_of(
     batch: dict,
     calibrating: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    judge = PrunedLoss(find_blocks(model), pruner, candidates, calibrating)
-    run(model, [batch], judge)
-    return judge.result()
+    found = []
+    for together in (False, True):
+        judge = PrunedLoss(
+            find_blocks(model), pruner, candidates, calibrating, together
+        )
+        run(model, [batch], judge)
+        found.append(judge.result())
+    np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-3)
+    return found[0]
 
 
 def assert_close(losses: np.ndarray, expected: np.ndarray) -> None:

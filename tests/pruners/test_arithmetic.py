@@ -7,7 +7,7 @@ import torch
 from helpers.probes import PRUNERS
 from helpers.upstream import as_upstream
 
-from absorb_plugin.pruners import Pruner, SparseGPT
+from absorb_plugin.pruners import Pruner, SparseGPT, sparsegpt
 
 pytestmark = pytest.mark.contract
 every_pruner = pytest.mark.parametrize("kind", list(PRUNERS))
@@ -73,6 +73,41 @@ def test_zeros_that_are_kept(sparsity: float) -> None:
         weights, pruner.observe(inputs_with(200)), [[sparsity], [sparsity]]
     )
     assert not pruned[weights[0] == 0].any()
+
+
+@pytest.mark.parametrize("preserve", [False, True])
+def test_sets_of_inputs_share_a_walk(preserve: bool) -> None:
+    """Each is pruned as it is alone, at its own sparsities; one Hessian is singular."""
+    torch.manual_seed(0)
+    weights = [torch.randn(24, 200), torch.randn(40, 200)]
+    weights[0][torch.rand_like(weights[0]) < 0.2] = 0
+    pruner = SparseGPT(dampening=0.0, preserve=preserve)
+    observed = [
+        pruner.observe(inputs_with(200)),
+        pruner.observe(torch.ones(2, 200)),
+        pruner.observe(inputs_with(200)),
+    ]
+    wanted = [[[0.5, 0.7], [0.3, 0.9]], [[0.6, 0.5], [0.8, 0.2]], [[0.5, 0.4]] * 2]
+    found = pruner.prune_each(weights, observed, wanted)
+    for one, sparsities, together in zip(observed, wanted, found, strict=True):
+        alone = pruner.prune(weights, one, sparsities)
+        for own, other in zip(chain(*alone), chain(*together), strict=True):
+            assert torch.equal(own == 0, other == 0)
+            torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        first, second = (chain(*found[n]) for n in (0, 2))
+        assert not all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("features", [1, 2, 255, 256, 257, 700])
+def test_inverse_of_a_triangle(features: int) -> None:
+    inputs = torch.randn(2 * features, features)
+    lower = torch.linalg.cholesky(inputs.t() @ inputs + torch.eye(features))
+    found = torch.zeros_like(lower)
+    sparsegpt._invert(lower, found)
+    expected = torch.linalg.inv(lower.double())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    assert not found.triu(1).any()
 
 
 def test_too_few_tokens_and_no_dampening_are_survived() -> None:

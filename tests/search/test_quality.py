@@ -1,6 +1,7 @@
 """The largest budget that keeps a bound, on loss curves that are known."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -11,10 +12,16 @@ from absorb_plugin.search.quality import LEAST, RESOLUTION, Quality, largest_bud
 
 
 class Model:
-    """Its loss grows as scale·(exp(steep·s) − 1), known to `error`."""
+    """
+    Its loss grows as scale·(exp(steep·s) − 1), known to `error`; roughly it is told as
+    `rough` times that.
+    """
 
-    def __init__(self, scale: float, steep: float, error: float = 0.0) -> None:
+    def __init__(
+        self, scale: float, steep: float, error: float = 0.0, rough: float = 1.3
+    ) -> None:
         self.scale, self.steep, self.error = scale, steep, error
+        self.rough = rough
         self.asked: list[float] = []
         self.starts: list[float | None] = []
 
@@ -29,18 +36,25 @@ class Model:
         self.asked.append(float(allocation[0]))
         return self.increase(float(allocation[0])), self.error
 
-    def search(self, bound: float, upper: float = 0.8) -> Quality:
-        return largest_budget(bound, upper, self.allocate, self.judge)
+    def scan(self, sparsities: Sequence[float]) -> list[float]:
+        return [self.rough * self.increase(s) for s in sparsities]
+
+    def search(self, bound: float, upper: float = 0.8, least: float = 0.0) -> Quality:
+        return largest_budget(bound, upper, self.allocate, self.judge, self.scan, least)
 
 
 @settings(deadline=None, max_examples=200)
 @given(
-    st.floats(1e-3, 0.5), st.floats(0.5, 12), st.floats(1e-3, 2), st.floats(0.1, 0.95)
+    st.floats(1e-3, 0.5),
+    st.floats(0.5, 12),
+    st.floats(1e-3, 2),
+    st.floats(0.1, 0.95),
+    st.sampled_from([0.0, 0.1, 1.0, 1.3, 5.0, math.inf]),
 )
 def test_the_bound_is_kept_and_a_step_more_breaks_it(
-    scale: float, steep: float, bound: float, upper: float
+    scale: float, steep: float, bound: float, upper: float, rough: float
 ) -> None:
-    model = Model(scale, steep)
+    model = Model(scale, steep, rough=rough)
     if model.increase(min(LEAST, upper)) > bound:
         with pytest.raises(ValueError, match="cannot be kept"):
             model.search(bound, upper)
@@ -50,6 +64,26 @@ def test_the_bound_is_kept_and_a_step_more_breaks_it(
     if found < upper:
         assert model.increase(found + RESOLUTION + 1e-9) > bound or found == LEAST
     assert len(model.asked) == len(set(model.asked)) <= 12
+    if 1.0 <= rough <= 1.3:  # a curve as masks give it
+        assert len(model.asked) <= 7
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.floats(0, 0.6), st.floats(1e-4, 3), st.floats(0.5, 12))
+def test_it_ends_whatever_the_least_budget(
+    least: float, bound: float, steep: float
+) -> None:
+    """Limits and zeros that are there make it any number."""
+    model = Model(1.0, steep)
+    found = None
+    try:
+        found = model.search(bound, 0.6, least)
+    except ValueError as error:
+        assert "cannot be kept" in str(error)
+    assert len(model.asked) == len(set(model.asked)) <= 14
+    lowest = min(0.6, max(LEAST, least))
+    assert all(lowest - 1e-9 <= asked <= 0.6 for asked in model.asked)
+    assert (found is None) == (model.increase(lowest) > bound)
 
 
 def test_an_upper_budget_that_keeps_it_is_taken_at_once() -> None:
@@ -97,5 +131,6 @@ def test_a_loss_that_overflows_breaks_the_bound() -> None:
         increase, error = judge(allocation)
         return (math.inf, math.nan) if allocation[0] > 0.5 else (increase, error)
 
-    found = largest_budget(0.3, 0.8, model.allocate, overflowing).found
+    model.judge = overflowing  # type: ignore[method-assign]
+    found = model.search(0.3).found
     assert model.increase(found.sparsity) <= 0.3
