@@ -4,7 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from compressed_tensors.offload import get_execution_device
@@ -91,8 +91,9 @@ def _attention(model: torch.nn.Module) -> str | None:
 
 def _caps_attention(model: torch.nn.Module) -> bool:
     """Whether scores are capped, as Gemma 2's are; fused attention leaves that out."""
-    config = model.config.get_text_config()
-    return getattr(config, "attn_logit_softcapping", None) is not None
+    config: Any = model.config
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return capped is not None
 
 
 @plain_torch()
