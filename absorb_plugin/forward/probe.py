@@ -106,6 +106,13 @@ class Probe:
     def finish(self, batch: Batch, head: OutputHead) -> None:
         """All blocks have run; `head` turns hidden states into logits."""
 
+    def release(self) -> bool:
+        """
+        Give back what it keeps on the device beyond the limit on its memory; whether
+        there was any.
+        """
+        return False
+
     def close(self) -> None:
         """The run is over, perhaps by an error: leave no hook behind."""
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from absorb_plugin.devices import free_memory, is_offloaded
 from absorb_plugin.torch_state import stored
 
-__all__ = ["kept_onloaded", "release", "room"]
+__all__ = ["kept_onloaded", "release", "room", "spare"]
 
 # Of what is free, left alone: memory is not handed out without gaps.
 RESERVE = 0.1
@@ -62,6 +62,15 @@ class Kept(OffloadCache):
     def __delitem__(self, key: Hashable) -> None:
         self._onloaded.pop(self.offloaded_values[key], None)
         del self.cache[key]
+
+    def missing(self) -> int:
+        """Bytes that it will keep and has not been asked for."""
+        tensors = self.offloaded_values.values() if self._keeps else ()
+        return sum(
+            tensor.nbytes
+            for tensor in tensors
+            if tensor is not None and tensor not in self._onloaded
+        )
 
     def release(self) -> bool:
         """From here on as if nothing was kept; whether anything was until now."""
@@ -111,6 +120,23 @@ def release(blocks: Sequence[Module]) -> bool:
         if isinstance(tensors, Kept)
     ]
     return any(held)
+
+
+def spare(model: PreTrainedModel, blocks: Sequence[Module], memory: int) -> int:
+    """
+    Bytes that are left on the device of an offloaded model beside a probe and the
+    blocks that stay.
+
+    :param memory: bytes that a probe may take beside the model
+    """
+    sizes = [sum(map(_size, _offloaded(block))) for block in blocks]
+    missing = sum(
+        tensors.missing()
+        for module in model.modules()
+        for tensors in (module._parameters, module._buffers)
+        if isinstance(tensors, Kept)
+    )
+    return max(0, _room_on_device(model, sizes, memory) - missing)
 
 
 def room(free: int, memory: int, block: int, outside: int) -> int:

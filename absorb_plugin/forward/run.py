@@ -283,8 +283,10 @@ class _BlockHooks:
             probe.finish(batch, self._head)
 
     def release(self) -> bool:
-        """Of blocks that are kept on the device, give the room back; if there are."""
-        return release(self._blocks.modules)
+        """Of all that is kept on the device, give the room back; if there is any."""
+        held = [release(self._blocks.modules)]
+        held += [probe.release() for probe in self._probes]
+        return any(held)
 
     def measured(self) -> list[dict[str, Any]]:
         """What every probe has measured; a batch adds to it."""

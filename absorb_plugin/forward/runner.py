@@ -16,7 +16,7 @@ from absorb_plugin.cache import ProfileCache
 from absorb_plugin.calibration import join_samples, pad_to_batch
 from absorb_plugin.forward.memory import footprint, limit_by_machine
 from absorb_plugin.forward.probe import Needs, Probe
-from absorb_plugin.forward.resident import kept_onloaded
+from absorb_plugin.forward.resident import kept_onloaded, spare
 from absorb_plugin.forward.run import run_probes
 from absorb_plugin.language_model import language_model
 
@@ -60,6 +60,11 @@ class ProbeRunner:
                 yield
             finally:
                 self._memory = before
+
+    def spare(self) -> int:
+        """Bytes on an accelerator that neither probes nor kept blocks ask for."""
+        model = language_model(self._model)
+        return spare(model, self._blocks.modules, self._memory)
 
     def has_room(self, needs: Needs) -> bool:
         """

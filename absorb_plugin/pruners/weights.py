@@ -18,6 +18,7 @@ from absorb_plugin.forward.linears import Weights
 from absorb_plugin.forward.parts import current_part
 from absorb_plugin.groups import named
 from absorb_plugin.pruners.base import MaskPruner, Pruner
+from absorb_plugin.torch_state import stored
 
 __all__ = [
     "Change",
@@ -28,6 +29,7 @@ __all__ = [
     "PrunedSlopes",
     "band",
     "block_sparsities",
+    "home_of",
     "prune_observed",
 ]
 
@@ -196,6 +198,10 @@ class MaskedSlopes:
             name: partial(self._weight, index, name) for name in self._masks.seen(index)
         }
 
+    def release(self) -> bool:
+        """Nothing is kept."""
+        return False
+
     def rank(self, index: int) -> None:
         """Rank the weights of a block for all that follows."""
         for name in self._masks.seen(index):
@@ -220,7 +226,8 @@ class MaskedSlopes:
 
 class PrunedSlopes:
     """
-    The same of weights that the pruner has made, kept where the model's weights lie.
+    The same of weights that the pruner has made, kept where the model's weights lie,
+    or on the device while there is room.
     Between the sparsities that it made they are interpolated, so that a few steps need
     no new ones.
 
@@ -266,6 +273,16 @@ class PrunedSlopes:
         """What makes two of them equal (`fingerprint.digest`)."""
         return [self._kept, self._made, self._wanted, self._step]
 
+    def release(self) -> bool:
+        """Where some lie on the device of an offloaded model, bring them home."""
+        held = False
+        for index, linears in self._kept.items():
+            for name, weights in linears.items():
+                home = home_of(self._blocks.blocks[index].linears[name])
+                held |= any(weight.device != home for weight in weights)
+                weights[:] = [weight.to(home) for weight in weights]
+        return held
+
     def weights(self, index: int) -> Weights:
         """As of `MaskedSlopes`."""
         return {
@@ -292,6 +309,12 @@ class PrunedSlopes:
             self._shares[index, name] = fewer.item() / less.numel()
         share = self._shares[index, name]
         return Change(more - less, 1 / share) if share > 0 else None
+
+
+def home_of(linear: Linear) -> torch.device:
+    """Where the weight lies while it is not in use; not on disk."""
+    home = stored(linear._parameters)["weight"].device
+    return torch.device("cpu") if home.type == "meta" else home
 
 
 class Observed:

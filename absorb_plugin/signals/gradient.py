@@ -20,7 +20,7 @@ is its standard error.
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import ClassVar
 
 import numpy as np
@@ -113,6 +113,9 @@ class GradientProbe(Probe):
         self._tokens += [count for _, count in losses]
         del self._last, self._current
 
+    def release(self) -> bool:
+        return self._source.release()
+
     def close(self) -> None:
         self._in_force.close()
 
@@ -131,6 +134,11 @@ class GradientProbe(Probe):
         """Gradient before the block; the slopes of its Linears are added on the way."""
         linears = self._blocks.blocks[index].linears
         weights = self._source.weights(index)
+        if self._source.kept_weights:  # forward and backward by one copy to the device
+            weights = {
+                name: cache(partial(_fetched, weight, before.device))
+                for name, weight in weights.items()
+            }
         sinks = {name: partial(self._add_slope, index, name) for name in weights}
         with differentiated(linears, weights, sinks), torch.enable_grad():
             source = before.detach().requires_grad_()
@@ -154,6 +162,10 @@ class GradientProbe(Probe):
         else:
             self._current[:, row] += float(by_token.sum()) / samples
             self._mixed.add(row)
+
+
+def _fetched(weight: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
+    return weight().to(device)
 
 
 @dataclass(frozen=True)
@@ -249,7 +261,11 @@ class _PrunerSlopes:
     def _prune(self, allocation: np.ndarray) -> PrunedSlopes:
         setting = self._setting
         model = PrunedModel(
-            setting.blocks, setting.pruner, allocation, self._signal.step
+            setting.blocks,
+            setting.pruner,
+            allocation,
+            self._signal.step,
+            room=setting.runner.spare(),
         )
         samples = setting.samples.next_pruning()
         what = f"Pruning as {setting.pruner.name} does"

@@ -1,5 +1,6 @@
 """What the pruner makes of the model under an allocation, and a little beside it."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -17,9 +18,9 @@ from absorb_plugin.pruners.weights import (
     PrunedSlopes,
     band,
     block_sparsities,
+    home_of,
     prune_observed,
 )
-from absorb_plugin.torch_state import stored
 
 __all__ = ["PrunedModel"]
 
@@ -34,12 +35,20 @@ class PrunedModel(Probe):
     :param pruner: how weights are pruned
     :param allocation: one sparsity per prunable Linear
     :param step: δ
+    :param room: bytes of pruned weights that may stay on the device of an offloaded
+        model
     """
 
     def __init__(
-        self, blocks: BlockMap, pruner: Pruner, allocation: np.ndarray, step: float
+        self,
+        blocks: BlockMap,
+        pruner: Pruner,
+        allocation: np.ndarray,
+        step: float,
+        room: int = 0,
     ) -> None:
         self._blocks, self._pruner, self._step = blocks, pruner, step
+        self._room = room
         self._allocation = allocation
         self._sparsities = block_sparsities(blocks, allocation)
         self._in_force = ExitStack()
@@ -75,23 +84,32 @@ class PrunedModel(Probe):
         found = prune_observed(self._pruner, linears, [self._observed], [wanted])
         (pruned,) = found
         self._kept[index] = {
-            name: [weight.to(_home(linears[name])) for weight in weights]
+            name: self._placed(linears[name], weights)
             for name, weights in pruned.items()
         }
         weights = {name: partial(given, found[0]) for name, found in pruned.items()}
         with replaced_weights(linears, weights):
             return run(before)
 
+    def release(self) -> bool:
+        self._room = 0
+        return self.result().release()
+
     def close(self) -> None:
         self._in_force.close()
 
     def result(self) -> PrunedSlopes:
-        """The pruned weights, where the model's own lie."""
+        """The pruned weights, where the model's own lie or where they were made."""
         made_at = self._allocation
         return PrunedSlopes(self._blocks, self._kept, made_at, made_at, step=self._step)
 
-
-def _home(linear: Linear) -> torch.device:
-    """Where the weight lies while it is not in use; not on disk."""
-    home = stored(linear._parameters)["weight"].device
-    return torch.device("cpu") if home.type == "meta" else home
+    def _placed(
+        self, linear: Linear, weights: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        home, size = home_of(linear), sum(weight.nbytes for weight in weights)
+        if all(weight.device == home for weight in weights):
+            return list(weights)
+        if size <= self._room:
+            self._room -= size
+            return list(weights)
+        return [weight.to(home) for weight in weights]

@@ -113,6 +113,9 @@ class Recorder(ProbeRunner):
     def kept_onloaded(self) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def spare(self) -> int:
+        return 0
+
     def has_room(self, needs: Needs) -> bool:
         return True
 
@@ -328,6 +331,16 @@ def kept_share(name: str) -> float:
     return min(1.0, left // (2 * size["block"]) / size["layers"])
 
 
+def copied_share(name: str) -> float:
+    """Of what the pruner has made, that stays beside them (`resident.spare`)."""
+    size = shape(name)
+    own = 2 * size["block"] * size["layers"]
+    # of a model that does not stay as a whole nothing is left
+    free = FREE - round(kept_share(name) * own)
+    left = room(free, memory_limit() // 2, 2 * size["block"], 2 * 2 * size["head"])
+    return min(1.0, left / (3 * own)) if kept_share(name) == 1.0 else 0.0
+
+
 def judging(station: Station, candidates: int) -> Station:
     """The same of fewer candidates."""
     sets = min(station.needs.sets, candidates)
@@ -404,14 +417,14 @@ def _along(found: dict[int, Cost], layers: int) -> Cost:
 def _moved(name: str, station: Station, batches: int) -> int:
     """Bytes over the bus where the model is offloaded: blocks, embedding, head."""
     size = shape(name)
-    visits = 2 if station.needs.backward else 1
-    if station.needs.kept_weights:  # of three weights, moved for every use
-        visits = 4 if station.needs.backward else 1 + 3
     heads = 2 if station.probe == "InputStatistics" else 3
-    blocks = visits * size["layers"] * size["block"]
-    # the statistics come first; what the pruner has made does not stay
-    if station.probe != "InputStatistics" and not station.needs.kept_weights:
-        blocks = round(blocks * (1 - kept_share(name)))
+    visits = 2.0 if station.needs.backward else 1.0
+    if station.probe != "InputStatistics":  # which comes first
+        visits *= 1 - kept_share(name)
+    if station.needs.kept_weights:  # of three; forward, backward, and their difference
+        copies = 3 * (1 - copied_share(name))
+        visits = copies if station.needs.backward else visits + copies
+    blocks = round(visits * size["layers"] * size["block"])
     return 2 * batches * (blocks + heads * size["head"])
 
 

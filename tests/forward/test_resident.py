@@ -17,10 +17,22 @@ from transformers import PreTrainedModel
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.devices import is_offloaded
 from absorb_plugin.evaluation.allocation import allocate_model
-from absorb_plugin.forward.resident import RESERVE, Kept, kept_onloaded, release, room
+from absorb_plugin.forward.inputs import InputStatistics
+from absorb_plugin.forward.resident import (
+    RESERVE,
+    Kept,
+    kept_onloaded,
+    release,
+    room,
+    spare,
+)
 from absorb_plugin.forward.run import run_probes
 from absorb_plugin.forward.runner import ProbeRunner
+from absorb_plugin.pruners import SparseGPT
+from absorb_plugin.pruners.weights import PrunedSlopes
 from absorb_plugin.settings import AllocationSettings
+from absorb_plugin.signals.gradient import GradientProbe
+from absorb_plugin.signals.pruned_model import PrunedModel
 
 MEMORY = 1000  # that a probe may take, for the room only
 
@@ -197,3 +209,103 @@ def test_an_allocation_keeps_blocks_and_is_the_same(
         found.append(allocation.sparsity)
     np.testing.assert_array_equal(*found)
     assert moved[1] < 0.7 * moved[0]
+
+
+# --- what the pruner has made ----------------------------------------------------
+
+
+def on_device(made: PrunedSlopes) -> list[bool]:
+    """Of every Linear, whether its pruned weights are on the device."""
+    kept, *_ = made.identity()
+    found = []
+    for linears in kept.values():
+        for weights in linears.values():
+            kinds = {weight.device.type for weight in weights}
+            assert len(kinds) == 1
+            found.append(kinds == {"fake"})
+    return found
+
+
+def made_weights(where: Any, room: int) -> tuple[PrunedModel, PrunedSlopes]:
+    probe = PrunedModel(where.blocks, SparseGPT(), where.flat(), 0.1, room=room)
+    run_probes(where.model, where.blocks, [tiny.make_batch(3)], [probe])
+    return probe, probe.result()
+
+
+@pytest.mark.parametrize("linears", [0, 3, 100])
+def test_pruned_weights_stay_while_there_is_room(
+    linears: int, device: FakeDevice, offloaded: PreTrainedModel
+) -> None:
+    host = tiny.make_model("llama")
+    expected = made_weights(place(host, tiny.make_batch()), 0)[1]
+    where = place(offloaded, tiny.make_batch())
+    first = list(where.blocks.blocks[0].linears.values())[:linears]
+    room = sum(3 * 4 * x.in_features * x.out_features for x in first)
+    room = 2**30 if linears == 100 else room
+    _, made = made_weights(where, room)
+    stays = on_device(made)
+    assert sum(stays) == (len(stays) if linears == 100 else linears)
+    results, moved = [], []
+    for model, source in ((host, expected), (offloaded, made)):
+        blocks = find_blocks(model)
+        probe = GradientProbe(blocks, source.at(where.flat(0.52)))
+        with counted(device) as log:
+            run_probes(model, blocks, [tiny.make_batch(3)], [probe])
+        results.append(numbers(probe))
+        moved.append(log["bytes"])
+    np.testing.assert_allclose(*results, rtol=1e-4, atol=1e-6)
+    # forward, backward, and the difference; beside them what is no Linear's
+    away = list(where.blocks.linears().values())
+    away = away[linears:] if linears < 100 else []
+    size = 4 * sum(x.in_features * x.out_features for x in away)
+    assert 3 * size <= moved[1] < 3 * size + 60_000 and moved[0] == 0
+    assert made.release() == (linears > 0) and not any(on_device(made))
+    assert not made.release()
+    again = GradientProbe(where.blocks, made.at(where.flat(0.52)))
+    run_probes(offloaded, where.blocks, [tiny.make_batch(3)], [again])
+    np.testing.assert_allclose(numbers(again), results[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("which", ["while they are made", "later"])
+def test_their_room_is_given_back_too(
+    which: str, device: FakeDevice, offloaded: PreTrainedModel
+) -> None:
+    where = place(offloaded, tiny.make_batch())
+    failed: list[int] = []
+
+    def refuse(*_: object) -> None:
+        if not failed:
+            failed.append(1)
+            raise torch.OutOfMemoryError("the device is full")
+
+    last = offloaded.model.layers[-1].mlp
+    if which == "while they are made":
+        last.register_forward_pre_hook(refuse)
+        _, made = made_weights(where, 2**30)
+        assert failed and not any(on_device(made))
+        return
+    _, made = made_weights(where, 2**30)
+    assert all(on_device(made))
+    last.register_forward_pre_hook(refuse)
+    probe = GradientProbe(where.blocks, made)
+    run_probes(offloaded, where.blocks, [tiny.make_batch(3)], [probe])
+    assert failed and not any(on_device(made))
+
+
+def test_what_is_left_for_them(
+    device: FakeDevice, offloaded: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the blocks that stay, be they onloaded already or not yet."""
+    blocks = find_blocks(offloaded)
+    sizes = [bytes_of(block) for block in blocks.modules]
+    set_room(offloaded, 3, monkeypatch)
+    before = spare(offloaded, blocks.modules, MEMORY)
+    assert sum(sizes) <= before <= sum(sizes) + 2
+    runner = ProbeRunner(offloaded, blocks, MEMORY)
+    assert runner.spare() == before
+    with kept_onloaded(offloaded, blocks.modules, MEMORY) as kept:
+        assert kept == 3 and spare(offloaded, blocks.modules, MEMORY) <= 2
+        run_probes(offloaded, blocks, [tiny.make_batch()], [InputStatistics(blocks)])
+        # the fake device does not count what is on it
+        assert spare(offloaded, blocks.modules, MEMORY) == before
+    assert spare(tiny.make_model("llama"), blocks.modules, MEMORY) == 0
