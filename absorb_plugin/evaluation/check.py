@@ -121,6 +121,12 @@ def _check_config(checkpoint: Checkpoint, report: CheckReport) -> None:
         report.warnings.append(
             f"config.json says {report.dtype}, the files hold {', '.join(stored)}"
         )
+    if checkpoint.unread_index:
+        report.warnings.append(
+            f"there are model.safetensors and {checkpoint.unread_index.name}: "
+            "transformers reads the first, and so does this check; vLLM reads the "
+            "files that the second names. Delete what is of an earlier save"
+        )
 
 
 def _sparsity_remedy(config: Mapping[str, Any]) -> str:

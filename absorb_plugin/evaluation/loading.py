@@ -28,8 +28,8 @@ from absorb_plugin.evaluation.shards import (
     check_pointer,
     indexed_files,
     open_safetensors,
+    weights_entry,
 )
-from absorb_plugin.files import json_object
 
 __all__ = [
     "check_length",
@@ -49,13 +49,6 @@ OTHER_HEAD = re.compile(
     r"|Prediction|RewardModel|Retrieval)$|Reranker"
 )
 BASE_MODEL = re.compile(r"(?<!LMHead)Model$")
-# Of these transformers takes the first that is there.
-WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 # Configurations and what tokenizers are made of.
 SMALL_FILES = ("*config.json", "*token*", "vocab*", "merges.txt", "*.model")
 # Share of the first device's free memory that resident weights may take; the rest is
@@ -100,22 +93,12 @@ def _check_directory(folder: Path) -> None:
         raise ValueError(f"{folder} has no config.json: it is no model directory")
     for file in sorted({x for pattern in SMALL_FILES for x in folder.glob(pattern)}):
         check_pointer(file)
-    for file in _weight_files(folder):
+    entry = weights_entry(folder)
+    for file in indexed_files(entry) if entry.suffix == ".json" else [entry]:
         if file.suffix == ".safetensors":
             open_safetensors(file)  # reads the header
         else:
             check_pointer(file)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Those that transformers will read, whatever else is there."""
-    config = folder / "config.json"
-    named = json_object(config.read_bytes(), str(config)).get("transformers_weights")
-    names = (named,) if named else WEIGHTS
-    first = next((folder / x for x in names if (folder / x).is_file()), None)
-    if first is None:
-        raise ValueError(f"{folder} has no weights ({', '.join(names)})")
-    return indexed_files(first) if first.suffix == ".json" else [first]
 
 
 def _refuse_adapter(folder: Path) -> None:

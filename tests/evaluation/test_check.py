@@ -239,6 +239,29 @@ def test_several_files(saved: Path, tmp_path: Path) -> None:
     assert report.linears == expected.linears
 
 
+def test_the_files_are_those_that_transformers_loads(
+    saved: Path, tmp_path: Path
+) -> None:
+    """A directory that was saved into twice, dense in several files at first."""
+    dense = tiny.make_model("llama", hidden_size=128, num_hidden_layers=2)
+    dense.save_pretrained(tmp_path, max_shard_size="100KB")
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    report = check_checkpoint(tmp_path)
+    assert report.linears == check_checkpoint(saved).linears and report.files == 1
+    (warning,) = report.warnings
+    assert "transformers reads the first" in warning and "Delete" in warning
+    # an index that nobody reads may be anything
+    (tmp_path / f"{WEIGHTS}.index.json").write_text("{}")
+    assert check_checkpoint(tmp_path).warnings == [warning]
+
+
+def test_weights_that_the_config_names(plain: Path) -> None:
+    expected = check_checkpoint(plain).linears
+    (plain / WEIGHTS).rename(plain / "other.safetensors")
+    change_json(plain / "config.json", transformers_weights="other.safetensors")
+    assert check_checkpoint(plain, load=True).linears == expected
+
+
 def test_blocks_beyond_the_plan(plain: Path) -> None:
     def fill(tensors: dict) -> None:
         weight = tensors[DOWN]
@@ -392,6 +415,7 @@ def cut(path: Path) -> None:
 def index(model: Path, name: str, file: str) -> None:
     content = {"weight_map": {name: file}}
     (model / f"{WEIGHTS}.index.json").write_text(json.dumps(content))
+    (model / WEIGHTS).rename(model / "whole.safetensors")
 
 
 ERRORS: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -406,7 +430,7 @@ ERRORS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "pointer": (lambda m: point(m / WEIGHTS), "pointer of Git LFS.*git lfs pull"),
     "cut short": (lambda m: cut(m / WEIGHTS), "cut short.*again"),
     "header": (lambda m: (m / WEIGHTS).write_bytes(b"abc"), "cut short.*again"),
-    "weights": (lambda m: (m / WEIGHTS).unlink(), f"has no {WEIGHTS}"),
+    "weights": (lambda m: (m / WEIGHTS).unlink(), rf"has no weights \({WEIGHTS}"),
     "other format": (
         lambda m: (m / WEIGHTS).rename(m / "pytorch_model.bin"),
         "pytorch_model.bin is another format",
@@ -420,7 +444,7 @@ ERRORS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "lacks 1 of 1 files .* model-00002-of-00002",
     ),
     "wrong index": (
-        lambda m: index(m, "model.layers.9.weight", WEIGHTS),
+        lambda m: index(m, "model.layers.9.weight", "whole.safetensors"),
         "model.layers.9.weight for one: index and files",
     ),
 }

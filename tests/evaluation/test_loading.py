@@ -159,7 +159,7 @@ def test_weights_of_pytorch(folder: Path, tmp_path: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "training_args.bin")
-    with pytest.raises(ValueError, match="has no weights .*pytorch_model.bin"):
+    with pytest.raises(FileNotFoundError, match="has no weights .*pytorch_model.bin"):
         load_config(str(folder))
     torch.save(weights, folder / "pytorch_model.bin")
     load_config(str(folder))
@@ -171,7 +171,7 @@ def test_weights_of_pytorch(folder: Path, tmp_path: Path) -> None:
 
 def test_weights_that_the_config_names(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "other.safetensors")
-    with pytest.raises(ValueError, match="has no weights"):
+    with pytest.raises(FileNotFoundError, match="has no weights"):
         load_config(str(folder))
     rewrite(folder / "config.json", transformers_weights="other.safetensors")
     load_config(str(folder))
@@ -203,7 +203,7 @@ def test_directories_that_are_no_models(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such model directory"):
         load_config(str(tmp_path / "none"))
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="has no weights"):
+    with pytest.raises(FileNotFoundError, match="has no weights"):
         load_config(str(folder))
 
 
