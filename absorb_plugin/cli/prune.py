@@ -100,6 +100,8 @@ def prune(
         start = time.perf_counter()
         # All that can be wrong with the arguments comes before the model is loaded.
         output.check_apart(out, model)
+        read = {"--recipe": recipe, "--text": text, "--dataset": dataset}
+        output.check_inputs_apart(out, read)
         output.check_output(out, overwrite)
         given: dict[str, Any] = {
             "sparsity": sparsity,

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,6 +145,17 @@ def test_a_cache_inside_the_new_model_is_refused(model_dir, text_file, tmp_path)
     line = error_of("prune", model_dir, *options, "--profile-cache", out / "cache")
     assert "profile_cache=" in line and "name a directory beside it" in line
     assert not out.exists()
+
+
+def test_what_is_read_is_not_replaced(model_dir, text_file, wanda_recipe, tmp_path):
+    out = Path(shutil.copytree(model_dir, tmp_path / "out"))
+    recipe, text = shutil.copy(wanda_recipe, out), shutil.copy(text_file, out)
+    options = ["prune", model_dir, *SMALL, "--out", out, "--overwrite"]
+    line = error_of(*options, "--recipe", wanda_recipe, "--text", text)
+    assert f"--text {text} lies in {out}" in line
+    line = error_of(*options, "--recipe", recipe, "--text", text_file)
+    assert f"--recipe {recipe} lies in {out}" in line
+    assert {"wanda.yaml", "text.txt"} <= files_in(out)
 
 
 # --- without a recipe file ---------------------------------------------------------
