@@ -15,6 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Mapping
+from types import FrameType
 from typing import Any, TextIO
 
 import typer
@@ -46,9 +47,10 @@ def command(debug: bool, quiet: bool = False) -> Iterator[TextIO]:
     stdout = sys.stdout
     quiet = quiet and not debug
     silence = io.StringIO() if quiet else sys.stderr
+    interrupts: list[int] = []
     try:
         with (
-            termination_as_interrupt(),
+            noting_interrupts(interrupts),
             contextlib.redirect_stderr(silence),
             contextlib.redirect_stdout(silence),
         ):
@@ -60,28 +62,42 @@ def command(debug: bool, quiet: bool = False) -> Iterator[TextIO]:
                 stdout.flush()
     except (typer.Exit, typer.Abort, BrokenPipeError):
         raise  # the last when `| head` has seen enough: click ends quietly
-    except KeyboardInterrupt as error:
-        typer.echo("interrupted: no result was written", err=True)
-        raise typer.Exit(130) from error
-    except Exception as error:
-        if debug:
+    except (KeyboardInterrupt, Exception) as error:
+        if debug and not isinstance(error, KeyboardInterrupt):
             traceback.print_exc()
-        else:
+        # imports of transformers make an error of their own of it, without the cause
+        if isinstance(error, KeyboardInterrupt) or interrupts:
+            typer.echo("interrupted: no result was written", err=True)
+            raise typer.Exit(130) from error
+        if not debug:
             typer.echo(f"error: {one_line(error)}", err=True)
         raise typer.Exit(1) from error
 
 
 @contextlib.contextmanager
-def termination_as_interrupt() -> Iterator[None]:
-    """SIGTERM, as batch systems send it, leaves as little behind as Ctrl-C does."""
+def noting_interrupts(seen: list[int]) -> Iterator[None]:
+    """
+    SIGTERM, as batch systems send it, leaves as little behind as Ctrl-C does.
+
+    :param seen: gets the number of every such signal that comes
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # only there can a signal be handled
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt)}
+    # not where a shell has it ignored, as for what runs in the background
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def keep_freed_memory() -> None:

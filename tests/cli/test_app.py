@@ -1,7 +1,9 @@
 """What all commands share."""
 
+import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -47,6 +49,23 @@ def test_a_reader_that_has_gone(options):
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_another_error_hides(number, monkeypatch):
+    """As imports of transformers do: what they raise does not name its cause."""
+
+    def hide(*arguments: object) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(number)
+        raise ModuleNotFoundError("Could not import module 'PreTrainedModel'")
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr("absorb_plugin.cli.frame.route_logs", hide)
+    done = absorb("allocators")
+    assert done.exit_code == 130
+    assert done.stderr == "interrupted: no result was written\n"
+    assert signal.getsignal(number) is before
 
 
 def test_usage_errors_have_exit_code_2(model_dir, text_file):
