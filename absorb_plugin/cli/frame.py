@@ -45,6 +45,7 @@ def command(debug: bool, quiet: bool = False) -> Iterator[TextIO]:
         warnings, of which a report tells as well
     """
     stdout = sys.stdout
+    replace_unknown(stdout)
     quiet = quiet and not debug
     silence = io.StringIO() if quiet else sys.stderr
     interrupts: list[int] = []
@@ -98,6 +99,12 @@ def noting_interrupts(seen: list[int]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def replace_unknown(stream: TextIO) -> None:
+    """What its encoding lacks (η, ±) becomes `?`: a result is not lost over that."""
+    if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        stream.reconfigure(errors="replace")
 
 
 def keep_freed_memory() -> None:

@@ -1,6 +1,7 @@
 """What all commands share."""
 
 import contextlib
+import io
 import os
 import re
 import signal
@@ -10,7 +11,7 @@ import sys
 import pytest
 from helpers.cli import absorb, error_of
 
-from absorb_plugin.cli.frame import one_line
+from absorb_plugin.cli.frame import command, one_line, show
 
 
 @pytest.mark.parametrize("name", ["prune", "eval", "demo"])
@@ -49,6 +50,17 @@ def test_a_reader_that_has_gone(options):
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+def test_letters_that_stdout_has_not(encoding, monkeypatch):
+    raw = io.BytesIO()
+    stdout = io.TextIOWrapper(raw, encoding=encoding)
+    monkeypatch.setattr("sys.stdout", stdout)
+    with command(debug=False) as out:
+        show(out, {"eta": 0.1}, as_json=False, line="η={eta}")
+    eta = "η" if encoding == "utf-8" else "?"
+    assert raw.getvalue().decode(encoding) == f"{eta}=0.1\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
