@@ -13,7 +13,7 @@ import torch
 import transformers
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from compressed_tensors.utils import match_targets
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from absorb_plugin.evaluation.check_report import (
     CheckReport,
@@ -23,6 +23,7 @@ from absorb_plugin.evaluation.check_report import (
 )
 from absorb_plugin.evaluation.plan import (
     make_skeleton,
+    model_class,
     pruned_linears,
     read_modifiers,
     stored_names,
@@ -436,10 +437,8 @@ def _beyond_plan(
 
 def _load(directory: Path, report: CheckReport) -> bool:
     try:
-        model_class = getattr(
-            transformers, Checkpoint(directory).config["architectures"][0]
-        )
-        _, info = model_class.from_pretrained(
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        _, info = model_class(config).from_pretrained(
             directory, dtype="auto", output_loading_info=True
         )
     except Exception as error:  # of any kind: that is what was asked

@@ -11,7 +11,12 @@ import transformers
 import yaml
 from compressed_tensors.utils import match_named_modules, match_targets
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from absorb_plugin._llmcompressor import linearize_moe
 
@@ -20,7 +25,8 @@ try:
 except ModuleNotFoundError:  # transformers 4
     from transformers.modeling_utils import no_init_weights
 
-__all__ = ["make_skeleton", "pruned_linears", "read_modifiers", "stored_names"]
+__all__ = ["make_skeleton", "model_class", "pruned_linears", "read_modifiers"]
+__all__ += ["stored_names"]
 
 
 class _Loader(yaml.SafeLoader):
@@ -37,14 +43,25 @@ def make_skeleton(directory: Path) -> PreTrainedModel:
     :raises Exception: whatever transformers raises for an architecture that it lacks
     """
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    model_class = getattr(transformers, config.architectures[0])
     # Not the meta device: to make Linears of fused experts llm-compressor copies them.
     # Some models look at the numbers when they initialise weights, and there are none.
     with FakeTensorMode(), no_init_weights():
-        model = model_class._from_config(config)
+        model = model_class(config)._from_config(config)
         model.tie_weights()
         linearize_moe(model)
     return model
+
+
+def model_class(config: PretrainedConfig) -> Any:
+    """
+    As which the model was saved; the language model of its kind, as
+    `AutoModelForCausalLM` takes it, where config.json does not say.
+
+    :raises Exception: if transformers has no such class
+    """
+    if config.architectures:
+        return getattr(transformers, config.architectures[0])
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def read_modifiers(path: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -371,6 +371,13 @@ def test_what_transformers_does_not_load(plain: Path) -> None:
     assert report.loads is False and any("cannot build" in x for x in report.warnings)
 
 
+@pytest.mark.parametrize("names", [None, []])
+def test_a_config_without_architectures(plain: Path, names: list | None) -> None:
+    expected = check_checkpoint(plain, load=True)
+    change_json(plain / "config.json", architectures=names)
+    assert check_checkpoint(plain, load=True) == expected and expected.loads
+
+
 def test_recipes_that_say_nothing(plain: Path) -> None:
     recipe = plain / "recipe.yaml"
     recipe.unlink()
