@@ -38,6 +38,7 @@ NOT_MEASURING = {
     "evaluation",
     "files.py",
     "hookspecs.py",
+    "mistakes.py",
     "modifier.py",
     "plugins.py",
     "report",

@@ -31,7 +31,8 @@ RINGS = [
     {"allocators"},
     {"hookspecs"},
     {"search"},
-    {"files", "distributed", "cpu", "precision", "torch_state", "_llmcompressor"},
+    {"files", "mistakes", "distributed", "cpu", "precision", "torch_state"}
+    | {"_llmcompressor"},
 ]
 
 

@@ -163,7 +163,11 @@ def _plan(
     if not path.is_file():
         report.warnings.append("no recipe.yaml: there is no plan to compare with")
         return {}
-    modifiers = read_modifiers(path)
+    try:
+        modifiers = read_modifiers(path)
+    except ValueError as error:
+        report.problems.append(str(error))
+        return {}
     lost = [name for name, _ in modifiers if name in DESTROYS_ZEROS]
     if lost:
         report.warnings.append(f"{lost[0]} in recipe.yaml makes pruned weights nonzero")

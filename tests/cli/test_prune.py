@@ -83,10 +83,23 @@ def test_prune_refuses_a_directory_in_use(
         ("s_stage:\n  p_modifiers:\n    NoSuchModifier: {}\n", "NoSuchModifier"),
         (
             "s_stage:\n  p_modifiers:\n    WandaPruningModifier: {sparsty: 0.5}\n",
-            "sparsty",
+            "WandaPruningModifier: sparsity is required; sparsty=0.5: there is no such "
+            "field, did you mean sparsity?",
         ),
+        (
+            "s_stage:\n  p_modifiers:\n"
+            "    AbsorptionAllocationModifier: {alocator: owl, strength: 3}\n",
+            "strength=3: input should be less than or equal to 1 or input should be "
+            "'auto'; alocator='owl': there is no such field, did you mean allocator?",
+        ),
+        (
+            "s_stage:\n  p_modifiers:\n"
+            "    WandaPruningModifier: {sparsity: 0.5, targets: ['re:*x']}\n",
+            "WandaPruningModifier: targets: 're:*x' is no regular expression",
+        ),
+        ("[1, 2]", "it holds no stages"),
         ("stage:\n  modifiers:\n    WandaPruningModifier: {}\n", "holds no modifier"),
-        ("", "cannot use recipe"),
+        ("", "it is empty"),
     ],
 )
 def test_prune_checks_the_recipe_first(text_file, tmp_path, recipe, message):

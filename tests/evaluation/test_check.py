@@ -388,9 +388,39 @@ def test_recipes_that_say_nothing(plain: Path) -> None:
     recipe.write_text(yaml.safe_dump({"stage": {"a_modifiers": fields}}))
     report = check_checkpoint(plain)
     assert not report.problems and len(report.warnings) == 2
-    recipe.write_text("[1, 2]")
-    with pytest.raises(ValueError, match="no recipe of llm-compressor"):
-        check_checkpoint(plain)
+
+
+WANDA = "a_stage:\n  a_modifiers:\n    WandaPruningModifier: "
+DAMAGED: dict[str, tuple[str, str]] = {
+    "empty": ("", "recipe.yaml is no recipe of llm-compressor: it is empty"),
+    "list": ("[1, 2]", "recipe.yaml is no recipe of llm-compressor"),
+    "yaml": ("a: [", "recipe.yaml is no recipe of llm-compressor"),
+    "latin-1": ("a: caf\xe9", "recipe.yaml is no recipe of llm-compressor: 'utf-8'"),
+    "sparsity": (WANDA + "{sparsity: hello}", "WandaPruningModifier: sparsity='hello'"),
+    "no sparsity": (WANDA + "{sparsity: null}", "sparsity=None is no number"),
+    "regex": (WANDA + "{sparsity: 0.5, targets: ['re:*x']}", "targets: 're:*x' is no"),
+    "targets": (WANDA + "{sparsity: 0.5, targets: [1]}", "targets=[1] is no list"),
+    "mask": (WANDA + "{sparsity: 0.5, mask_structure: x}", "mask_structure='x'"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_recipe(plain: Path, case: str) -> None:
+    """The rest of the check goes on."""
+    content, message = DAMAGED[case]
+    (plain / "recipe.yaml").write_bytes(content.encode("latin-1"))
+    change_weights(plain, lambda tensors: tensors[DOWN].fill_(torch.nan))
+    report = check_checkpoint(plain)
+    told, nan = report.problems
+    assert message in told and "recipe.yaml" in told and "NaN" in nan
+    assert report.zeros is not None and not report.warnings
+
+
+@pytest.mark.parametrize("names", ["{}", "{targets: Linear, ignore: lm_head}"])
+def test_defaults_of_a_recipe(plain: Path, names: str) -> None:
+    fields = names.replace("{", "{sparsity: 0.5, ")
+    (plain / "recipe.yaml").write_text(WANDA + fields)
+    assert check_checkpoint(plain).planned == 0.5
 
 
 def test_a_recipe_with_python_objects(plain: Path) -> None:
