@@ -53,6 +53,7 @@ OPENERS: dict[bytes, Callable[[Path], Any]] = {
         str(path), compression="zstd"
     ),
 }
+DAMAGED = (EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowException)
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 # Byte order marks of what is not UTF-8; that of UTF-32 begins like that of UTF-16.
 MARKS = {
@@ -201,7 +202,10 @@ def _decompressed(path: Path) -> Iterator[IO[bytes]]:
     try:
         with openers[0](path) if openers else path.open("rb") as file:
             yield file
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+    except (*DAMAGED, OSError) as error:
+        # bz2 and pyarrow raise bare OSErrors; the system's have a number and the path
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise ValueError(f"{path} is cut short or damaged: {error}") from error
 
 
@@ -297,10 +301,7 @@ def _read_parquet(path: Path, column: str | None) -> Iterator[Document]:
     with _decompressed(path) as raw:
         # compressed inside as a rule; around it, it is decompressed into memory
         packed = not isinstance(raw, io.BufferedReader)
-        try:
-            file = ParquetFile(io.BytesIO(raw.read()) if packed else path)
-        except pyarrow.ArrowException as error:
-            raise ValueError(f"{path} is damaged or incomplete: {error}") from error
+        file = ParquetFile(io.BytesIO(raw.read()) if packed else path)
         chosen = _column(file.schema_arrow.names, column, str(path))
         number = 0
         for batch in file.iter_batches(batch_size=1024, columns=[chosen]):
