@@ -23,7 +23,7 @@ from datasets import load_dataset, load_from_disk
 from loguru import logger
 from pyarrow.parquet import ParquetFile
 
-from absorb_plugin.files import json_object
+from absorb_plugin.files import check_letters, json_object
 
 __all__ = ["SEPARATOR", "Document", "count_characters", "read_dataset", "read_text"]
 
@@ -250,9 +250,14 @@ def _read_array(path: Path, column: str | None) -> Iterator[Document]:
             if isinstance(error, UnicodeDecodeError):
                 raise
             raise ValueError(f"{path}: not JSON: {error}") from error
+        except RecursionError as error:
+            raise ValueError(
+                f"{path}: JSON that is nested too deeply to read"
+            ) from error
     for number, row in enumerate(rows, start=1):
         where = f"{path}, row {number}"
         if isinstance(row, str) and column is None:
+            check_letters(row, where)
             yield row
         elif isinstance(row, dict):
             yield _document(row, column, where)
@@ -341,6 +346,7 @@ def _document(row: Mapping[str, Any], column: str | None, where: str) -> Documen
     value = row[name]
     if value is None:
         return ""
+    check_letters(value, f"{where}: field `{name}`")
     if isinstance(value, list) and value and all(map(_is_turn, value)):
         return value
     if not isinstance(value, str):

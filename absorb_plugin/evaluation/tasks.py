@@ -30,7 +30,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from absorb_plugin.evaluation.perplexity import ROWS, input_device
 from absorb_plugin.evaluation.text import Tokenizer, prefix_ids
-from absorb_plugin.files import json_object
+from absorb_plugin.files import check_letters, json_object
 from absorb_plugin.search.standard_error import standard_error
 
 __all__ = [
@@ -51,6 +51,8 @@ __all__ = [
 NO_LIMIT = 10**9
 # Keys that stand beside the tasks in the result of `absorb eval`.
 RESERVED = ("model", "perplexity", "sparsity", "tokens")
+# Fields that hold texts.
+TEXTS = {"query", "context", "choices", "contexts", "continuation"}
 
 Text = Annotated[StrictStr, Field(min_length=1)]
 
@@ -191,6 +193,8 @@ def _read_items(path: Path) -> Iterator[Item]:
 
 def _read_item(text: str, line: int, where: str) -> Item:
     row = json_object(text, where)
+    for field in TEXTS & row.keys():
+        check_letters(row[field], f"{where}: field `{field}`")
     try:
         pairs, gold = _pairs(row, where)
     except ValidationError as error:

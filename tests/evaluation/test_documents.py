@@ -252,6 +252,43 @@ def test_a_text_is_not_cut(
         list(read_text(tmp_path / name))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "where"),
+    [
+        (
+            "a.jsonl",
+            '{"text": "one"}\n{"text": "two \\ud83d."}',
+            "line 2: field `text`",
+        ),
+        ("a.json", '["one", "two \\ud83d."]', "row 2"),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "user", "content": [{"text": "two \\ud83d"}]}]}',
+            "line 1: field `messages`",
+        ),
+    ],
+)
+def test_half_a_letter(tmp_path: Path, name: str, content: str, where: str) -> None:
+    (tmp_path / name).write_text(content)
+    told = rf"{name}, {where}: '\\ud83d' at character 5 is half of a letter"
+    with pytest.raises(ValueError, match=told):
+        list(read_text(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "where"), [("a.jsonl", "a.jsonl, line 1"), ("a.json", "a.json")]
+)
+def test_deeply_nested(tmp_path: Path, name: str, where: str) -> None:
+    (tmp_path / name).write_text("[" * 200_000)
+    with pytest.raises(ValueError, match=f"{where}: JSON that is nested too deeply"):
+        list(read_text(tmp_path / name))
+
+
+def test_both_halves_are_a_letter(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d\\ude00"}')
+    assert list(read_text(tmp_path / "a.jsonl")) == ["\U0001f600"]
+
+
 def test_null_is_an_empty_row(tmp_path: Path) -> None:
     rows = [{"text": None}, {"text": "one"}]
     assert list(read_text(write_rows(tmp_path / "a.jsonl", rows))) == ["one"]

@@ -381,6 +381,14 @@ def test_bad_files(tmp_path: Path) -> None:
         read_tasks([bad])
 
 
+def test_half_a_letter(tmp_path: Path) -> None:
+    row = {"query": "a", "choices": ["b", "c \ud83d"], "gold": 0}
+    path = write(tmp_path / "t.jsonl", [row])
+    told = r"t.jsonl, line 1: field `choices`: '\\ud83d' at character 3 is half of"
+    with pytest.raises(ValueError, match=told):
+        read_tasks([path])
+
+
 def test_a_byte_order_mark_and_line_ends_of_windows(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     content = "\r\n".join([json.dumps(GOOD), "", json.dumps(GOOD)])
