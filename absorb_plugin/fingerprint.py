@@ -40,6 +40,7 @@ NOT_MEASURING = {
     "hookspecs.py",
     "mistakes.py",
     "modifier.py",
+    "overflow.py",
     "plugins.py",
     "report",
     "sample_split.py",

@@ -31,7 +31,7 @@ RINGS = [
     {"allocators"},
     {"hookspecs"},
     {"search"},
-    {"files", "mistakes", "distributed", "cpu", "precision", "torch_state"}
+    {"files", "mistakes", "overflow", "distributed", "cpu", "precision", "torch_state"}
     | {"_llmcompressor"},
 ]
 

@@ -123,12 +123,14 @@ def _print(found: "Curve", knee: str, allocator: str, file: TextIO) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"Perplexity; dense {math.exp(found.dense):.2f}")
+    from absorb_plugin.overflow import exp
+
+    table = Table(title=f"Perplexity; dense {_two_digits(exp(found.dense))}")
     for column in ("sparsity", "uniform", allocator, "corrected", "loss increase"):
         table.add_column(column, justify="right")
     for point in found.points:
         perplexities = [
-            f"{math.exp(min(found.dense + increase, 700.0)):.2f}"
+            _two_digits(exp(found.dense + increase))
             for increase in point.increases.values()
         ]
         error = point.errors["ours"]
@@ -140,3 +142,7 @@ def _print(found: "Curve", knee: str, allocator: str, file: TextIO) -> None:
         )
     table.caption = f"{knee} ({found.tokens:,} held-out tokens)"
     Console(file=file).print(table)
+
+
+def _two_digits(perplexity: float) -> str:
+    return f"{perplexity:.2f}" if perplexity < 1e6 else f"{perplexity:.3g}"

@@ -45,6 +45,22 @@ def test_eval_for_people(model_dir, text_file):
     )
 
 
+def test_a_perplexity_beyond_the_largest_float(text_file, tmp_path):
+    model = make_model()
+    model.lm_head.weight.data *= 1e6
+    for part in (model, make_tokenizer(bos=True)):
+        part.save_pretrained(tmp_path / "model")
+    out = tmp_path / "eval.json"
+    options = ["--text", text_file, "--seq-len", 32, "--out", out]
+    result = absorb("eval", tmp_path / "model", *options)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("Perplexity beyond 1e308 over ")
+    assert json.loads(out.read_text())["perplexity"] is None
+    result = absorb("eval", tmp_path / "model", *options, "--json")
+    assert json.loads(result.stdout)["perplexity"] is None
+    assert absorb("compare", out, "--figure", tmp_path / "a.png").exit_code == 0
+
+
 def test_eval_of_a_dataset(model_dir, tmp_path):
     (tmp_path / "test.jsonl").write_text(json.dumps({"text": words(40)}) + "\n")
     result = absorb("eval", model_dir, "--dataset", tmp_path, "--seq-len", 16, "--json")
