@@ -9,12 +9,20 @@ import typer
 
 from absorb_plugin.cli import options
 from absorb_plugin.cli.frame import command, show
-from absorb_plugin.cli.inputs import Source, read_model
+from absorb_plugin.cli.inputs import (
+    Source,
+    check_samples,
+    check_sparsity,
+    read_model,
+)
 
 if TYPE_CHECKING:
     from absorb_plugin.allocation import Allocation
 
 __all__ = ["allocate"]
+
+# Of recipes, for which there are options here.
+FIELDS = ("allocator", "effort", "granularity", "level", "sparsity")
 
 
 class Granularity(str, Enum):
@@ -75,13 +83,12 @@ def allocate(
     debug: options.Debug = False,
 ) -> None:
     """Compute the sparsity of every block of MODEL, without pruning."""
-    with command(debug) as stdout:
+    with command(debug, fields=FIELDS) as stdout:
         from absorb_plugin.evaluation.allocation import allocate_model, as_dict, ratios
         from absorb_plugin.evaluation.loading import load_model
         from absorb_plugin.evaluation.recipes import native_recipe
         from absorb_plugin.evaluation.text import calibration_samples
         from absorb_plugin.files import check_writable, replace_file
-        from absorb_plugin.search.budget import check_budget
         from absorb_plugin.settings import AllocationSettings
 
         settings = AllocationSettings(
@@ -94,7 +101,9 @@ def allocate(
             strength="auto" if correction else 0,
         )
         settings.base_allocator()
-        check_budget(sparsity, settings.max_sparsity)
+        check_sparsity("--sparsity", sparsity, settings.max_sparsity)
+        if correction:
+            check_samples(samples, ", or --no-correction")
         if profile_cache is not None:
             check_writable("--profile-cache", str(profile_cache))
         _check_outputs(recipe_out, ratios_out, model, text)

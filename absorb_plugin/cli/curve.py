@@ -9,7 +9,12 @@ import typer
 
 from absorb_plugin.cli import options
 from absorb_plugin.cli.frame import command, show
-from absorb_plugin.cli.inputs import Source, read_model
+from absorb_plugin.cli.inputs import (
+    Source,
+    check_samples,
+    check_sparsity,
+    read_model,
+)
 
 if TYPE_CHECKING:
     from absorb_plugin.evaluation.curve import Curve
@@ -51,7 +56,7 @@ def curve(
     debug: options.Debug = False,
 ) -> None:
     """Loss and perplexity of MODEL over sparsity: uniform, base, corrected."""
-    with command(debug) as stdout:
+    with command(debug, fields=("allocator", "effort")) as stdout:
         from absorb_plugin.evaluation.curve import as_dict, measure_curve
         from absorb_plugin.evaluation.loading import load_model
         from absorb_plugin.evaluation.output import check_result_file, is_figure
@@ -59,7 +64,6 @@ def curve(
         from absorb_plugin.files import check_writable
         from absorb_plugin.report.curve_figure import curve_charts
         from absorb_plugin.report.figure import save_figure
-        from absorb_plugin.search.budget import check_budget
         from absorb_plugin.settings import AllocationSettings
 
         settings = AllocationSettings(
@@ -70,7 +74,8 @@ def curve(
         settings.base_allocator()
         budgets = parse_sparsities(sparsities)
         for budget in budgets:
-            check_budget(budget, settings.max_sparsity)
+            check_sparsity("--sparsities", budget, settings.max_sparsity)
+        check_samples(samples)
         if profile_cache is not None:
             check_writable("--profile-cache", str(profile_cache))
         check_result_file(figure, "--figure", is_figure)

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from types import FrameType
 from typing import Any, TextIO
 
@@ -25,16 +25,19 @@ __all__ = ["command", "show"]
 # Fields of the library that are options of commands, in the library's messages. Not in
 # a path, and none that is a field of recipes as well.
 FIELD = re.compile(
-    r"(?<![\w/.-])(overwrite(?==)|seq_len|text_column|trust_remote_code)"
-    r"(?:=(\w+))?(?![\w/-])"
+    r"(?<![\w/.-])(overwrite(?==)|seq_len|text_column|trust_remote_code"
+    r"|num_calibration_samples|max_seq_length)(?:=(\w+))?(?![\w/-])"
 )
+RENAMED = {"num_calibration_samples": "samples", "max_seq_length": "seq_len"}
 
 # Of loguru, and one that llm-compressor adds.
 LEVELS = ["TRACE", "DEBUG", "INFO", "SUCCESS", "WARNING", "METRIC", "ERROR", "CRITICAL"]
 
 
 @contextlib.contextmanager
-def command(debug: bool, quiet: bool = False) -> Iterator[TextIO]:
+def command(
+    debug: bool, quiet: bool = False, fields: Collection[str] = ()
+) -> Iterator[TextIO]:
     """
     The frame of every command. In it `sys.stdout` is stderr, for llm-compressor and
     others print and log to it; the result is written to what the block receives. An
@@ -43,6 +46,7 @@ def command(debug: bool, quiet: bool = False) -> Iterator[TextIO]:
     :param debug: show a traceback and all logs instead
     :param quiet: unless `debug`, show errors and nothing else: no bars, no logs, no
         warnings, of which a report tells as well
+    :param fields: of recipes, for which this call has options instead
     """
     stdout = sys.stdout
     replace_unknown(stdout)
@@ -71,7 +75,7 @@ def command(debug: bool, quiet: bool = False) -> Iterator[TextIO]:
             typer.echo("interrupted: no result was written", err=True)
             raise typer.Exit(130) from error
         if not debug:
-            typer.echo(f"error: {one_line(error)}", err=True)
+            typer.echo(f"error: {one_line(error, fields)}", err=True)
         raise typer.Exit(1) from error
 
 
@@ -153,9 +157,16 @@ def _log_level() -> str:
     return level
 
 
-def one_line(error: Exception) -> str:
-    """The message of an exception, with its kind where that is needed to read it."""
+def one_line(error: Exception, fields: Collection[str] = ()) -> str:
+    """
+    The message of an exception, with its kind where that is needed to read it.
+
+    :param fields: that are options as well where they stand with a value
+    """
     message = FIELD.sub(_option, " ".join(str(error).split()))
+    for field in fields:
+        option = f"--{field.replace('_', '-')} "
+        message = re.sub(rf"(?<![\w/.-]){field}=", option, message)
     if isinstance(error, ValueError | OSError | ImportError) and message:
         return message
     return f"{type(error).__name__}: {message} (--debug shows where)"
@@ -164,7 +175,7 @@ def one_line(error: Exception) -> str:
 def _option(field: re.Match) -> str:
     """`seq_len=65` is `--seq-len 65` here, `overwrite=True` is `--overwrite`."""
     name, value = field.groups()
-    option = f"--{name.replace('_', '-')}"
+    option = f"--{RENAMED.get(name, name).replace('_', '-')}"
     return option if value in (None, "True") else f"{option} {value}"
 
 

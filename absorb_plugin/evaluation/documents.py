@@ -256,7 +256,12 @@ def _read_array(path: Path, column: str | None) -> Iterator[Document]:
             ) from error
     for number, row in enumerate(rows, start=1):
         where = f"{path}, row {number}"
-        if isinstance(row, str) and column is None:
+        if isinstance(row, str):
+            if column is not None:
+                raise ValueError(
+                    f"{where} is a string, which has no column {column!r}: leave "
+                    "text_column out"
+                )
             check_letters(row, where)
             yield row
         elif isinstance(row, dict):

@@ -106,8 +106,8 @@ def keep_profiles(recipe: Recipe, directory: Path) -> None:
     """
     if not _ours(recipe):
         raise ValueError(
-            "profile_cache is for recipes with an AbsorptionAllocationModifier, and "
-            "this one has none: leave it out"
+            f"profile_cache={str(directory)!r} is for recipes with an "
+            "AbsorptionAllocationModifier, and this one has none: leave it out"
         )
     for modifier in _ours(recipe):
         modifier.profile_cache = str(directory)

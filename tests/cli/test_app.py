@@ -111,3 +111,8 @@ def test_fields_become_options():
     )
     told = "--seq-len 65, --text-column or --overwrite; /seq_len/b, seq_lens"
     assert one_line(error) == told
+    error = ValueError("raise num_calibration_samples or max_seq_length")
+    assert one_line(error) == "raise --samples or --seq-len"
+    error = ValueError("max_loss_increase=-1, sparsity=0.5; max_sparsity=1, sparsity")
+    told = "--max-loss-increase -1, --sparsity 0.5; max_sparsity=1, sparsity"
+    assert one_line(error, ["sparsity", "max_loss_increase"]) == told

@@ -156,7 +156,10 @@ def test_a_cache_inside_the_new_model_is_refused(model_dir, text_file, tmp_path)
     out = tmp_path / "out"
     options = ["--text", text_file, *SMALL, "--sparsity", 0.5, "--out", out]
     line = error_of("prune", model_dir, *options, "--profile-cache", out / "cache")
-    assert "profile_cache=" in line and "name a directory beside it" in line
+    assert (
+        f"--profile-cache '{out / 'cache'}' lies in" in line
+        and "name a directory beside it" in line
+    )
     assert not out.exists()
 
 
@@ -236,10 +239,21 @@ def test_quantised_after_pruning(prune, tmp_path, quantize):
     [
         ([], "Give --sparsity, --max-loss-increase or --recipe"),
         (["--pruner", "wanda"], "Give --sparsity, --max-loss-increase or --recipe"),
-        (["--sparsity", 1.0], "sparsity=1.0 must be in [0, 1)"),
-        (["--sparsity", 0.97], "cannot be met with max_sparsity=0.95"),
-        (["--max-loss-increase", 0], "max_loss_increase"),
-        (["--sparsity", 0.5, "--allocator", "owls"], "allocator='owls' is unknown"),
+        (["--sparsity", 1.0], "--sparsity 1.0 must be in [0, 1)"),
+        (
+            ["--sparsity", 0.97],
+            "--sparsity 0.97 cannot be met, for no Linear is",
+        ),
+        (["--sparsity", 0.5, "--samples", 1], "--samples 1: the correction is judged"),
+        (
+            ["--max-loss-increase", 0],
+            "error: --max-loss-increase 0.0: input should be greater than 0",
+        ),
+        (
+            ["--max-loss-increase", "nan"],
+            "error: --max-loss-increase nan: input should be a finite number",
+        ),
+        (["--sparsity", 0.5, "--allocator", "owls"], "--allocator 'owls' is unknown"),
     ],
 )
 def test_wishes_are_checked_first(prune, options, message):

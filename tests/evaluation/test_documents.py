@@ -206,6 +206,9 @@ def test_an_array_of_strings(tmp_path: Path) -> None:
     path.write_text('[{"text": "one"},')
     with pytest.raises(ValueError, match="a.json: not JSON"):
         read_text(path)
+    path.write_text('["one"]')
+    with pytest.raises(ValueError, match="row 1 is a string.*: leave text_column out"):
+        list(read_text(path, "text"))
 
 
 def test_tables_with_other_delimiters_and_long_fields(tmp_path: Path) -> None:
