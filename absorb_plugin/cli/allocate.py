@@ -84,6 +84,7 @@ def allocate(
 ) -> None:
     """Compute the sparsity of every block of MODEL, without pruning."""
     with command(debug, fields=FIELDS) as stdout:
+        from absorb_plugin.choices import needs_text
         from absorb_plugin.evaluation.allocation import allocate_model, as_dict, ratios
         from absorb_plugin.evaluation.loading import load_model
         from absorb_plugin.evaluation.recipes import native_recipe
@@ -107,9 +108,15 @@ def allocate(
         if profile_cache is not None:
             check_writable("--profile-cache", str(profile_cache))
         _check_outputs(recipe_out, ratios_out, model, text)
-        documents = Source(text, dataset, split, text_column).documents()
-        _, tokenizer = read_model(model, dtype, trust_remote_code, seq_len)
-        data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
+        has_text = text is not None or dataset is not None or needs_text(settings)
+        source = Source(text, dataset, split, text_column)
+        documents = source.documents() if has_text else None
+        _, tokenizer = read_model(
+            model, dtype, trust_remote_code, seq_len if has_text else None
+        )
+        data = None
+        if documents is not None:
+            data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
         loaded = load_model(model, dtype.value, trust_remote_code)
         found = allocate_model(loaded, data, sparsity, settings, pruner=pruner.value)
         try:
@@ -117,10 +124,12 @@ def allocate(
                 recipe = native_recipe(found.linear_sparsities(), pruner.value)
                 replace_file(recipe_out, recipe.encode())
             if ratios_out is not None:
-                data_name = str(text) if dataset is None else f"{dataset} ({split})"
-                source = {"model": model, "data": data_name, "samples": samples}
-                source |= {"seq_len": seq_len, "seed": seed}
-                content = ratios(found, settings, pruner.value, **source)
+                came_from: dict[str, Any] = {"model": model, "data": None}
+                if data is not None:
+                    name = str(text) if dataset is None else f"{dataset} ({split})"
+                    came_from |= {"data": name, "samples": samples}
+                    came_from |= {"seq_len": seq_len, "seed": seed}
+                content = ratios(found, settings, pruner.value, **came_from)
                 replace_file(ratios_out, json.dumps(content, indent=1).encode())
         finally:  # what was measured is not lost if it cannot be written
             if as_json:

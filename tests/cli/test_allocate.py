@@ -156,6 +156,31 @@ def test_allocate_for_people(model_dir, text_file):
         assert part in result.stdout
 
 
+@pytest.mark.parametrize("allocator", ["uniform", "atp", "alpha_pruning"])
+def test_weights_alone_need_no_text(model_dir, allocate, tmp_path, allocator):
+    expected = allocate(allocator, "--no-correction")
+    out = ["--ratios-out", tmp_path / "ratios.json", "--profile-cache", tmp_path]
+    command = ["allocate", model_dir, "--allocator", allocator, "--sparsity", 0.6]
+    done = absorb(*command, "--no-correction", *out, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == expected
+    ratios = json.loads((tmp_path / "ratios.json").read_text())
+    assert ratios["data"] is None and "samples" not in ratios
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--allocator", "owl", "--no-correction"],
+        ["--allocator", "lsa", "--no-correction"],
+        ["--allocator", "uniform"],
+    ],
+)
+def test_others_need_a_text(options):
+    line = error_of("allocate", "./no-such-model", "--sparsity", 0.6, *options)
+    assert "no text: give --text FILE" in line
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
