@@ -25,11 +25,14 @@ def in_words(error: ValidationError, fields: Iterable[str]) -> str:
 
 def _subject(error: Mapping[str, Any]) -> str:
     """`field=value: `; empty where the reason names the field."""
+    path = ".".join(map(str, error["loc"]))
     if error["type"] == "missing":
-        return ".".join(map(str, error["loc"])) + " "
-    if not error["loc"] or error["msg"].startswith(f"Value error, {error['loc'][0]}"):
+        return f"{path} "
+    if not path or error["msg"].startswith(f"Value error, {path}"):
         return ""
-    return f"{error['loc'][0]}={error['input']!r}: "
+    # the second part of two is the kind that was tried, where there are several
+    name = path if len(error["loc"]) > 2 else error["loc"][0]
+    return f"{name}={error['input']!r}: "
 
 
 def _reason(error: Mapping[str, Any], fields: list[str]) -> str:

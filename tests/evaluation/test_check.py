@@ -149,6 +149,42 @@ def test_other_methods_of_quantisation(plain: Path, method: str, bits: int) -> N
     assert check_checkpoint(plain).other_method == "an unknown method"
 
 
+def scheme_of(**weights: Any) -> dict[str, Any]:
+    return {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        ("fp8", "quantization_config='fp8' is no object"),
+        (["fp8"], "quantization_config=['fp8'] is no object"),
+        (scheme_of(num_bits="four"), "num_bits='four': input should be a valid"),
+        ({"config_groups": ["Linear"]}, "not understood: config_groups="),
+        ({"config_groups": {"W9": ["Linear"]}}, "not understood: "),
+    ],
+)
+def test_quantisations_that_are_not_understood(
+    plain: Path, quantization: Any, message: str
+) -> None:
+    change_json(plain / "config.json", quantization_config=quantization)
+    report = check_checkpoint(plain)
+    assert not report.problems
+    (told,) = [warning for warning in report.warnings if message in warning]
+    assert "https://" not in told
+
+
+def test_a_quantisation_by_the_name_of_its_scheme(plain: Path) -> None:
+    saved = {"config_groups": {"W8A8": ["Linear"]}, "format": "int-quantized"}
+    change_json(plain / "config.json", quantization_config=saved)
+    report = check_checkpoint(plain)
+    assert report.quantization == {
+        "method": None,
+        "format": "int-quantized",
+        "bits": [8],
+    }
+    assert not any("understood" in warning for warning in report.warnings)
+
+
 @pytest.mark.parametrize("columns", [64, 72, 100])
 @pytest.mark.parametrize(
     "form, arguments",
