@@ -166,6 +166,7 @@ def _parse_argument(argument: str) -> tuple[str, Any]:
 
 def _print(allocation: "Allocation", file: TextIO) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table()
@@ -176,7 +177,7 @@ def _print(allocation: "Allocation", file: TextIO) -> None:
     for row, index in enumerate(allocation.blocks.prunable):
         block = allocation.blocks.blocks[index]
         table.add_row(
-            block.name,
+            escape(block.name),
             f"{block.parameters:,}",
             f"{allocation.base.metric[row]:.4g}",
             f"{bases[row]:.4f}",

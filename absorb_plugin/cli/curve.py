@@ -126,12 +126,19 @@ def _check_count(count: float, remedy: str) -> None:
 
 def _print(found: "Curve", knee: str, allocator: str, file: TextIO) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from absorb_plugin.overflow import exp
 
     table = Table(title=f"Perplexity; dense {_two_digits(exp(found.dense))}")
-    for column in ("sparsity", "uniform", allocator, "corrected", "loss increase"):
+    for column in (
+        "sparsity",
+        "uniform",
+        escape(allocator),
+        "corrected",
+        "loss increase",
+    ):
         table.add_column(column, justify="right")
     for point in found.points:
         perplexities = [

@@ -111,6 +111,7 @@ def _print(result: Mapping[str, Any], file: TextIO) -> None:
         a text, and per task an object with `acc`, `acc_norm`, `stderr` and `n`
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     if "perplexity" in result:
@@ -127,7 +128,7 @@ def _print(result: Mapping[str, Any], file: TextIO) -> None:
         table.add_column(column, justify="right")
     for name, one in tasks.items():
         values = (one["acc"], one["stderr"], one["acc_norm"])
-        table.add_row(name, str(one["n"]), *map(_four_digits, values))
+        table.add_row(escape(name), str(one["n"]), *map(_four_digits, values))
     Console(file=file).print(table)
 
 

@@ -28,11 +28,17 @@ __all__ = [
 
 def check_output(out: Path, overwrite: bool) -> None:
     """
+    :raises NotADirectoryError: if something above it is a file
     :raises FileExistsError: if `out` is a file, holds files and `overwrite` is not set,
         or holds something that is not a model
     :raises ValueError: if it is a mount point, which cannot be replaced
     """
     out = out.expanduser().resolve()
+    above = next((folder for folder in out.parents if folder.exists()), out)
+    if not above.is_dir():
+        raise NotADirectoryError(
+            f"{out} cannot be made, for {above} is a file: choose another directory"
+        )
     _warn_of_leftovers(out)
     if not out.exists():
         return

@@ -164,6 +164,8 @@ def read_tasks(paths: Sequence[Path], limit: int | None = None) -> list[Task]:
             raise FileNotFoundError(f"{path}: no such task file")
         if not path.is_file():
             raise ValueError(f"{path} is not a file")
+        if path.stem in tasks and path.samefile(tasks[path.stem].path):
+            raise ValueError(f"{path} is given twice: leave one out")
         if path.stem in tasks:
             raise ValueError(
                 f"{tasks[path.stem].path} and {path} would both be the task "

@@ -112,6 +112,12 @@ def test_the_knee_in_words() -> None:
     assert knee(curve_of(1000.0)) == told + "inf"
 
 
+def test_an_allocator_with_brackets_is_shown_whole() -> None:
+    with io.StringIO() as file:
+        _print(Curve(1.0, 100, []), "the knee", "a[b]", file)
+        assert "a[b]" in file.getvalue()
+
+
 def test_a_perplexity_beyond_the_largest_float() -> None:
     increases = {"uniform": 1000.0, "base": 600.0, "ours": 1.0}
     point = CurvePoint(0.5, increases, dict.fromkeys(increases, 0.0))

@@ -143,6 +143,15 @@ def test_a_model_that_cannot_be_moved_is_kept(
     assert (out / "config.json").read_text() == "old"
 
 
+@pytest.mark.parametrize("below", ["model", "a/b/model"])
+def test_nothing_can_be_made_below_a_file(tmp_path: Path, below: str) -> None:
+    file = tmp_path / "t.txt"
+    file.write_text("a text")
+    told = f"{file / below} cannot be made, for {file} is a file"
+    with pytest.raises(NotADirectoryError, match=told):
+        check_output(file / below, overwrite=False)
+
+
 def test_empty_directories_are_no_files(tmp_path: Path) -> None:
     (tmp_path / "out" / "report").mkdir(parents=True)
     check_output(tmp_path / "out", overwrite=False)

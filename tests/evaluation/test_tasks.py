@@ -370,6 +370,9 @@ def test_bad_files(tmp_path: Path) -> None:
     twin = write(tmp_path / "sub" / "good.jsonl", [GOOD])
     with pytest.raises(ValueError, match="would both be the task 'good'"):
         read_tasks([good, twin])
+    again = tmp_path / "sub" / ".." / "good.jsonl"
+    with pytest.raises(ValueError, match="good.jsonl is given twice: leave one out"):
+        read_tasks([good, again])
     with pytest.raises(ValueError, match="another key of the result"):
         read_tasks([write(tmp_path / "tokens.jsonl", [GOOD])])
     bad = tmp_path / "bad.jsonl"
