@@ -20,6 +20,7 @@ __all__ = [
     "choose_level",
     "choose_signal",
     "needs_loss",
+    "needs_text",
     "unseen",
     "warn_of_few_tokens",
     "warn_of_granularity",
@@ -54,6 +55,12 @@ def needs_loss(settings: AllocationSettings, signal: Signal) -> bool:
     if settings.strength == "auto":
         return True
     return settings.strength != 0 and signal.by_loss
+
+
+def needs_text(settings: AllocationSettings) -> bool:
+    """Whether the model has to be run at all; some allocators look at weights alone."""
+    observed = settings.base_allocator().needs in ("activations", "gram")
+    return observed or settings.strength != 0
 
 
 def choose_level(settings: AllocationSettings) -> str:

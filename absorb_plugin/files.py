@@ -3,7 +3,7 @@
 import json
 import math
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -11,6 +11,7 @@ from typing import Any
 
 __all__ = [
     "check_file",
+    "check_letters",
     "check_writable",
     "json_numbers",
     "json_object",
@@ -27,9 +28,40 @@ def json_object(text: str | bytes, where: str) -> dict[str, Any]:
         content = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{where}: not JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{where}: JSON that is nested too deeply to read") from error
     if not isinstance(content, dict):
         raise ValueError(f"{where}: not a JSON object")
     return content
+
+
+def check_letters(value: object, where: str) -> None:
+    """
+    JSON may hold half of a letter beyond 16 bits ("\\ud83d"), which is no text.
+
+    :param value: a text, or lists and objects with texts in them
+    :param where: file, row and field, for the message
+    :raises ValueError: if a text cannot be written as UTF-8
+    """
+    left = [value]  # not by recursion: JSON may be nested deeply
+    while left:
+        one = left.pop()
+        if isinstance(one, Mapping):
+            left += [*one.keys(), *one.values()]
+        elif isinstance(one, list):
+            left += one
+        elif isinstance(one, str):
+            _check_letters_of(one, where)
+
+
+def _check_letters_of(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: {text[error.start]!r} at character {error.start + 1} is half of "
+            "a letter (a lone surrogate), as where an emoji was cut in two: take it out"
+        ) from error
 
 
 def json_numbers(values: Iterable[float]) -> list[float | None]:

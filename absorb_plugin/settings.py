@@ -11,7 +11,7 @@ from absorb_plugin.allocators.base import Allocator
 from absorb_plugin.limits import check_limits
 from absorb_plugin.plugins import build_allocator
 
-__all__ = ["EFFORTS", "AllocationSettings", "Effort"]
+__all__ = ["EFFORTS", "MAX_SPARSITY", "AllocationSettings", "Effort"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,9 @@ EFFORTS = {
         rounds=24, statistics=32, signal=16, search=16, confirm=16, tokens=512
     ),
 }
+
+# No Linear is pruned beyond it, unless another is given.
+MAX_SPARSITY = 0.95
 
 # Names of earlier versions, and what to write now.
 RENAMED = {
@@ -85,7 +88,7 @@ class AllocationSettings(BaseModel):
     search_samples: Count | None = None
     confirm_samples: Annotated[int, Field(ge=0)] | None = None
     probe_tokens: Annotated[int, Field(ge=2)] | None = None
-    max_sparsity: float = Field(default=0.95, gt=0, lt=1)
+    max_sparsity: float = Field(default=MAX_SPARSITY, gt=0, lt=1)
     limits: dict[str, tuple[float, float]] = Field(default_factory=dict)
     probe_memory: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
     report_dir: str | None = None

@@ -31,7 +31,8 @@ RINGS = [
     {"allocators"},
     {"hookspecs"},
     {"search"},
-    {"files", "distributed", "cpu", "precision", "torch_state", "_llmcompressor"},
+    {"files", "mistakes", "overflow", "distributed", "cpu", "precision", "torch_state"}
+    | {"_llmcompressor"},
 ]
 
 

@@ -9,12 +9,20 @@ import typer
 
 from absorb_plugin.cli import options
 from absorb_plugin.cli.frame import command, show
-from absorb_plugin.cli.inputs import Source, read_model
+from absorb_plugin.cli.inputs import (
+    Source,
+    check_samples,
+    check_sparsity,
+    read_model,
+)
 
 if TYPE_CHECKING:
     from absorb_plugin.allocation import Allocation
 
 __all__ = ["allocate"]
+
+# Of recipes, for which there are options here.
+FIELDS = ("allocator", "effort", "granularity", "level", "sparsity")
 
 
 class Granularity(str, Enum):
@@ -75,13 +83,13 @@ def allocate(
     debug: options.Debug = False,
 ) -> None:
     """Compute the sparsity of every block of MODEL, without pruning."""
-    with command(debug) as stdout:
+    with command(debug, fields=FIELDS) as stdout:
+        from absorb_plugin.choices import needs_text
         from absorb_plugin.evaluation.allocation import allocate_model, as_dict, ratios
         from absorb_plugin.evaluation.loading import load_model
         from absorb_plugin.evaluation.recipes import native_recipe
         from absorb_plugin.evaluation.text import calibration_samples
         from absorb_plugin.files import check_writable, replace_file
-        from absorb_plugin.search.budget import check_budget
         from absorb_plugin.settings import AllocationSettings
 
         settings = AllocationSettings(
@@ -94,13 +102,21 @@ def allocate(
             strength="auto" if correction else 0,
         )
         settings.base_allocator()
-        check_budget(sparsity, settings.max_sparsity)
+        check_sparsity("--sparsity", sparsity, settings.max_sparsity)
+        if correction:
+            check_samples(samples, ", or --no-correction")
         if profile_cache is not None:
             check_writable("--profile-cache", str(profile_cache))
         _check_outputs(recipe_out, ratios_out, model, text)
-        documents = Source(text, dataset, split, text_column).documents()
-        _, tokenizer = read_model(model, dtype, trust_remote_code, seq_len)
-        data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
+        has_text = text is not None or dataset is not None or needs_text(settings)
+        source = Source(text, dataset, split, text_column)
+        documents = source.documents() if has_text else None
+        _, tokenizer = read_model(
+            model, dtype, trust_remote_code, seq_len if has_text else None
+        )
+        data = None
+        if documents is not None:
+            data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
         loaded = load_model(model, dtype.value, trust_remote_code)
         found = allocate_model(loaded, data, sparsity, settings, pruner=pruner.value)
         try:
@@ -108,10 +124,12 @@ def allocate(
                 recipe = native_recipe(found.linear_sparsities(), pruner.value)
                 replace_file(recipe_out, recipe.encode())
             if ratios_out is not None:
-                data_name = str(text) if dataset is None else f"{dataset} ({split})"
-                source = {"model": model, "data": data_name, "samples": samples}
-                source |= {"seq_len": seq_len, "seed": seed}
-                content = ratios(found, settings, pruner.value, **source)
+                came_from: dict[str, Any] = {"model": model, "data": None}
+                if data is not None:
+                    name = str(text) if dataset is None else f"{dataset} ({split})"
+                    came_from |= {"data": name, "samples": samples}
+                    came_from |= {"seq_len": seq_len, "seed": seed}
+                content = ratios(found, settings, pruner.value, **came_from)
                 replace_file(ratios_out, json.dumps(content, indent=1).encode())
         finally:  # what was measured is not lost if it cannot be written
             if as_json:
@@ -148,6 +166,7 @@ def _parse_argument(argument: str) -> tuple[str, Any]:
 
 def _print(allocation: "Allocation", file: TextIO) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table()
@@ -158,7 +177,7 @@ def _print(allocation: "Allocation", file: TextIO) -> None:
     for row, index in enumerate(allocation.blocks.prunable):
         block = allocation.blocks.blocks[index]
         table.add_row(
-            block.name,
+            escape(block.name),
             f"{block.parameters:,}",
             f"{allocation.base.metric[row]:.4g}",
             f"{bases[row]:.4f}",

@@ -23,6 +23,7 @@ def allocators(as_json: AsJson = False, debug: Debug = False) -> None:
 
 def _print(entries: Sequence[dict[str, Any]], file: TextIO) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table()
@@ -30,11 +31,6 @@ def _print(entries: Sequence[dict[str, Any]], file: TextIO) -> None:
         table.add_column(column, overflow="fold")
     for entry in entries:
         arguments = (f"{key}={value}" for key, value in entry["arguments"].items())
-        table.add_row(
-            entry["name"],
-            entry["distribution"],
-            ", ".join(arguments),
-            entry["cost"],
-            entry["paper"],
-        )
+        values = (entry["name"], entry["distribution"], ", ".join(arguments))
+        table.add_row(*map(escape, (*values, entry["cost"], entry["paper"])))
     Console(file=file).print(table)

@@ -75,6 +75,7 @@ def _summary(report: "CheckReport") -> str:
 
 
 def _table(report: "CheckReport") -> "Table":
+    from rich.markup import escape
     from rich.table import Table
 
     from absorb_plugin.evaluation.check_report import planned_share, zero_share
@@ -85,7 +86,7 @@ def _table(report: "CheckReport") -> "Table":
     for name, linears in report.blocks().items():
         shares = [one.count.share for one in linears]
         table.add_row(
-            name,
+            escape(name),
             f"{sum(one.count.weights for one in linears):,}",
             _four_digits(planned_share(linears)),
             _four_digits(zero_share(linears)),

@@ -9,7 +9,12 @@ import typer
 
 from absorb_plugin.cli import options
 from absorb_plugin.cli.frame import command, show
-from absorb_plugin.cli.inputs import Source, read_model
+from absorb_plugin.cli.inputs import (
+    Source,
+    check_samples,
+    check_sparsity,
+    read_model,
+)
 
 if TYPE_CHECKING:
     from absorb_plugin.evaluation.curve import Curve
@@ -51,7 +56,7 @@ def curve(
     debug: options.Debug = False,
 ) -> None:
     """Loss and perplexity of MODEL over sparsity: uniform, base, corrected."""
-    with command(debug) as stdout:
+    with command(debug, fields=("allocator", "effort")) as stdout:
         from absorb_plugin.evaluation.curve import as_dict, measure_curve
         from absorb_plugin.evaluation.loading import load_model
         from absorb_plugin.evaluation.output import check_result_file, is_figure
@@ -59,7 +64,6 @@ def curve(
         from absorb_plugin.files import check_writable
         from absorb_plugin.report.curve_figure import curve_charts
         from absorb_plugin.report.figure import save_figure
-        from absorb_plugin.search.budget import check_budget
         from absorb_plugin.settings import AllocationSettings
 
         settings = AllocationSettings(
@@ -70,7 +74,8 @@ def curve(
         settings.base_allocator()
         budgets = parse_sparsities(sparsities)
         for budget in budgets:
-            check_budget(budget, settings.max_sparsity)
+            check_sparsity("--sparsities", budget, settings.max_sparsity)
+        check_samples(samples)
         if profile_cache is not None:
             check_writable("--profile-cache", str(profile_cache))
         check_result_file(figure, "--figure", is_figure)
@@ -121,14 +126,23 @@ def _check_count(count: float, remedy: str) -> None:
 
 def _print(found: "Curve", knee: str, allocator: str, file: TextIO) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=f"Perplexity; dense {math.exp(found.dense):.2f}")
-    for column in ("sparsity", "uniform", allocator, "corrected", "loss increase"):
+    from absorb_plugin.overflow import exp
+
+    table = Table(title=f"Perplexity; dense {_two_digits(exp(found.dense))}")
+    for column in (
+        "sparsity",
+        "uniform",
+        escape(allocator),
+        "corrected",
+        "loss increase",
+    ):
         table.add_column(column, justify="right")
     for point in found.points:
         perplexities = [
-            f"{math.exp(min(found.dense + increase, 700.0)):.2f}"
+            _two_digits(exp(found.dense + increase))
             for increase in point.increases.values()
         ]
         error = point.errors["ours"]
@@ -140,3 +154,7 @@ def _print(found: "Curve", knee: str, allocator: str, file: TextIO) -> None:
         )
     table.caption = f"{knee} ({found.tokens:,} held-out tokens)"
     Console(file=file).print(table)
+
+
+def _two_digits(perplexity: float) -> str:
+    return f"{perplexity:.2f}" if perplexity < 1e6 else f"{perplexity:.3g}"

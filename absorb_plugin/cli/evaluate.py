@@ -65,6 +65,7 @@ def evaluate(
             read_tasks,
         )
         from absorb_plugin.evaluation.text import evaluation_windows
+        from absorb_plugin.files import json_numbers
 
         # All that can be wrong with the arguments comes before the model is loaded.
         if more and not tasks:
@@ -88,7 +89,8 @@ def evaluate(
         result: dict[str, Any] = {}
         if tokens:
             value, count = perplexity(loaded, tokens)
-            result = {"perplexity": value, "tokens": count}
+            (known,) = json_numbers([value])
+            result = {"perplexity": known, "tokens": count}
         for name, found in evaluate_tasks(loaded, encoded, batch_size).items():
             result[name] = dataclasses.asdict(found)
         try:
@@ -105,14 +107,17 @@ def _print(result: Mapping[str, Any], file: TextIO) -> None:
     """
     A line for the perplexity, a table of the tasks.
 
-    :param result: `perplexity` and `tokens`, where there was a text, and per task an
-        object with `acc`, `acc_norm`, `stderr` and `n`
+    :param result: `perplexity` (None where it overflows) and `tokens`, where there was
+        a text, and per task an object with `acc`, `acc_norm`, `stderr` and `n`
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     if "perplexity" in result:
-        line = "Perplexity {perplexity:.3f} over {tokens} tokens".format(**result)
+        value = result["perplexity"]
+        known = "beyond 1e308" if value is None else f"{value:.3f}"
+        line = f"Perplexity {known} over {result['tokens']} tokens"
         print(line, file=file, flush=True)
     tasks = {name: one for name, one in result.items() if isinstance(one, Mapping)}
     if not tasks:
@@ -123,7 +128,7 @@ def _print(result: Mapping[str, Any], file: TextIO) -> None:
         table.add_column(column, justify="right")
     for name, one in tasks.items():
         values = (one["acc"], one["stderr"], one["acc_norm"])
-        table.add_row(name, str(one["n"]), *map(_four_digits, values))
+        table.add_row(escape(name), str(one["n"]), *map(_four_digits, values))
     Console(file=file).print(table)
 
 

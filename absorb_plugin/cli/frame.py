@@ -14,7 +14,8 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from types import FrameType
 from typing import Any, TextIO
 
 import typer
@@ -24,16 +25,19 @@ __all__ = ["command", "show"]
 # Fields of the library that are options of commands, in the library's messages. Not in
 # a path, and none that is a field of recipes as well.
 FIELD = re.compile(
-    r"(?<![\w/.-])(overwrite(?==)|seq_len|text_column|trust_remote_code)"
-    r"(?:=(\w+))?(?![\w/-])"
+    r"(?<![\w/.-])(overwrite(?==)|seq_len|text_column|trust_remote_code"
+    r"|num_calibration_samples|max_seq_length)(?:=(\w+))?(?![\w/-])"
 )
+RENAMED = {"num_calibration_samples": "samples", "max_seq_length": "seq_len"}
 
 # Of loguru, and one that llm-compressor adds.
 LEVELS = ["TRACE", "DEBUG", "INFO", "SUCCESS", "WARNING", "METRIC", "ERROR", "CRITICAL"]
 
 
 @contextlib.contextmanager
-def command(debug: bool, quiet: bool = False) -> Iterator[TextIO]:
+def command(
+    debug: bool, quiet: bool = False, fields: Collection[str] = ()
+) -> Iterator[TextIO]:
     """
     The frame of every command. In it `sys.stdout` is stderr, for llm-compressor and
     others print and log to it; the result is written to what the block receives. An
@@ -42,13 +46,16 @@ def command(debug: bool, quiet: bool = False) -> Iterator[TextIO]:
     :param debug: show a traceback and all logs instead
     :param quiet: unless `debug`, show errors and nothing else: no bars, no logs, no
         warnings, of which a report tells as well
+    :param fields: of recipes, for which this call has options instead
     """
     stdout = sys.stdout
+    replace_unknown(stdout)
     quiet = quiet and not debug
     silence = io.StringIO() if quiet else sys.stderr
+    interrupts: list[int] = []
     try:
         with (
-            termination_as_interrupt(),
+            noting_interrupts(interrupts),
             contextlib.redirect_stderr(silence),
             contextlib.redirect_stdout(silence),
         ):
@@ -60,28 +67,48 @@ def command(debug: bool, quiet: bool = False) -> Iterator[TextIO]:
                 stdout.flush()
     except (typer.Exit, typer.Abort, BrokenPipeError):
         raise  # the last when `| head` has seen enough: click ends quietly
-    except KeyboardInterrupt as error:
-        typer.echo("interrupted: no result was written", err=True)
-        raise typer.Exit(130) from error
-    except Exception as error:
-        if debug:
+    except (KeyboardInterrupt, Exception) as error:
+        if debug and not isinstance(error, KeyboardInterrupt):
             traceback.print_exc()
-        else:
-            typer.echo(f"error: {one_line(error)}", err=True)
+        # imports of transformers make an error of their own of it, without the cause
+        if isinstance(error, KeyboardInterrupt) or interrupts:
+            typer.echo("interrupted: no result was written", err=True)
+            raise typer.Exit(130) from error
+        if not debug:
+            typer.echo(f"error: {one_line(error, fields)}", err=True)
         raise typer.Exit(1) from error
 
 
 @contextlib.contextmanager
-def termination_as_interrupt() -> Iterator[None]:
-    """SIGTERM, as batch systems send it, leaves as little behind as Ctrl-C does."""
+def noting_interrupts(seen: list[int]) -> Iterator[None]:
+    """
+    SIGTERM, as batch systems send it, leaves as little behind as Ctrl-C does.
+
+    :param seen: gets the number of every such signal that comes
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # only there can a signal be handled
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt)}
+    # not where a shell has it ignored, as for what runs in the background
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def replace_unknown(stream: TextIO) -> None:
+    """What its encoding lacks (η, ±) becomes `?`: a result is not lost over that."""
+    if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        stream.reconfigure(errors="replace")
 
 
 def keep_freed_memory() -> None:
@@ -130,9 +157,16 @@ def _log_level() -> str:
     return level
 
 
-def one_line(error: Exception) -> str:
-    """The message of an exception, with its kind where that is needed to read it."""
+def one_line(error: Exception, fields: Collection[str] = ()) -> str:
+    """
+    The message of an exception, with its kind where that is needed to read it.
+
+    :param fields: that are options as well where they stand with a value
+    """
     message = FIELD.sub(_option, " ".join(str(error).split()))
+    for field in fields:
+        option = f"--{field.replace('_', '-')} "
+        message = re.sub(rf"(?<![\w/.-]){field}=", option, message)
     if isinstance(error, ValueError | OSError | ImportError) and message:
         return message
     return f"{type(error).__name__}: {message} (--debug shows where)"
@@ -141,7 +175,7 @@ def one_line(error: Exception) -> str:
 def _option(field: re.Match) -> str:
     """`seq_len=65` is `--seq-len 65` here, `overwrite=True` is `--overwrite`."""
     name, value = field.groups()
-    option = f"--{name.replace('_', '-')}"
+    option = f"--{RENAMED.get(name, name).replace('_', '-')}"
     return option if value in (None, "True") else f"{option} {value}"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from absorb_plugin.cli.options import Dtype
 
-__all__ = ["Source", "read_model"]
+__all__ = ["Source", "check_samples", "check_sparsity", "read_model"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,35 @@ class Source:
         if self.dataset is not None:
             return read_dataset(self.dataset, self.split, self.column)
         raise ValueError("no text: give --text FILE or --dataset NAME")
+
+
+def check_sparsity(option: str, sparsity: float, most: float) -> None:
+    """
+    :param option: that asks for it
+    :param most: share of a Linear that may go
+    :raises ValueError: if it is no sparsity, or cannot be reached
+    """
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"{option} {sparsity} must be in [0, 1)")
+    if sparsity > most:
+        raise ValueError(
+            f"{option} {sparsity} cannot be met, for no Linear is pruned beyond {most}:"
+            " give less, or set max_sparsity in a recipe for `absorb prune --recipe`"
+        )
+
+
+def check_samples(samples: int, remedy: str = "") -> None:
+    """
+    To be asked where an allocation is corrected.
+
+    :param remedy: beside more samples
+    :raises ValueError: if there is none to be held out
+    """
+    if samples < 2:
+        raise ValueError(
+            f"--samples {samples}: the correction is judged on samples that are held "
+            f"out, and there is but one. Give more{remedy}"
+        )
 
 
 def read_model(

@@ -109,6 +109,7 @@ def _parse_magnitudes(text: str) -> list[float]:
 def _print(found: "NoiseScan", file: TextIO) -> None:
     """The ratio r per block and η."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=f"Ratio r, computed in {found.dtype}")
@@ -119,7 +120,7 @@ def _print(found: "NoiseScan", file: TextIO) -> None:
         table.add_column(f"η={eta:g}{mark}", justify="right")
     for row, name in enumerate(found.names):
         table.add_row(
-            name, *(f"{profile.ratio[row]:.3f}" for profile in found.profiles)
+            escape(name), *(f"{profile.ratio[row]:.3f}" for profile in found.profiles)
         )
     table.caption = f"rounding floor {found.floor[-1]:.1e}"
     if below_floor:

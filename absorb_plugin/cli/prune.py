@@ -10,7 +10,12 @@ import typer
 
 from absorb_plugin.cli import options
 from absorb_plugin.cli.frame import command, show
-from absorb_plugin.cli.inputs import Source, read_model
+from absorb_plugin.cli.inputs import (
+    Source,
+    check_samples,
+    check_sparsity,
+    read_model,
+)
 
 if TYPE_CHECKING:
     from llmcompressor.recipe import Recipe
@@ -21,6 +26,9 @@ __all__ = ["prune"]
 
 # The recipe that was made, beside the recipe.yaml that llm-compressor saves.
 MADE = "absorb_recipe.yaml"
+
+# Fields of a recipe, for which there are options where there is none.
+WISHES = ("sparsity", "max_loss_increase", "pruner", "allocator", "effort", "quantize")
 
 
 class Pipeline(str, Enum):
@@ -86,7 +94,9 @@ def prune(
     debug: options.Debug = False,
 ) -> None:
     """Prune MODEL to a sparsity, a quality or by a recipe, and save it."""
-    with command(debug) as stdout:
+    fields = [] if recipe else [*WISHES]
+    fields += ["profile_cache"] if profile_cache else []
+    with command(debug, fields=fields) as stdout:
         from absorb_plugin.evaluation import oneshot, output
         from absorb_plugin.evaluation.loading import (
             check_saving,
@@ -100,6 +110,8 @@ def prune(
         start = time.perf_counter()
         # All that can be wrong with the arguments comes before the model is loaded.
         output.check_apart(out, model)
+        read = {"--recipe": recipe, "--text": text, "--dataset": dataset}
+        output.check_inputs_apart(out, read)
         output.check_output(out, overwrite)
         given: dict[str, Any] = {
             "sparsity": sparsity,
@@ -110,7 +122,7 @@ def prune(
             "quantize": quantize and quantize.value,
         }
         parsed = _read_recipe(recipe, given)
-        wishes = None if parsed else _wishes(given)
+        wishes = None if parsed else _wishes(given, samples)
         documents = Source(text, dataset, split, text_column).documents()
         config, tokenizer = read_model(model, dtype, trust_remote_code, seq_len)
         empty, made = empty_model(config, trust_remote_code), ""
@@ -174,13 +186,17 @@ def _read_recipe(recipe: Path | None, given: dict[str, Any]) -> "Recipe | None":
     return load_recipe(recipe)
 
 
-def _wishes(given: dict[str, Any]) -> "RecipeWishes":
+def _wishes(given: dict[str, Any], samples: int) -> "RecipeWishes":
     from absorb_plugin.evaluation.recipes import RecipeWishes
+    from absorb_plugin.settings import MAX_SPARSITY
 
     if given["sparsity"] is None and given["max_loss_increase"] is None:
         raise ValueError(
             "how much is to be pruned? Give --sparsity, --max-loss-increase or --recipe"
         )
+    if given["sparsity"] is not None:
+        check_sparsity("--sparsity", given["sparsity"], MAX_SPARSITY)
+    check_samples(samples)
     wishes = RecipeWishes(**{k: v for k, v in given.items() if v is not None})
     wishes.check()
     return wishes

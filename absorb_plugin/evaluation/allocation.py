@@ -3,19 +3,31 @@
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel
 
 from absorb_plugin._llmcompressor import linearize_moe
 from absorb_plugin.allocate import allocate
 from absorb_plugin.allocation import Allocation
-from absorb_plugin.blocks import find_blocks
+from absorb_plugin.allocators.base_allocation import base_allocation
+from absorb_plugin.blocks import BlockMap, find_blocks
+from absorb_plugin.cache import ProfileCache
 from absorb_plugin.calibration import samples_of
+from absorb_plugin.choices import (
+    budget_of,
+    choose_level,
+    choose_signal,
+    needs_text,
+    warn_of_granularity,
+)
 from absorb_plugin.devices import computing_on_one_device
 from absorb_plugin.limits import check_matched
 from absorb_plugin.pruners import PRUNERS
+from absorb_plugin.pruners.present import with_present_zeros
 from absorb_plugin.search.budget import check_budget
 from absorb_plugin.settings import AllocationSettings
+from absorb_plugin.torch_state import plain_torch
 
 __all__ = ["allocate_model", "as_dict", "ratios"]
 
@@ -24,7 +36,7 @@ PACKAGES = ("absorb-plugin", "llmcompressor", "transformers", "torch")
 
 def allocate_model(
     model: PreTrainedModel,
-    samples: Dataset,
+    samples: Dataset | None,
     sparsity: float,
     settings: AllocationSettings,
     *,
@@ -33,15 +45,19 @@ def allocate_model(
     """
     Allocate without pruning, over all Linears of the decoder blocks.
 
-    :param samples: rows of `input_ids` and `attention_mask`
+    :param samples: rows of `input_ids` and `attention_mask`; None for none, where
+        `needs_text` says that they are not needed
     :param sparsity: the budget S
     :param pruner: name of the pruner that it is for, with its default settings
+    :raises ValueError: if there are no samples, and they are needed
     """
     check_budget(sparsity, settings.max_sparsity)
     with computing_on_one_device(model):
         linearize_moe(model)  # as oneshot does: the experts' weights become Linears
         blocks = find_blocks(model)
         check_matched(settings.limits, [blocks])
+        if samples is None:
+            return _allocate_by_weights(model, blocks, sparsity, pruner, settings)
         return allocate(
             model,
             blocks,
@@ -50,6 +66,43 @@ def allocate_model(
             pruner=PRUNERS[pruner](),
             settings=settings,
         )
+
+
+@plain_torch()
+def _allocate_by_weights(
+    model: PreTrainedModel,
+    blocks: BlockMap,
+    sparsity: float,
+    pruner: str,
+    settings: AllocationSettings,
+) -> Allocation:
+    """The base allocation of an allocator that needs no forward of the model."""
+    if needs_text(settings):
+        raise ValueError(
+            f"allocator {settings.allocator!r} or the correction runs the model on "
+            "calibration samples, and there are none: give some"
+        )
+    arithmetic, directory = PRUNERS[pruner](), settings.profile_cache
+    cap = budget_of(blocks, sparsity, settings)
+    budget = with_present_zeros(cap, blocks, arithmetic, {})
+    warn_of_granularity(settings)
+    base = base_allocation(
+        settings.base_allocator(),
+        blocks,
+        {},
+        budget,
+        granularity=settings.granularity,
+        cache=None if directory is None else ProfileCache(directory, model),
+    )
+    return Allocation(
+        blocks=blocks,
+        level=choose_level(settings),
+        signal=choose_signal(settings, blocks, arithmetic).name,
+        budget=budget,
+        base=base,
+        sparsity=base.sparsity,
+        direction=np.zeros_like(base.sparsity),
+    )
 
 
 def as_dict(allocation: Allocation, allocator: str, pruner: str) -> dict[str, Any]:

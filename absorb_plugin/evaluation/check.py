@@ -13,7 +13,8 @@ import torch
 import transformers
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from compressed_tensors.utils import match_targets
-from transformers import PreTrainedModel
+from pydantic import ValidationError
+from transformers import AutoConfig, PreTrainedModel
 
 from absorb_plugin.evaluation.check_report import (
     CheckReport,
@@ -23,12 +24,14 @@ from absorb_plugin.evaluation.check_report import (
 )
 from absorb_plugin.evaluation.plan import (
     make_skeleton,
+    model_class,
     pruned_linears,
     read_modifiers,
     stored_names,
 )
 from absorb_plugin.evaluation.shards import Checkpoint
 from absorb_plugin.evaluation.zeros import Count, count_dense, count_quantized
+from absorb_plugin.mistakes import in_words
 from absorb_plugin.pruners.adapter import DESTROYS_ZEROS
 
 __all__ = ["check_checkpoint"]
@@ -55,11 +58,13 @@ def check_checkpoint(directory: Path, load: bool = False) -> CheckReport:
     :raises OSError, ValueError: if it cannot be read; see `Checkpoint`
     """
     checkpoint = Checkpoint(directory)
-    report = _describe(checkpoint)
+    schemes, warnings = _schemes(checkpoint.config)
+    report = _describe(checkpoint, schemes)
+    report.warnings += warnings
     _check_config(checkpoint, report)
     skeleton = _skeleton(checkpoint, report)
     plan = _plan(checkpoint, skeleton, report)
-    _count_linears(checkpoint, skeleton, plan, report)
+    _count_linears(checkpoint, skeleton, plan, schemes, report)
     _check_head(checkpoint, skeleton, report)
     _check_rest(checkpoint, report)
     _check_plan(report)
@@ -68,7 +73,9 @@ def check_checkpoint(directory: Path, load: bool = False) -> CheckReport:
     return report
 
 
-def _describe(checkpoint: Checkpoint) -> CheckReport:
+def _describe(
+    checkpoint: Checkpoint, schemes: QuantizationConfig | None
+) -> CheckReport:
     config = checkpoint.config
     text = config.get("text_config") or config
     dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype")
@@ -79,31 +86,39 @@ def _describe(checkpoint: Checkpoint) -> CheckReport:
         checkpoint.files,
         str(dtype),
         bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
-        _quantization(config),
+        _quantization(_saved_quantization(config), schemes),
     )
 
 
-def _quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    saved = config.get("quantization_config") or config.get("compression_config")
+def _saved_quantization(config: Mapping[str, Any]) -> Any:
+    return config.get("quantization_config") or config.get("compression_config")
+
+
+def _quantization(
+    saved: Any, schemes: QuantizationConfig | None
+) -> dict[str, Any] | None:
     if not saved:
         return None
-    bits = {
-        (group.get("weights") or {}).get("num_bits")
-        for group in (saved.get("config_groups") or {}).values()
-    }
+    if not isinstance(saved, Mapping):  # of which a warning tells
+        return {"method": None, "format": None, "bits": []}
+    groups = schemes.config_groups.values() if schemes else ()
+    bits = {getattr(getattr(group, "weights", None), "num_bits", 0) for group in groups}
     bits.add(saved.get("bits"))  # of GPTQ and AWQ
+    layout = saved.get("format")
     return {
         "method": saved.get("quant_method"),
-        "format": saved.get("format"),
-        "bits": sorted(bit for bit in bits if isinstance(bit, int)),
+        "format": layout if isinstance(layout, str) else None,
+        "bits": sorted(bit for bit in bits if isinstance(bit, int) and bit > 0),
     }
 
 
 def _check_config(checkpoint: Checkpoint, report: CheckReport) -> None:
     config = checkpoint.config
-    places = {"config.json": config}
+    places: dict[str, Mapping[str, Any]] = {"config.json": config}
     for name in ("quantization_config", "compression_config"):
-        places[f"{name} of config.json"] = config.get(name) or {}
+        values = config.get(name)
+        if isinstance(values, Mapping):
+            places[f"{name} of config.json"] = values
     for place, values in places.items():
         if values.get("sparsity_config"):
             report.problems.append(
@@ -120,6 +135,12 @@ def _check_config(checkpoint: Checkpoint, report: CheckReport) -> None:
     if stored and report.dtype in expected and expected[report.dtype] not in stored:
         report.warnings.append(
             f"config.json says {report.dtype}, the files hold {', '.join(stored)}"
+        )
+    if checkpoint.unread_index:
+        report.warnings.append(
+            f"there are model.safetensors and {checkpoint.unread_index.name}: "
+            "transformers reads the first, and so does this check; vLLM reads the "
+            "files that the second names. Delete what is of an earlier save"
         )
 
 
@@ -156,7 +177,11 @@ def _plan(
     if not path.is_file():
         report.warnings.append("no recipe.yaml: there is no plan to compare with")
         return {}
-    modifiers = read_modifiers(path)
+    try:
+        modifiers = read_modifiers(path)
+    except ValueError as error:
+        report.problems.append(str(error))
+        return {}
     lost = [name for name, _ in modifiers if name in DESTROYS_ZEROS]
     if lost:
         report.warnings.append(f"{lost[0]} in recipe.yaml makes pruned weights nonzero")
@@ -182,6 +207,7 @@ def _count_linears(
     checkpoint: Checkpoint,
     skeleton: PreTrainedModel | None,
     plan: Mapping[str, float],
+    schemes: QuantizationConfig | None,
     report: CheckReport,
 ) -> None:
     if report.other_method:
@@ -206,7 +232,6 @@ def _count_linears(
                 f"{len(absent)} Linears of recipe.yaml are not in the files, "
                 f"{absent[0]} for one"
             )
-    schemes = _schemes(checkpoint.config)
     for name, saved in names.items():
         count = _count(checkpoint, saved, stored[saved], schemes)
         if count is None:
@@ -247,14 +272,29 @@ def _block_of(name: str) -> str:
     return ".".join(parts[: numbered[0] + 1]) if numbered else ""
 
 
-def _schemes(config: Mapping[str, Any]) -> QuantizationConfig | None:
-    saved = config.get("quantization_config") or config.get("compression_config")
-    if not saved or not saved.get("config_groups"):  # another method than ours
-        return None
+def _schemes(
+    config: Mapping[str, Any],
+) -> tuple[QuantizationConfig | None, list[str]]:
+    """
+    None where there are none, or of another method than ours; and warnings of what is
+    not understood.
+    """
+    saved = _saved_quantization(config)
+    if not saved:
+        return None, []
+    if not isinstance(saved, Mapping):
+        return None, [f"config.json: quantization_config={saved!r} is no object"]
+    if not saved.get("config_groups"):
+        return None, []
     known = QuantizationConfig.model_fields.keys()
-    return QuantizationConfig.model_validate(
-        {key: value for key, value in saved.items() if key in known}
-    )
+    try:
+        fields = {key: value for key, value in saved.items() if key in known}
+        return QuantizationConfig.model_validate(fields), []
+    except ValidationError as error:
+        reason = in_words(error, known)
+    except Exception as error:  # its validators raise of any kind
+        reason = f"{type(error).__name__}: {error}"
+    return None, [f"the quantisation in config.json is not understood: {reason}"]
 
 
 def _count(
@@ -430,10 +470,8 @@ def _beyond_plan(
 
 def _load(directory: Path, report: CheckReport) -> bool:
     try:
-        model_class = getattr(
-            transformers, Checkpoint(directory).config["architectures"][0]
-        )
-        _, info = model_class.from_pretrained(
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        _, info = model_class(config).from_pretrained(
             directory, dtype="auto", output_loading_info=True
         )
     except Exception as error:  # of any kind: that is what was asked

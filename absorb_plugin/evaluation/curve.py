@@ -20,6 +20,7 @@ from absorb_plugin.devices import computing_on_one_device
 from absorb_plugin.files import json_numbers
 from absorb_plugin.limits import check_matched
 from absorb_plugin.measuring import dense_loss, pruned_loss
+from absorb_plugin.overflow import exp, expm1
 from absorb_plugin.pruners import PRUNERS
 from absorb_plugin.pruners.present import with_present_zeros
 from absorb_plugin.search.budget import Budget
@@ -32,6 +33,8 @@ __all__ = ["Curve", "CurvePoint", "as_dict", "knee", "measure_curve"]
 ALLOCATIONS = ("uniform", "base", "ours")
 # A growth of perplexity that most users would take.
 BEARABLE = 0.05
+# A growth of the loss beyond which no one reads the percents [nats].
+MULTIPLE = 5.0
 
 
 @dataclass(frozen=True)
@@ -151,8 +154,12 @@ def knee(curve: Curve) -> str:
         kept.append(point.sparsity)
     if not kept:
         first = curve.points[0]
-        growth = math.expm1(min(first.increases["ours"], 50.0))
-        return f"{first.sparsity:.1%} already costs {growth:.0%} of perplexity"
+        increase = first.increases["ours"]
+        if increase > MULTIPLE:
+            times = f"multiplies perplexity by {exp(increase):.3g}"
+        else:
+            times = f"costs {expm1(increase):.0%} of perplexity"
+        return f"{first.sparsity:.1%} already {times}"
     return f"up to {kept[-1]:.1%} costs less than {BEARABLE:.0%} of perplexity"
 
 
@@ -171,7 +178,7 @@ def as_dict(curve: Curve, pruner: str, allocator: str) -> dict[str, Any]:
                 "standard_error": _numbers(point.errors),
                 "perplexity": _numbers(
                     {
-                        name: math.exp(min(curve.dense + increase, 700.0))
+                        name: exp(curve.dense + increase)
                         for name, increase in point.increases.items()
                     }
                 ),

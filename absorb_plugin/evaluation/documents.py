@@ -23,7 +23,7 @@ from datasets import load_dataset, load_from_disk
 from loguru import logger
 from pyarrow.parquet import ParquetFile
 
-from absorb_plugin.files import json_object
+from absorb_plugin.files import check_letters, json_object
 
 __all__ = ["SEPARATOR", "Document", "count_characters", "read_dataset", "read_text"]
 
@@ -53,6 +53,7 @@ OPENERS: dict[bytes, Callable[[Path], Any]] = {
         str(path), compression="zstd"
     ),
 }
+DAMAGED = (EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowException)
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 # Byte order marks of what is not UTF-8; that of UTF-32 begins like that of UTF-16.
 MARKS = {
@@ -201,7 +202,10 @@ def _decompressed(path: Path) -> Iterator[IO[bytes]]:
     try:
         with openers[0](path) if openers else path.open("rb") as file:
             yield file
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+    except (*DAMAGED, OSError) as error:
+        # bz2 and pyarrow raise bare OSErrors; the system's have a number and the path
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise ValueError(f"{path} is cut short or damaged: {error}") from error
 
 
@@ -246,9 +250,19 @@ def _read_array(path: Path, column: str | None) -> Iterator[Document]:
             if isinstance(error, UnicodeDecodeError):
                 raise
             raise ValueError(f"{path}: not JSON: {error}") from error
+        except RecursionError as error:
+            raise ValueError(
+                f"{path}: JSON that is nested too deeply to read"
+            ) from error
     for number, row in enumerate(rows, start=1):
         where = f"{path}, row {number}"
-        if isinstance(row, str) and column is None:
+        if isinstance(row, str):
+            if column is not None:
+                raise ValueError(
+                    f"{where} is a string, which has no column {column!r}: leave "
+                    "text_column out"
+                )
+            check_letters(row, where)
             yield row
         elif isinstance(row, dict):
             yield _document(row, column, where)
@@ -297,10 +311,7 @@ def _read_parquet(path: Path, column: str | None) -> Iterator[Document]:
     with _decompressed(path) as raw:
         # compressed inside as a rule; around it, it is decompressed into memory
         packed = not isinstance(raw, io.BufferedReader)
-        try:
-            file = ParquetFile(io.BytesIO(raw.read()) if packed else path)
-        except pyarrow.ArrowException as error:
-            raise ValueError(f"{path} is damaged or incomplete: {error}") from error
+        file = ParquetFile(io.BytesIO(raw.read()) if packed else path)
         chosen = _column(file.schema_arrow.names, column, str(path))
         number = 0
         for batch in file.iter_batches(batch_size=1024, columns=[chosen]):
@@ -340,6 +351,7 @@ def _document(row: Mapping[str, Any], column: str | None, where: str) -> Documen
     value = row[name]
     if value is None:
         return ""
+    check_letters(value, f"{where}: field `{name}`")
     if isinstance(value, list) and value and all(map(_is_turn, value)):
         return value
     if not isinstance(value, str):

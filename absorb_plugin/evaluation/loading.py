@@ -8,11 +8,13 @@ import re
 import shutil
 import tempfile
 import weakref
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from loguru import logger
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -28,8 +30,8 @@ from absorb_plugin.evaluation.shards import (
     check_pointer,
     indexed_files,
     open_safetensors,
+    weights_entry,
 )
-from absorb_plugin.files import json_object
 
 __all__ = [
     "check_length",
@@ -49,13 +51,6 @@ OTHER_HEAD = re.compile(
     r"|Prediction|RewardModel|Retrieval)$|Reranker"
 )
 BASE_MODEL = re.compile(r"(?<!LMHead)Model$")
-# Of these transformers takes the first that is there.
-WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 # Configurations and what tokenizers are made of.
 SMALL_FILES = ("*config.json", "*token*", "vocab*", "merges.txt", "*.model")
 # Share of the first device's free memory that resident weights may take; the rest is
@@ -70,17 +65,26 @@ def load_config(model: str, trust_remote_code: bool = False) -> PretrainedConfig
     :param model: directory or hub id, of which the config is read, and the files of a
         directory are looked at
     :return: the whole config, of images and text where it has both
-    :raises FileNotFoundError: if `model` looks like a directory and there is none, or
-        files of weights are missing
+    :raises FileNotFoundError: if `model` looks like a directory and there is none, the
+        hub has none of that name or cannot be asked, or files of weights are missing
     :raises ValueError: if it is an adapter, its files are damaged, or it is no language
         model that predicts the next token
     """
-    if Path(model).exists():
+    is_here = Path(model).exists()
+    if is_here:
         _check_directory(Path(model))
     elif model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise FileNotFoundError(f"{model}: no such model directory")
+    else:  # which may take half a minute where there is no network
+        logger.info(f"{model} is no directory here, and is taken for a hub id")
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        if is_here:
+            raise
+        raise FileNotFoundError(
+            f"{model!r} is no directory here, and as a hub id: {error}"
+        ) from error
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
@@ -100,22 +104,27 @@ def _check_directory(folder: Path) -> None:
         raise ValueError(f"{folder} has no config.json: it is no model directory")
     for file in sorted({x for pattern in SMALL_FILES for x in folder.glob(pattern)}):
         check_pointer(file)
-    for file in _weight_files(folder):
+    entry = weights_entry(folder)
+    for file in indexed_files(entry) if entry.suffix == ".json" else [entry]:
         if file.suffix == ".safetensors":
             open_safetensors(file)  # reads the header
         else:
-            check_pointer(file)
+            _check_pickle(file)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """Those that transformers will read, whatever else is there."""
-    config = folder / "config.json"
-    named = json_object(config.read_bytes(), str(config)).get("transformers_weights")
-    names = (named,) if named else WEIGHTS
-    first = next((folder / x for x in names if (folder / x).is_file()), None)
-    if first is None:
-        raise ValueError(f"{folder} has no weights ({', '.join(names)})")
-    return indexed_files(first) if first.suffix == ".json" else [first]
+def _check_pickle(file: Path) -> None:
+    """
+    Of torch's zip files the directory stands at the end; of a pickle, as torch before
+    1.6 wrote them, nothing tells how long it is.
+    """
+    check_pointer(file)
+    with file.open("rb") as content:
+        start = content.read(2)
+    if start[:1] != b"\x80" and not (start == b"PK" and zipfile.is_zipfile(file)):
+        raise ValueError(
+            f"{file} ({file.stat().st_size} bytes) is damaged or cut short. Copy or "
+            "download it again"
+        )
 
 
 def _refuse_adapter(folder: Path) -> None:

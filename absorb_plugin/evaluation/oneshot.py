@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,12 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
 from llmcompressor.recipe import Recipe
+from pydantic import ValidationError
 from transformers import PreTrainedModel, set_seed
 
 import absorb_plugin  # registers the modifier that a recipe may name
 from absorb_plugin.files import check_writable
+from absorb_plugin.mistakes import check_patterns, in_words
 
 __all__ = [
     "check_caches",
@@ -24,6 +25,8 @@ __all__ = [
     "prune",
     "stage_reports",
 ]
+
+SHAPE = "Its shape must be `NAME_stage:` > `NAME_modifiers:` > class name > fields"
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -36,7 +39,7 @@ def load_recipe(path: Path) -> Recipe:
     try:
         return parse_recipe(str(path))
     except ValueError as error:
-        cause = _without_fields(path) or str(error)
+        cause = _mistake(path) or str(error)
         raise ValueError(f"cannot use recipe {path}: {cause}") from error
 
 
@@ -47,27 +50,51 @@ def parse_recipe(text: str) -> Recipe:
     """
     try:
         recipe = Recipe.create_instance(text)
+    except ValidationError as error:
+        fields = in_words(error, _fields_of(error.title))
+        raise ValueError(f"{error.title}: {fields}") from error
     except Exception as error:  # YAML, pydantic and factory errors alike
         raise ValueError(str(error)) from error
     if not recipe.modifiers:
         # llm-compressor ignores every key that does not fit the pattern
-        raise ValueError(
-            "it holds no modifier. Its shape must be "
-            "`NAME_stage:` > `NAME_modifiers:` > class name > fields"
-        )
+        raise ValueError(f"it holds no modifier. {SHAPE}")
+    for modifier in recipe.modifiers:
+        for field in ("targets", "ignore"):
+            patterns = getattr(modifier, field, None)
+            if isinstance(patterns, list):
+                check_patterns(f"{type(modifier).__name__}: {field}", patterns)
     for modifier in _ours(recipe):
         modifier.base_allocator()
     return recipe
 
 
-def _without_fields(path: Path) -> str | None:
-    """In words, if a modifier stands there with nothing after its name."""
-    with suppress(yaml.YAMLError, UnicodeDecodeError, AttributeError):
-        for stage in yaml.safe_load(path.read_text(encoding="utf-8")).values():
-            for group in stage.values():
-                for name, fields in group.items():
-                    if fields is None:
-                        return f"`{name}:` has no fields; write `{name}: {{}}`"
+def _fields_of(name: str) -> list[str]:
+    """Of a class of modifiers that llm-compressor has imported."""
+    kinds: list[type[Modifier]] = [Modifier]
+    for kind in kinds:
+        if kind.__name__ == name:
+            return list(kind.model_fields)
+        kinds += kind.__subclasses__()
+    return []
+
+
+def _mistake(path: Path) -> str | None:
+    """In words, what llm-compressor says in words of Python."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        return f"it is no UTF-8 text: {error}"
+    except yaml.YAMLError:
+        return None
+    if content is None:
+        return "it is empty"
+    if not isinstance(content, dict):
+        return f"it holds no stages. {SHAPE}"
+    for stage in content.values():
+        for group in stage.values() if isinstance(stage, dict) else ():
+            for name, fields in group.items() if isinstance(group, dict) else ():
+                if fields is None:
+                    return f"`{name}:` has no fields; write `{name}: {{}}`"
     return None
 
 
@@ -79,8 +106,8 @@ def keep_profiles(recipe: Recipe, directory: Path) -> None:
     """
     if not _ours(recipe):
         raise ValueError(
-            "profile_cache is for recipes with an AbsorptionAllocationModifier, and "
-            "this one has none: leave it out"
+            f"profile_cache={str(directory)!r} is for recipes with an "
+            "AbsorptionAllocationModifier, and this one has none: leave it out"
         )
     for modifier in _ours(recipe):
         modifier.profile_cache = str(directory)

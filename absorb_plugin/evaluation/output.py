@@ -4,7 +4,7 @@ import errno
 import glob
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from absorb_plugin.files import check_file, json_object
 
 __all__ = [
     "check_apart",
+    "check_inputs_apart",
     "check_output",
     "check_result_file",
     "check_space",
@@ -27,11 +28,17 @@ __all__ = [
 
 def check_output(out: Path, overwrite: bool) -> None:
     """
+    :raises NotADirectoryError: if something above it is a file
     :raises FileExistsError: if `out` is a file, holds files and `overwrite` is not set,
         or holds something that is not a model
     :raises ValueError: if it is a mount point, which cannot be replaced
     """
     out = out.expanduser().resolve()
+    above = next((folder for folder in out.parents if folder.exists()), out)
+    if not above.is_dir():
+        raise NotADirectoryError(
+            f"{out} cannot be made, for {above} is a file: choose another directory"
+        )
     _warn_of_leftovers(out)
     if not out.exists():
         return
@@ -88,11 +95,37 @@ def check_apart(out: Path, model: str) -> None:
     if out.samefile(folder):
         raise ValueError(f"{out} is the model itself, and that is only read")
     for file in (folder, *folder.iterdir()):
-        if any(out.samefile(parent) for parent in file.resolve().parents):
+        if _lies_in(out, file):
             raise ValueError(
                 f"{file} lies in {out}, which would be replaced, and the model is only "
                 "read: choose another directory"
             )
+
+
+def check_inputs_apart(out: Path, inputs: Mapping[str, Path | str | None]) -> None:
+    """
+    As `check_apart`, for whatever else is only read.
+
+    :param inputs: option -> file or directory that it names; what is None, or is not
+        there, is passed over
+    :raises ValueError: if one is `out`, or lies in it
+    """
+    out = out.expanduser().absolute()
+    for option, given in inputs.items():
+        path = None if given is None else Path(given).expanduser()
+        if path is None or not path.exists() or not out.exists():
+            continue
+        if out.samefile(path) or _lies_in(out, path):
+            raise ValueError(
+                f"{option} {given} lies in {out}, which would be replaced, and is only "
+                "read: move it, or choose another directory"
+            )
+
+
+def _lies_in(out: Path, path: Path) -> bool:
+    """The file itself, or the link that names it."""
+    link = path.parent.resolve() / path.name
+    return any(out.samefile(x) for x in (*link.parents, *path.resolve().parents))
 
 
 def check_result_file(

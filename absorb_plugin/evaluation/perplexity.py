@@ -14,6 +14,8 @@ from loguru import logger
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from absorb_plugin.overflow import exp
+
 __all__ = [
     "input_device",
     "linear_sparsity",
@@ -41,7 +43,8 @@ def perplexity(
     :param model: causal language model, on any device, offloaded or not
     :param windows: token ids per window, at least one window of two tokens
     :param progress: show a bar on stderr
-    :return: (perplexity, number of predicted tokens)
+    :return: (perplexity, number of predicted tokens); infinite where it is beyond the
+        largest float
     :raises ValueError: if there is nothing to predict or the logits are not finite
     """
     device = input_device(model)
@@ -66,7 +69,7 @@ def perplexity(
         model.train(was_training)
     if tokens == 0:
         raise ValueError("no token to predict: every window has fewer than two tokens")
-    return math.exp(total / tokens), tokens
+    return exp(total / tokens), tokens
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

@@ -1,5 +1,6 @@
 """What recipe.yaml says that every Linear of a saved model should have lost."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,16 +12,23 @@ import transformers
 import yaml
 from compressed_tensors.utils import match_named_modules, match_targets
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from absorb_plugin._llmcompressor import linearize_moe
+from absorb_plugin.mistakes import check_patterns
 
 try:
     from transformers.initialization import no_init_weights
 except ModuleNotFoundError:  # transformers 4
     from transformers.modeling_utils import no_init_weights
 
-__all__ = ["make_skeleton", "pruned_linears", "read_modifiers", "stored_names"]
+__all__ = ["make_skeleton", "model_class", "pruned_linears", "read_modifiers"]
+__all__ += ["stored_names"]
 
 
 class _Loader(yaml.SafeLoader):
@@ -37,14 +45,25 @@ def make_skeleton(directory: Path) -> PreTrainedModel:
     :raises Exception: whatever transformers raises for an architecture that it lacks
     """
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    model_class = getattr(transformers, config.architectures[0])
     # Not the meta device: to make Linears of fused experts llm-compressor copies them.
     # Some models look at the numbers when they initialise weights, and there are none.
     with FakeTensorMode(), no_init_weights():
-        model = model_class._from_config(config)
+        model = model_class(config)._from_config(config)
         model.tie_weights()
         linearize_moe(model)
     return model
+
+
+def model_class(config: PretrainedConfig) -> Any:
+    """
+    As which the model was saved; the language model of its kind, as
+    `AutoModelForCausalLM` takes it, where config.json does not say.
+
+    :raises Exception: if transformers has no such class
+    """
+    if config.architectures:
+        return getattr(transformers, config.architectures[0])
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def read_modifiers(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -54,7 +73,9 @@ def read_modifiers(path: Path) -> list[tuple[str, dict[str, Any]]]:
     :raises ValueError: if it is no YAML, or not of a recipe's shape
     """
     try:
-        recipe = yaml.load(path.read_text(), _Loader)
+        recipe = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        if recipe is None:
+            raise ValueError("it is empty")
         return [
             (name, dict(fields or {}))
             for stage in recipe.values()
@@ -62,7 +83,7 @@ def read_modifiers(path: Path) -> list[tuple[str, dict[str, Any]]]:
             if key.endswith("modifiers")
             for name, fields in group.items()
         ]
-    except (yaml.YAMLError, AttributeError, TypeError) as error:
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no recipe of llm-compressor: {error}") from error
 
 
@@ -74,11 +95,12 @@ def pruned_linears(
 
     :param modifiers: from `read_modifiers`
     :param model: a skeleton will do
-    :raises ValueError: if a list of sparsities has not one for each target
+    :raises ValueError: naming a field that cannot be read, or if a list of sparsities
+        has not one for each target
     """
     plan: dict[str, float] = {}
     for name, fields in modifiers:
-        if "sparsity" in fields and "mask_structure" in fields:
+        if "sparsity" in fields:
             plan |= _planned(name, fields, model)
     return plan
 
@@ -86,31 +108,57 @@ def pruned_linears(
 def _planned(
     name: str, fields: Mapping[str, Any], model: PreTrainedModel
 ) -> dict[str, float]:
-    targets = fields.get("targets", ["Linear"])
+    targets = _patterns(name, "targets", fields.get("targets", ["Linear"]))
+    ignore = _patterns(name, "ignore", fields.get("ignore"))
     layers = dict(match_named_modules(model, targets))
     values = _values(name, fields, len(layers))
     return {
         full.removesuffix("."): value
         for (outer, layer), value in zip(layers.items(), values, strict=True)
         for full, linear in _linears(outer, layer)
-        if not match_targets(full, linear, fields.get("ignore") or [])
+        if not match_targets(full, linear, ignore)
     }
+
+
+def _patterns(name: str, field: str, value: object) -> list[str]:
+    patterns = [value] if isinstance(value, str) else value or []
+    if not (isinstance(patterns, list) and all(isinstance(x, str) for x in patterns)):
+        raise ValueError(f"recipe.yaml, {name}: {field}={value!r} is no list of names")
+    check_patterns(f"recipe.yaml, {name}: {field}", patterns)
+    return patterns
 
 
 def _values(name: str, fields: Mapping[str, Any], count: int) -> list[float]:
     """One sparsity for each target."""
-    pruned, of = map(int, str(fields["mask_structure"]).split(":"))
+    structure, sparsity = fields.get("mask_structure", "0:0"), fields["sparsity"]
+    numbers = re.fullmatch(r"(\d+):(\d+)", str(structure))
+    if numbers is None:
+        raise ValueError(
+            f"recipe.yaml, {name}: mask_structure={structure!r} is none as '0:0', '2:4'"
+        )
+    pruned, of = map(int, numbers.groups())
     if of:  # as in 2:4; the sparsity is ignored then
         return [pruned / of] * count
-    sparsity = fields["sparsity"]
     if not isinstance(sparsity, list):
-        return [float(sparsity)] * count
+        return [_share(name, sparsity)] * count
     if len(sparsity) != count:
         raise ValueError(
             f"recipe.yaml gives {name} {len(sparsity)} sparsities, and its targets "
             f"match {count} modules of this model: the recipe is of another model"
         )
-    return [float(value) for value in sparsity]
+    return [_share(name, value) for value in sparsity]
+
+
+def _share(name: str, value: Any) -> float:
+    try:
+        share = float(value)
+    except (TypeError, ValueError):
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise ValueError(
+            f"recipe.yaml, {name}: sparsity={value!r} is no number between 0 and 1"
+        )
+    return share
 
 
 def _linears(outer: str, layer: torch.nn.Module) -> Iterator[tuple[str, Any]]:

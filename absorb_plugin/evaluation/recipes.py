@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from absorb_plugin.blocks import find_blocks
+from absorb_plugin.mistakes import in_words
 from absorb_plugin.pruners import PRUNERS
 from absorb_plugin.search.budget import check_budget
 from absorb_plugin.settings import AllocationSettings
@@ -49,7 +51,11 @@ class RecipeWishes:
         """
         if self.sparsity is None and self.max_loss_increase is None:
             raise ValueError("neither sparsity nor max_loss_increase is given")
-        settings = AllocationSettings(**self._fields())
+        try:
+            settings = AllocationSettings(**self._fields())
+        except ValidationError as error:
+            fields = AllocationSettings.model_fields
+            raise ValueError(in_words(error, fields)) from error
         settings.base_allocator()
         check_budget(self._budget(), settings.max_sparsity)
 

@@ -10,10 +10,18 @@ from safetensors import SafetensorError, safe_open
 
 from absorb_plugin.files import json_object
 
-__all__ = ["Checkpoint", "check_pointer", "indexed_files", "open_safetensors"]
+__all__ = [
+    "Checkpoint",
+    "check_pointer",
+    "indexed_files",
+    "open_safetensors",
+    "weights_entry",
+]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# Of these transformers takes the first that is there.
+WEIGHTS = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 LFS_POINTER = b"version https://git-lfs"
 # Elements of a tensor that are in memory at a time.
 PIECE = 1 << 25
@@ -22,7 +30,7 @@ PIECE = 1 << 25
 class Checkpoint:
     """
     Config and tensors of a directory that `save_pretrained` has written. Tensors are
-    read when asked for and not kept.
+    read when asked for and not kept. The files are those that transformers loads.
 
     :param directory: holds config.json and safetensors files
     :raises FileNotFoundError: if the directory, its config, or a file of weights is
@@ -35,12 +43,16 @@ class Checkpoint:
         _check_directory(directory)
         self.directory = directory
         self.config = _read_json(directory / "config.json")
-        self._files = _weight_files(directory)
+        entry = _safetensors_entry(directory)
+        is_index = entry.suffix == ".json"
+        self._files = indexed_files(entry) if is_index else [entry]
         self._opened = {path: open_safetensors(path) for path in self._files}
         self._home: dict[str, Path] = {}
         for path, file in self._opened.items():
             self._home |= dict.fromkeys(file.keys(), path)
-        _check_index(directory, self._home)
+        self.unread_index = None if is_index else _index_beside(directory, entry)
+        if is_index:
+            _check_index(entry, self._home)
 
     @property
     def bytes(self) -> int:
@@ -118,19 +130,43 @@ def check_pointer(path: Path) -> None:
             )
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    if (directory / INDEX).is_file():
-        return indexed_files(directory / INDEX)
-    if (directory / SINGLE).is_file():
-        return [directory / SINGLE]
-    if any(re.search(r"-of-\d+", p.name) for p in directory.glob("*.safetensors")):
+def weights_entry(directory: Path) -> Path:
+    """
+    The file of weights, or the index of several, that transformers takes, whatever
+    else is there.
+
+    :raises FileNotFoundError: if there is none
+    """
+    named = _read_json(directory / "config.json").get("transformers_weights")
+    names = (str(named),) if named else WEIGHTS
+    for name in names:
+        if (directory / name).is_file():
+            return directory / name
+    raise FileNotFoundError(f"{directory} has no weights ({', '.join(names)})")
+
+
+def _safetensors_entry(directory: Path) -> Path:
+    try:
+        entry = weights_entry(directory)
+    except FileNotFoundError:
+        if any(re.search(r"-of-\d+", p.name) for p in directory.glob("*.safetensors")):
+            raise FileNotFoundError(
+                f"{directory} has weights in several files but no {INDEX}, and cannot "
+                "be loaded without: copy it as well"
+            ) from None
+        raise
+    if ".safetensors" not in entry.suffixes:
         raise FileNotFoundError(
-            f"{directory} has weights in several files but no {INDEX}, and cannot be "
-            "loaded without: copy it as well"
+            f"{directory} has no {SINGLE} and no {INDEX} ({entry.name} is another "
+            "format: save it anew)"
         )
-    found = sorted(path.name for path in directory.glob("*.bin"))
-    remedy = f" ({found[0]} is another format: save it anew)" if found else ""
-    raise FileNotFoundError(f"{directory} has no {SINGLE} and no {INDEX}{remedy}")
+    return entry
+
+
+def _index_beside(directory: Path, entry: Path) -> Path | None:
+    """That nobody reads, for a single file goes before it."""
+    index = directory / INDEX
+    return index if entry.name == SINGLE and index.is_file() else None
 
 
 def indexed_files(index: Path) -> list[Path]:
@@ -164,13 +200,10 @@ def open_safetensors(path: Path) -> Any:
         ) from error
 
 
-def _check_index(directory: Path, home: dict[str, Path]) -> None:
-    if not (directory / INDEX).is_file():
-        return
-    names = _read_json(directory / INDEX)["weight_map"]
-    missing = [name for name in names if name not in home]
+def _check_index(index: Path, home: dict[str, Path]) -> None:
+    missing = [name for name in _read_json(index)["weight_map"] if name not in home]
     if missing:
         raise ValueError(
-            f"{directory / INDEX} names {len(missing)} tensors that are in none of its "
+            f"{index} names {len(missing)} tensors that are in none of its "
             f"files, {missing[0]} for one: index and files are not of one model"
         )

@@ -30,7 +30,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from absorb_plugin.evaluation.perplexity import ROWS, input_device
 from absorb_plugin.evaluation.text import Tokenizer, prefix_ids
-from absorb_plugin.files import json_object
+from absorb_plugin.files import check_letters, json_object
 from absorb_plugin.search.standard_error import standard_error
 
 __all__ = [
@@ -51,6 +51,8 @@ __all__ = [
 NO_LIMIT = 10**9
 # Keys that stand beside the tasks in the result of `absorb eval`.
 RESERVED = ("model", "perplexity", "sparsity", "tokens")
+# Fields that hold texts.
+TEXTS = {"query", "context", "choices", "contexts", "continuation"}
 
 Text = Annotated[StrictStr, Field(min_length=1)]
 
@@ -162,6 +164,8 @@ def read_tasks(paths: Sequence[Path], limit: int | None = None) -> list[Task]:
             raise FileNotFoundError(f"{path}: no such task file")
         if not path.is_file():
             raise ValueError(f"{path} is not a file")
+        if path.stem in tasks and path.samefile(tasks[path.stem].path):
+            raise ValueError(f"{path} is given twice: leave one out")
         if path.stem in tasks:
             raise ValueError(
                 f"{tasks[path.stem].path} and {path} would both be the task "
@@ -191,6 +195,8 @@ def _read_items(path: Path) -> Iterator[Item]:
 
 def _read_item(text: str, line: int, where: str) -> Item:
     row = json_object(text, where)
+    for field in TEXTS & row.keys():
+        check_letters(row[field], f"{where}: field `{field}`")
     try:
         pairs, gold = _pairs(row, where)
     except ValidationError as error:

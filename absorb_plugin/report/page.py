@@ -1,11 +1,11 @@
 """The report of a run as one HTML page that needs nothing but itself."""
 
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from absorb_plugin.overflow import expm1
 from absorb_plugin.report import svg
 from absorb_plugin.report.charts import Chart, HeatMap, LineChart
 from absorb_plugin.report.profile_charts import profile_charts
@@ -80,7 +80,7 @@ def _gains(profile: Profile) -> Iterator[tuple[str, str, str]]:
     ):
         loss = losses.get(name)
         if loss is not None and final is not None:
-            yield f"against {label}", f"{math.expm1(final - loss):+.1%}", how
+            yield f"against {label}", f"{expm1(final - loss):+.1%}", how
 
 
 def _judged(

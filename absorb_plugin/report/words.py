@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
+from absorb_plugin.overflow import expm1
+
 __all__ = ["allocation_name", "confirming", "gain_sentence", "judge_name"]
 __all__ += ["model_name", "plus_minus", "quality_sentence", "run_title"]
 
@@ -50,7 +52,7 @@ def gain_sentence(profile: Mapping[str, Any]) -> str:
         f"{plus_minus(abs(gain), confirmed['standard_error'])} nats per token "
         f"{'better' if gain >= 0 else 'worse'} than {profile['settings']['allocator']} "
         f"on {confirming(profile)}, judged by {judge_name(confirmed['judge'])}: "
-        f"{abs(math.expm1(-gain)):.1%} {'lower' if gain >= 0 else 'higher'} perplexity."
+        f"{abs(expm1(-gain)):.1%} {'lower' if gain >= 0 else 'higher'} perplexity."
     )
 
 

@@ -156,6 +156,31 @@ def test_allocate_for_people(model_dir, text_file):
         assert part in result.stdout
 
 
+@pytest.mark.parametrize("allocator", ["uniform", "atp", "alpha_pruning"])
+def test_weights_alone_need_no_text(model_dir, allocate, tmp_path, allocator):
+    expected = allocate(allocator, "--no-correction")
+    out = ["--ratios-out", tmp_path / "ratios.json", "--profile-cache", tmp_path]
+    command = ["allocate", model_dir, "--allocator", allocator, "--sparsity", 0.6]
+    done = absorb(*command, "--no-correction", *out, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == expected
+    ratios = json.loads((tmp_path / "ratios.json").read_text())
+    assert ratios["data"] is None and "samples" not in ratios
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--allocator", "owl", "--no-correction"],
+        ["--allocator", "lsa", "--no-correction"],
+        ["--allocator", "uniform"],
+    ],
+)
+def test_others_need_a_text(options):
+    line = error_of("allocate", "./no-such-model", "--sparsity", 0.6, *options)
+    assert "no text: give --text FILE" in line
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -164,10 +189,14 @@ def test_allocate_for_people(model_dir, text_file):
         ({"--set": "m=-1"}, "m=-1: input should be greater than 0"),
         ({"--set": "m"}, "--set 'm': write KEY=VALUE"),
         ({"--set": "=3"}, "--set '=3': write KEY=VALUE"),
-        ({"--allocator": "owls"}, "allocator='owls' is unknown. Available: alpha_"),
+        ({"--allocator": "owls"}, "--allocator 'owls' is unknown. Available: alpha_"),
         ({"--allocator": "atp", "--granularity": "linear"}, "no granularity 'linear'"),
-        ({"--sparsity": 1.0}, "sparsity=1.0 must be in [0, 1)"),
-        ({"--sparsity": 0.97}, "cannot be met with max_sparsity=0.95"),
+        ({"--sparsity": 1.0}, "--sparsity 1.0 must be in [0, 1)"),
+        (
+            {"--sparsity": 0.97},
+            "--sparsity 0.97 cannot be met, for no Linear is",
+        ),
+        ({"--samples": 1}, "--samples 1: the correction is judged on samples"),
         ({"--text": "missing.txt"}, "missing.txt: no such text file"),
         ({}, "no-such-model"),
     ],

@@ -1,14 +1,17 @@
 """What all commands share."""
 
+import contextlib
+import io
 import os
 import re
+import signal
 import subprocess
 import sys
 
 import pytest
 from helpers.cli import absorb, error_of
 
-from absorb_plugin.cli.frame import one_line
+from absorb_plugin.cli.frame import command, one_line, show
 
 
 @pytest.mark.parametrize("name", ["prune", "eval", "demo"])
@@ -49,6 +52,34 @@ def test_a_reader_that_has_gone(options):
     assert (done.returncode, done.stderr) == (1, "")
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+def test_letters_that_stdout_has_not(encoding, monkeypatch):
+    raw = io.BytesIO()
+    stdout = io.TextIOWrapper(raw, encoding=encoding)
+    monkeypatch.setattr("sys.stdout", stdout)
+    with command(debug=False) as out:
+        show(out, {"eta": 0.1}, as_json=False, line="η={eta}")
+    eta = "η" if encoding == "utf-8" else "?"
+    assert raw.getvalue().decode(encoding) == f"{eta}=0.1\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_another_error_hides(number, monkeypatch):
+    """As imports of transformers do: what they raise does not name its cause."""
+
+    def hide(*arguments: object) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(number)
+        raise ModuleNotFoundError("Could not import module 'PreTrainedModel'")
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr("absorb_plugin.cli.frame.route_logs", hide)
+    done = absorb("allocators")
+    assert done.exit_code == 130
+    assert done.stderr == "interrupted: no result was written\n"
+    assert signal.getsignal(number) is before
+
+
 def test_usage_errors_have_exit_code_2(model_dir, text_file):
     seed = ["--sparsity", 0.5, "--seed", 2**32]  # numpy takes 32 bits
     options = ["--text", text_file, "--out", "./out", *seed]
@@ -80,3 +111,8 @@ def test_fields_become_options():
     )
     told = "--seq-len 65, --text-column or --overwrite; /seq_len/b, seq_lens"
     assert one_line(error) == told
+    error = ValueError("raise num_calibration_samples or max_seq_length")
+    assert one_line(error) == "raise --samples or --seq-len"
+    error = ValueError("max_loss_increase=-1, sparsity=0.5; max_sparsity=1, sparsity")
+    told = "--max-loss-increase -1, --sparsity 0.5; max_sparsity=1, sparsity"
+    assert one_line(error, ["sparsity", "max_loss_increase"]) == told

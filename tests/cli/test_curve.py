@@ -1,13 +1,14 @@
 """`absorb curve`."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 from helpers.cli import absorb, error_of, files_in
 
-from absorb_plugin.cli.curve import parse_sparsities
-from absorb_plugin.evaluation.curve import Curve, CurvePoint, knee
+from absorb_plugin.cli.curve import _print, parse_sparsities
+from absorb_plugin.evaluation.curve import Curve, CurvePoint, as_dict, knee
 
 
 @pytest.mark.parametrize(
@@ -106,3 +107,24 @@ def test_the_knee_in_words() -> None:
         "up to 20.0% costs less than 5% of perplexity"
     )
     assert knee(curve_of(0.1, 0.2)) == "10.0% already costs 11% of perplexity"
+    told = "10.0% already multiplies perplexity by "
+    assert knee(curve_of(50.0)) == told + "5.18e+21"
+    assert knee(curve_of(1000.0)) == told + "inf"
+
+
+def test_an_allocator_with_brackets_is_shown_whole() -> None:
+    with io.StringIO() as file:
+        _print(Curve(1.0, 100, []), "the knee", "a[b]", file)
+        assert "a[b]" in file.getvalue()
+
+
+def test_a_perplexity_beyond_the_largest_float() -> None:
+    increases = {"uniform": 1000.0, "base": 600.0, "ours": 1.0}
+    point = CurvePoint(0.5, increases, dict.fromkeys(increases, 0.0))
+    found = Curve(800.0, 100, [point])
+    (told,) = as_dict(found, "wanda", "owl")["points"]
+    assert told["perplexity"] == dict.fromkeys(increases) and told["loss_increase"]
+    with io.StringIO() as file:
+        _print(found, "the knee", "owl", file)
+        text = file.getvalue()
+    assert "dense inf" in text and text.count(" inf ") == 4

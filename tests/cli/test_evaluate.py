@@ -1,5 +1,6 @@
 """`absorb eval`."""
 
+import io
 import json
 import os
 import re
@@ -11,7 +12,8 @@ from helpers.cli import absorb, error_of
 from helpers.words import make_model, make_tokenizer, words
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from absorb_plugin.evaluation.compare import read_runs
+from absorb_plugin.cli import compare, evaluate
+from absorb_plugin.evaluation.compare import Run, read_runs
 from absorb_plugin.evaluation.perplexity import perplexity
 from absorb_plugin.evaluation.text import evaluation_windows
 
@@ -43,6 +45,34 @@ def test_eval_for_people(model_dir, text_file):
     assert re.fullmatch(
         rf"Perplexity \d+\.\d+ over {windows * 31} tokens\n", result.stdout
     )
+
+
+def test_names_with_brackets_are_shown_whole():
+    """rich takes [b] for a style."""
+    one = {"acc": 0.5, "acc_norm": None, "stderr": None, "n": 1}
+    with io.StringIO() as file:
+        evaluate._print({"a[b]": one}, file)
+        assert "a[b]" in file.getvalue()
+    run = Run("r", allocation="x[b]", tasks={"a[b]": one})
+    with io.StringIO() as file:
+        compare._print([run], file)
+        assert "a[b]" in file.getvalue() and "x[b]" in file.getvalue()
+
+
+def test_a_perplexity_beyond_the_largest_float(text_file, tmp_path):
+    model = make_model()
+    model.lm_head.weight.data *= 1e6
+    for part in (model, make_tokenizer(bos=True)):
+        part.save_pretrained(tmp_path / "model")
+    out = tmp_path / "eval.json"
+    options = ["--text", text_file, "--seq-len", 32, "--out", out]
+    result = absorb("eval", tmp_path / "model", *options)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("Perplexity beyond 1e308 over ")
+    assert json.loads(out.read_text())["perplexity"] is None
+    result = absorb("eval", tmp_path / "model", *options, "--json")
+    assert json.loads(result.stdout)["perplexity"] is None
+    assert absorb("compare", out, "--figure", tmp_path / "a.png").exit_code == 0
 
 
 def test_eval_of_a_dataset(model_dir, tmp_path):

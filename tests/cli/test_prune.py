@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,10 +83,23 @@ def test_prune_refuses_a_directory_in_use(
         ("s_stage:\n  p_modifiers:\n    NoSuchModifier: {}\n", "NoSuchModifier"),
         (
             "s_stage:\n  p_modifiers:\n    WandaPruningModifier: {sparsty: 0.5}\n",
-            "sparsty",
+            "WandaPruningModifier: sparsity is required; sparsty=0.5: there is no such "
+            "field, did you mean sparsity?",
         ),
+        (
+            "s_stage:\n  p_modifiers:\n"
+            "    AbsorptionAllocationModifier: {alocator: owl, strength: 3}\n",
+            "strength=3: input should be less than or equal to 1 or input should be "
+            "'auto'; alocator='owl': there is no such field, did you mean allocator?",
+        ),
+        (
+            "s_stage:\n  p_modifiers:\n"
+            "    WandaPruningModifier: {sparsity: 0.5, targets: ['re:*x']}\n",
+            "WandaPruningModifier: targets: 're:*x' is no regular expression",
+        ),
+        ("[1, 2]", "it holds no stages"),
         ("stage:\n  modifiers:\n    WandaPruningModifier: {}\n", "holds no modifier"),
-        ("", "cannot use recipe"),
+        ("", "it is empty"),
     ],
 )
 def test_prune_checks_the_recipe_first(text_file, tmp_path, recipe, message):
@@ -142,8 +156,22 @@ def test_a_cache_inside_the_new_model_is_refused(model_dir, text_file, tmp_path)
     out = tmp_path / "out"
     options = ["--text", text_file, *SMALL, "--sparsity", 0.5, "--out", out]
     line = error_of("prune", model_dir, *options, "--profile-cache", out / "cache")
-    assert "profile_cache=" in line and "name a directory beside it" in line
+    assert (
+        f"--profile-cache '{out / 'cache'}' lies in" in line
+        and "name a directory beside it" in line
+    )
     assert not out.exists()
+
+
+def test_what_is_read_is_not_replaced(model_dir, text_file, wanda_recipe, tmp_path):
+    out = Path(shutil.copytree(model_dir, tmp_path / "out"))
+    recipe, text = shutil.copy(wanda_recipe, out), shutil.copy(text_file, out)
+    options = ["prune", model_dir, *SMALL, "--out", out, "--overwrite"]
+    line = error_of(*options, "--recipe", wanda_recipe, "--text", text)
+    assert f"--text {text} lies in {out}" in line
+    line = error_of(*options, "--recipe", recipe, "--text", text_file)
+    assert f"--recipe {recipe} lies in {out}" in line
+    assert {"wanda.yaml", "text.txt"} <= files_in(out)
 
 
 # --- without a recipe file ---------------------------------------------------------
@@ -211,10 +239,21 @@ def test_quantised_after_pruning(prune, tmp_path, quantize):
     [
         ([], "Give --sparsity, --max-loss-increase or --recipe"),
         (["--pruner", "wanda"], "Give --sparsity, --max-loss-increase or --recipe"),
-        (["--sparsity", 1.0], "sparsity=1.0 must be in [0, 1)"),
-        (["--sparsity", 0.97], "cannot be met with max_sparsity=0.95"),
-        (["--max-loss-increase", 0], "max_loss_increase"),
-        (["--sparsity", 0.5, "--allocator", "owls"], "allocator='owls' is unknown"),
+        (["--sparsity", 1.0], "--sparsity 1.0 must be in [0, 1)"),
+        (
+            ["--sparsity", 0.97],
+            "--sparsity 0.97 cannot be met, for no Linear is",
+        ),
+        (["--sparsity", 0.5, "--samples", 1], "--samples 1: the correction is judged"),
+        (
+            ["--max-loss-increase", 0],
+            "error: --max-loss-increase 0.0: input should be greater than 0",
+        ),
+        (
+            ["--max-loss-increase", "nan"],
+            "error: --max-loss-increase nan: input should be a finite number",
+        ),
+        (["--sparsity", 0.5, "--allocator", "owls"], "--allocator 'owls' is unknown"),
     ],
 )
 def test_wishes_are_checked_first(prune, options, message):

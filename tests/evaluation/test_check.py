@@ -149,6 +149,42 @@ def test_other_methods_of_quantisation(plain: Path, method: str, bits: int) -> N
     assert check_checkpoint(plain).other_method == "an unknown method"
 
 
+def scheme_of(**weights: Any) -> dict[str, Any]:
+    return {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        ("fp8", "quantization_config='fp8' is no object"),
+        (["fp8"], "quantization_config=['fp8'] is no object"),
+        (scheme_of(num_bits="four"), "num_bits='four': input should be a valid"),
+        ({"config_groups": ["Linear"]}, "not understood: config_groups="),
+        ({"config_groups": {"W9": ["Linear"]}}, "not understood: "),
+    ],
+)
+def test_quantisations_that_are_not_understood(
+    plain: Path, quantization: Any, message: str
+) -> None:
+    change_json(plain / "config.json", quantization_config=quantization)
+    report = check_checkpoint(plain)
+    assert not report.problems
+    (told,) = [warning for warning in report.warnings if message in warning]
+    assert "https://" not in told
+
+
+def test_a_quantisation_by_the_name_of_its_scheme(plain: Path) -> None:
+    saved = {"config_groups": {"W8A8": ["Linear"]}, "format": "int-quantized"}
+    change_json(plain / "config.json", quantization_config=saved)
+    report = check_checkpoint(plain)
+    assert report.quantization == {
+        "method": None,
+        "format": "int-quantized",
+        "bits": [8],
+    }
+    assert not any("understood" in warning for warning in report.warnings)
+
+
 @pytest.mark.parametrize("columns", [64, 72, 100])
 @pytest.mark.parametrize(
     "form, arguments",
@@ -237,6 +273,29 @@ def test_several_files(saved: Path, tmp_path: Path) -> None:
     report, expected = check_checkpoint(tmp_path), check_checkpoint(saved)
     assert report.files > 2 and not report.problems
     assert report.linears == expected.linears
+
+
+def test_the_files_are_those_that_transformers_loads(
+    saved: Path, tmp_path: Path
+) -> None:
+    """A directory that was saved into twice, dense in several files at first."""
+    dense = tiny.make_model("llama", hidden_size=128, num_hidden_layers=2)
+    dense.save_pretrained(tmp_path, max_shard_size="100KB")
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    report = check_checkpoint(tmp_path)
+    assert report.linears == check_checkpoint(saved).linears and report.files == 1
+    (warning,) = report.warnings
+    assert "transformers reads the first" in warning and "Delete" in warning
+    # an index that nobody reads may be anything
+    (tmp_path / f"{WEIGHTS}.index.json").write_text("{}")
+    assert check_checkpoint(tmp_path).warnings == [warning]
+
+
+def test_weights_that_the_config_names(plain: Path) -> None:
+    expected = check_checkpoint(plain).linears
+    (plain / WEIGHTS).rename(plain / "other.safetensors")
+    change_json(plain / "config.json", transformers_weights="other.safetensors")
+    assert check_checkpoint(plain, load=True).linears == expected
 
 
 def test_blocks_beyond_the_plan(plain: Path) -> None:
@@ -348,6 +407,13 @@ def test_what_transformers_does_not_load(plain: Path) -> None:
     assert report.loads is False and any("cannot build" in x for x in report.warnings)
 
 
+@pytest.mark.parametrize("names", [None, []])
+def test_a_config_without_architectures(plain: Path, names: list | None) -> None:
+    expected = check_checkpoint(plain, load=True)
+    change_json(plain / "config.json", architectures=names)
+    assert check_checkpoint(plain, load=True) == expected and expected.loads
+
+
 def test_recipes_that_say_nothing(plain: Path) -> None:
     recipe = plain / "recipe.yaml"
     recipe.unlink()
@@ -358,9 +424,39 @@ def test_recipes_that_say_nothing(plain: Path) -> None:
     recipe.write_text(yaml.safe_dump({"stage": {"a_modifiers": fields}}))
     report = check_checkpoint(plain)
     assert not report.problems and len(report.warnings) == 2
-    recipe.write_text("[1, 2]")
-    with pytest.raises(ValueError, match="no recipe of llm-compressor"):
-        check_checkpoint(plain)
+
+
+WANDA = "a_stage:\n  a_modifiers:\n    WandaPruningModifier: "
+DAMAGED: dict[str, tuple[str, str]] = {
+    "empty": ("", "recipe.yaml is no recipe of llm-compressor: it is empty"),
+    "list": ("[1, 2]", "recipe.yaml is no recipe of llm-compressor"),
+    "yaml": ("a: [", "recipe.yaml is no recipe of llm-compressor"),
+    "latin-1": ("a: caf\xe9", "recipe.yaml is no recipe of llm-compressor: 'utf-8'"),
+    "sparsity": (WANDA + "{sparsity: hello}", "WandaPruningModifier: sparsity='hello'"),
+    "no sparsity": (WANDA + "{sparsity: null}", "sparsity=None is no number"),
+    "regex": (WANDA + "{sparsity: 0.5, targets: ['re:*x']}", "targets: 're:*x' is no"),
+    "targets": (WANDA + "{sparsity: 0.5, targets: [1]}", "targets=[1] is no list"),
+    "mask": (WANDA + "{sparsity: 0.5, mask_structure: x}", "mask_structure='x'"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_recipe(plain: Path, case: str) -> None:
+    """The rest of the check goes on."""
+    content, message = DAMAGED[case]
+    (plain / "recipe.yaml").write_bytes(content.encode("latin-1"))
+    change_weights(plain, lambda tensors: tensors[DOWN].fill_(torch.nan))
+    report = check_checkpoint(plain)
+    told, nan = report.problems
+    assert message in told and "recipe.yaml" in told and "NaN" in nan
+    assert report.zeros is not None and not report.warnings
+
+
+@pytest.mark.parametrize("names", ["{}", "{targets: Linear, ignore: lm_head}"])
+def test_defaults_of_a_recipe(plain: Path, names: str) -> None:
+    fields = names.replace("{", "{sparsity: 0.5, ")
+    (plain / "recipe.yaml").write_text(WANDA + fields)
+    assert check_checkpoint(plain).planned == 0.5
 
 
 def test_a_recipe_with_python_objects(plain: Path) -> None:
@@ -392,6 +488,7 @@ def cut(path: Path) -> None:
 def index(model: Path, name: str, file: str) -> None:
     content = {"weight_map": {name: file}}
     (model / f"{WEIGHTS}.index.json").write_text(json.dumps(content))
+    (model / WEIGHTS).rename(model / "whole.safetensors")
 
 
 ERRORS: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -406,7 +503,7 @@ ERRORS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "pointer": (lambda m: point(m / WEIGHTS), "pointer of Git LFS.*git lfs pull"),
     "cut short": (lambda m: cut(m / WEIGHTS), "cut short.*again"),
     "header": (lambda m: (m / WEIGHTS).write_bytes(b"abc"), "cut short.*again"),
-    "weights": (lambda m: (m / WEIGHTS).unlink(), f"has no {WEIGHTS}"),
+    "weights": (lambda m: (m / WEIGHTS).unlink(), rf"has no weights \({WEIGHTS}"),
     "other format": (
         lambda m: (m / WEIGHTS).rename(m / "pytorch_model.bin"),
         "pytorch_model.bin is another format",
@@ -420,7 +517,7 @@ ERRORS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "lacks 1 of 1 files .* model-00002-of-00002",
     ),
     "wrong index": (
-        lambda m: index(m, "model.layers.9.weight", WEIGHTS),
+        lambda m: index(m, "model.layers.9.weight", "whole.safetensors"),
         "model.layers.9.weight for one: index and files",
     ),
 }

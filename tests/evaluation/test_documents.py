@@ -206,6 +206,9 @@ def test_an_array_of_strings(tmp_path: Path) -> None:
     path.write_text('[{"text": "one"},')
     with pytest.raises(ValueError, match="a.json: not JSON"):
         read_text(path)
+    path.write_text('["one"]')
+    with pytest.raises(ValueError, match="row 1 is a string.*: leave text_column out"):
+        list(read_text(path, "text"))
 
 
 def test_tables_with_other_delimiters_and_long_fields(tmp_path: Path) -> None:
@@ -252,6 +255,43 @@ def test_a_text_is_not_cut(
         list(read_text(tmp_path / name))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "where"),
+    [
+        (
+            "a.jsonl",
+            '{"text": "one"}\n{"text": "two \\ud83d."}',
+            "line 2: field `text`",
+        ),
+        ("a.json", '["one", "two \\ud83d."]', "row 2"),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "user", "content": [{"text": "two \\ud83d"}]}]}',
+            "line 1: field `messages`",
+        ),
+    ],
+)
+def test_half_a_letter(tmp_path: Path, name: str, content: str, where: str) -> None:
+    (tmp_path / name).write_text(content)
+    told = rf"{name}, {where}: '\\ud83d' at character 5 is half of a letter"
+    with pytest.raises(ValueError, match=told):
+        list(read_text(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "where"), [("a.jsonl", "a.jsonl, line 1"), ("a.json", "a.json")]
+)
+def test_deeply_nested(tmp_path: Path, name: str, where: str) -> None:
+    (tmp_path / name).write_text("[" * 200_000)
+    with pytest.raises(ValueError, match=f"{where}: JSON that is nested too deeply"):
+        list(read_text(tmp_path / name))
+
+
+def test_both_halves_are_a_letter(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d\\ude00"}')
+    assert list(read_text(tmp_path / "a.jsonl")) == ["\U0001f600"]
+
+
 def test_null_is_an_empty_row(tmp_path: Path) -> None:
     rows = [{"text": None}, {"text": "one"}]
     assert list(read_text(write_rows(tmp_path / "a.jsonl", rows))) == ["one"]
@@ -291,6 +331,15 @@ def test_a_path_is_no_pattern(tmp_path: Path, folder: str, name: str) -> None:
     assert list(read_text(path)) == ["asked for"]
 
 
+def write_compressed(path: Path, content: bytes) -> None:
+    if path.suffix == ".zst":
+        with pyarrow.output_stream(str(path), compression="zstd") as stream:
+            stream.write(content)
+    else:
+        compress = {".gz": gzip, ".bz2": bz2, ".xz": lzma}[path.suffix].compress
+        path.write_bytes(compress(content))
+
+
 @pytest.mark.parametrize("name", ["a.jsonl{}", "a.csv{}", "a.parquet{}", "a.txt{}"])
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
 def test_compressed_files(tmp_path: Path, name: str, suffix: str) -> None:
@@ -300,13 +349,7 @@ def test_compressed_files(tmp_path: Path, name: str, suffix: str) -> None:
     else:
         write_rows(plain, [{"text": "one"}])
     path = tmp_path / name.format(suffix)
-    content = plain.read_bytes()
-    if suffix == ".zst":
-        with pyarrow.output_stream(str(path), compression="zstd") as stream:
-            stream.write(content)
-    else:
-        compress = {".gz": gzip, ".bz2": bz2, ".xz": lzma}[suffix].compress
-        path.write_bytes(compress(content))
+    write_compressed(path, plain.read_bytes())
     assert list(read_text(path)) == ["one"]
 
 
@@ -317,15 +360,31 @@ def test_compression_is_what_the_bytes_say(tmp_path: Path) -> None:
     assert list(read_text(tmp_path / "b.jsonl.gz")) == ["one"]
 
 
-def test_damaged_files(tmp_path: Path) -> None:
-    whole = gzip.compress("\n".join(str(k) for k in range(9000)).encode())
-    (tmp_path / "a.txt.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="a.txt.gz is cut short or damaged"):
-        list(read_text(tmp_path / "a.txt.gz"))
-    path = write_rows(tmp_path / "a.parquet", ROWS)
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match="a.parquet is damaged or incomplete"):
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_damaged_files(tmp_path: Path, suffix: str) -> None:
+    path, cut = tmp_path / f"a.txt{suffix}", tmp_path / f"cut.txt{suffix}"
+    write_compressed(path, "\n".join(str(k) for k in range(99_000)).encode())
+    whole = path.read_bytes()
+    half = len(whole) // 2
+    cut.write_bytes(whole[:half])
+    path.write_bytes(whole[:half] + bytes(1000) + whole[half + 1000 :])
+    # bz2 notices at the end of a block, which is no text then
+    for one in (cut,) if suffix == ".bz2" else (path, cut):
+        with pytest.raises(ValueError, match=f"{one} is cut short or damaged"):
+            list(read_text(one))
+
+
+def test_a_damaged_table(tmp_path: Path) -> None:
+    rows = [{"text": str(number) * 9} for number in range(9000)]
+    path = write_rows(tmp_path / "a.parquet", rows)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    with pytest.raises(ValueError, match="a.parquet is cut short or damaged"):
         read_text(path)
+    # within the data, which is found when it is read
+    path.write_bytes(whole[:4] + b"\xff" * 2000 + whole[2004:])
+    with pytest.raises(ValueError, match="a.parquet is cut short or damaged"):
+        list(read_text(path))
 
 
 # --- datasets ---------------------------------------------------------------------

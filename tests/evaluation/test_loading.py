@@ -159,7 +159,7 @@ def test_weights_of_pytorch(folder: Path, tmp_path: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "training_args.bin")
-    with pytest.raises(ValueError, match="has no weights .*pytorch_model.bin"):
+    with pytest.raises(FileNotFoundError, match="has no weights .*pytorch_model.bin"):
         load_config(str(folder))
     torch.save(weights, folder / "pytorch_model.bin")
     load_config(str(folder))
@@ -169,9 +169,48 @@ def test_weights_of_pytorch(folder: Path, tmp_path: Path) -> None:
         load_config(str(folder))
 
 
+@pytest.fixture
+def pickled(folder: Path) -> Path:
+    """Weights as torch saves them."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    return folder
+
+
+@pytest.mark.parametrize("part", [slice(0), slice(2000), slice(-100), slice(2, None)])
+def test_weights_of_pytorch_that_are_cut(pickled: Path, part: slice) -> None:
+    file = pickled / "pytorch_model.bin"
+    file.write_bytes(file.read_bytes()[part])
+    with pytest.raises(ValueError, match=r"model.bin \(\d+ bytes\) is damaged or cut"):
+        load_config(str(pickled))
+
+
+def test_weights_of_an_old_pytorch(pickled: Path) -> None:
+    file = pickled / "pytorch_model.bin"
+    weights = torch.load(file)
+    torch.save(weights, file, _use_new_zipfile_serialization=False)
+    load_config(str(pickled))
+    tiny.assert_same(tiny.snapshot(load_model(str(pickled), "auto")), weights)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(RuntimeError):
+        load_model(str(pickled), "auto")
+
+
+@pytest.mark.parametrize("name", ["nosuch", "org/nosuch"])
+def test_a_name_that_is_nowhere(
+    name: str, logs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    told = f"'{name}' is no directory here, and as a hub id: "
+    with pytest.raises(FileNotFoundError, match=told):
+        load_config(name)
+    assert f"{name} is no directory here, and is taken for a hub id" in logs[0]
+
+
 def test_weights_that_the_config_names(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "other.safetensors")
-    with pytest.raises(ValueError, match="has no weights"):
+    with pytest.raises(FileNotFoundError, match="has no weights"):
         load_config(str(folder))
     rewrite(folder / "config.json", transformers_weights="other.safetensors")
     load_config(str(folder))
@@ -203,7 +242,7 @@ def test_directories_that_are_no_models(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such model directory"):
         load_config(str(tmp_path / "none"))
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="has no weights"):
+    with pytest.raises(FileNotFoundError, match="has no weights"):
         load_config(str(folder))
 
 

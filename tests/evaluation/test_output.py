@@ -12,6 +12,7 @@ from helpers.cli import files_in
 from absorb_plugin.evaluation import output
 from absorb_plugin.evaluation.output import (
     check_apart,
+    check_inputs_apart,
     check_output,
     check_result_file,
     is_figure,
@@ -142,6 +143,15 @@ def test_a_model_that_cannot_be_moved_is_kept(
     assert (out / "config.json").read_text() == "old"
 
 
+@pytest.mark.parametrize("below", ["model", "a/b/model"])
+def test_nothing_can_be_made_below_a_file(tmp_path: Path, below: str) -> None:
+    file = tmp_path / "t.txt"
+    file.write_text("a text")
+    told = f"{file / below} cannot be made, for {file} is a file"
+    with pytest.raises(NotADirectoryError, match=told):
+        check_output(file / below, overwrite=False)
+
+
 def test_empty_directories_are_no_files(tmp_path: Path) -> None:
     (tmp_path / "out" / "report").mkdir(parents=True)
     check_output(tmp_path / "out", overwrite=False)
@@ -215,6 +225,22 @@ def test_out_beside_or_in_the_model(model: Path, tmp_path: Path) -> None:
     check_apart(tmp_path / "hub" / "model-pruned", str(model))
     check_apart(tmp_path / "new", str(model))
     check_apart(model / "pruned", str(model))
+
+
+def test_what_is_read_beside_the_model(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model)
+    (model / "t.txt").write_text("a text")
+    (tmp_path / "t.txt").write_text("a text")
+    (model / "link").symlink_to(tmp_path / "t.txt")
+    (tmp_path / "away").symlink_to(model / "t.txt")
+    for given in ("t.txt", model / "t.txt", "link", tmp_path / "away", model):
+        with pytest.raises(ValueError, match=r"^--text .* lies in .*: move it, or"):
+            check_inputs_apart(model, {"--recipe": None, "--text": given})
+    elsewhere = {"--text": "../../t.txt", "--recipe": tmp_path / "none"}
+    check_inputs_apart(model, {**elsewhere, "--dataset": "org/name"})
+    check_inputs_apart(tmp_path / "new", {"--text": "t.txt"})
 
 
 # --- files of results -------------------------------------------------------------

@@ -62,6 +62,12 @@ def test_logits_that_are_not_finite(windows):
         perplexity(model, windows, progress=False)
 
 
+def test_a_loss_whose_exponential_overflows(windows):
+    model = make_model()
+    model.lm_head.weight.data *= 1e6
+    assert perplexity(model, windows, progress=False)[0] == math.inf
+
+
 @pytest.mark.parametrize("nothing", [[], [[4]]])
 def test_nothing_to_predict(nothing):
     with pytest.raises(ValueError, match="no token to predict"):

@@ -370,6 +370,9 @@ def test_bad_files(tmp_path: Path) -> None:
     twin = write(tmp_path / "sub" / "good.jsonl", [GOOD])
     with pytest.raises(ValueError, match="would both be the task 'good'"):
         read_tasks([good, twin])
+    again = tmp_path / "sub" / ".." / "good.jsonl"
+    with pytest.raises(ValueError, match="good.jsonl is given twice: leave one out"):
+        read_tasks([good, again])
     with pytest.raises(ValueError, match="another key of the result"):
         read_tasks([write(tmp_path / "tokens.jsonl", [GOOD])])
     bad = tmp_path / "bad.jsonl"
@@ -379,6 +382,14 @@ def test_bad_files(tmp_path: Path) -> None:
     bad.write_bytes(b'{"query": "\xff"}\n')
     with pytest.raises(ValueError, match="cannot read .*bad.jsonl as UTF-8"):
         read_tasks([bad])
+
+
+def test_half_a_letter(tmp_path: Path) -> None:
+    row = {"query": "a", "choices": ["b", "c \ud83d"], "gold": 0}
+    path = write(tmp_path / "t.jsonl", [row])
+    told = r"t.jsonl, line 1: field `choices`: '\\ud83d' at character 3 is half of"
+    with pytest.raises(ValueError, match=told):
+        read_tasks([path])
 
 
 def test_a_byte_order_mark_and_line_ends_of_windows(tmp_path: Path) -> None:

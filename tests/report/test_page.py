@@ -128,6 +128,12 @@ def test_the_gain_of_the_tiles_is_that_which_was_confirmed() -> None:
     assert "against owl" not in render(make_profile(confirmed=unknown))
 
 
+def test_a_gain_whose_exponential_overflows() -> None:
+    lost = make_confirmed(base=-1000.0) | {"gain": -1000.0}
+    text = parse(render(make_profile(confirmed=lost))).text
+    assert "inf% higher perplexity" in text and "+inf%" in text
+
+
 def test_a_quality_that_was_asked_for() -> None:
     text = parse(render(make_profile(quality=make_quality()))).text
     assert (
