@@ -136,6 +136,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         from absorb_plugin.pruners import adapter, ranks
         from absorb_plugin.pruners.recipe import recipe_text
         from absorb_plugin.pruners.zeros import PrunedZeros
+        from absorb_plugin.report.folder import check_replaceable
 
         self.base_allocator()
         self._blocks = find_blocks(state.model, kwargs.get("sequential_targets"))
@@ -159,6 +160,10 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         for field, directory in written.items():
             if directory is not None:
                 check_writable(field, directory)
+        if self._report_dir is not None:
+            count = len(self._pruners)
+            numbers = range(self._first_report, self._first_report + count)
+            check_replaceable(self._report_dir, numbers)
         for found in self._pruners if self.reduce_pruner_statistics else ():
             if (attribute := found.pruner.rank_statistics) is not None:
                 ranks.reduce_statistics(found.modifier, attribute)
@@ -173,6 +178,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         from absorb_plugin.devices import computing_on_one_device
         from absorb_plugin.language_model import language_model
         from absorb_plugin.report import Report
+        from absorb_plugin.report.folder import remove_others
 
         if event.type_.value not in CALIBRATION_START or self._reports:
             return
@@ -199,6 +205,8 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
             )
             self._reports.append(report)
             if distributed.is_first():
+                if number == 0 and self._report_dir is not None:
+                    remove_others(self._report_dir)
                 report.write(self._report_dir)
                 notify_plugins(report.profile())
 
