@@ -95,8 +95,8 @@ def allocate(
         )
         settings.base_allocator()
         check_budget(sparsity, settings.max_sparsity)
-        if profile_cache is not None:
-            check_writable("--profile-cache", str(profile_cache))
+        if settings.profile_cache is not None:
+            check_writable("--profile-cache", settings.profile_cache)
         _check_outputs(recipe_out, ratios_out, model, text)
         documents = Source(text, dataset, split, text_column).documents()
         _, tokenizer = read_model(model, dtype, trust_remote_code, seq_len)
