@@ -11,6 +11,7 @@ from loguru import logger
 
 from absorb_plugin.files import json_object, replace_file
 from absorb_plugin.report.profile import SCHEMA_VERSION
+from absorb_plugin.report.words import outcome_name
 
 __all__ = ["Run", "as_dict", "read_runs", "save_result", "task_names"]
 
@@ -20,7 +21,8 @@ class Run:
     """
     What is known of one run; None for what is not.
 
-    :param allocation: base allocator, and whether it was corrected
+    :param allocation: base allocator, and whether it was corrected; "uniform" where
+        that was taken
     :param budget: the sparsity asked for
     :param sparsity: counted in the model that was evaluated, else in the report
     :param tokens: that the perplexity is over
@@ -111,12 +113,10 @@ def _from_profiles(profiles: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first = profiles[0]
     sizes = [sum(b["parameters"] for b in profile["blocks"]) for profile in profiles]
     realised = [profile["realised"] for profile in profiles]
-    settings = first["settings"]
-    corrected = " + absorption" if settings["strength"] != 0 else ""
     return {
         "model": first["model"]["name_or_path"] or first["model"]["class"],
         "pruner": ", ".join(dict.fromkeys(profile["pruner"] for profile in profiles)),
-        "allocation": settings["allocator"] + corrected,
+        "allocation": ", ".join(dict.fromkeys(map(outcome_name, profiles))),
         "budget": float(np.average([p["budget"] for p in profiles], weights=sizes)),
         # null until the run is finished
         "sparsity": None

@@ -128,9 +128,10 @@ class Report:
         allocation, linears = self._allocation, self._linears()
         means = {
             "base_sparsity": allocation.block_means(allocation.base.sparsity),
-            "direction": allocation.block_means(allocation.direction),
             "sparsity": allocation.block_means(allocation.sparsity),
         }
+        delta = allocation.direction
+        deltas = None if delta is None else allocation.block_means(delta)
         entries = []
         for row, index in enumerate(allocation.blocks.prunable):
             block = allocation.blocks.blocks[index]
@@ -139,6 +140,7 @@ class Report:
                 {"name": block.name, "parameters": block.parameters}
                 | {"base_metric": float(allocation.base.metric[row])}
                 | {key: float(values[row]) for key, values in means.items()}
+                | {"direction": None if deltas is None else float(deltas[row])}
                 | noise_row(allocation.noise, row)
                 | {"realised_sparsity": self._realised(list(full.values()))}
                 | {"linears": {name: linears[long] for name, long in full.items()}}

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from helpers.cli import absorb, error_of
-from helpers.profiles import make_profile
+from helpers.profiles import make_confirmed, make_profile
 from matplotlib.image import imread
 
 from absorb_plugin.evaluation import compare
@@ -56,6 +56,15 @@ def test_runs_are_read(runs: list[Path]) -> None:
     whole = sum(sizes)
     assert ours.sparsity == pytest.approx((0.499 * sizes[0] + 0.7 * sizes[1]) / whole)
     assert ours.budget == pytest.approx((0.5 * sizes[0] + 0.8 * sizes[1]) / whole)
+
+
+def test_runs_are_called_by_what_was_taken(tmp_path: Path) -> None:
+    taken = {"profile": "base", "profile_2": "uniform", "profile_3": "base"}
+    for name, chosen in taken.items():
+        profile = make_profile(confirmed=make_confirmed(chosen))
+        write(tmp_path / f"{name}.json", profile)
+    (run,) = read_runs([tmp_path])
+    assert run.allocation == "owl, uniform"
 
 
 def test_json_and_table(runs: list[Path]) -> None:
