@@ -157,7 +157,7 @@ class Method:
         warn_of_few_tokens(pruner, blocks, batches)
         warn_of_granularity(settings)
         runner = ProbeRunner(
-            model, blocks, settings.probe_memory, settings.profile_cache
+            model, blocks, settings.probe_memory, settings.cache_directory()
         )
         if settings.strength != 0:
             if self.signal.differentiates:

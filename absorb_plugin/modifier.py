@@ -122,10 +122,18 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
     _recipe: str = PrivateAttr(default="")
     _first_report: int = PrivateAttr(default=0)
     _staging: str | None = PrivateAttr(default=None)
+    _lent: str | None = PrivateAttr(default=None)
 
     def stage_reports(self, directory: str) -> None:
         """Reports are written there, from where they go to `report_dir` afterwards."""
         self._staging = directory
+
+    def lend_cache(self, directory: str) -> None:
+        """As `profile_cache`, for what is gone after the run: no report quotes it."""
+        self._lent = directory
+
+    def cache_directory(self) -> str | None:
+        return self._lent or self.profile_cache
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         from absorb_plugin.blocks import find_blocks
@@ -156,7 +164,10 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         missing = calib is None or (hasattr(calib, "__len__") and not len(calib))
         if all(distributed.gather(missing)):  # one rank may be without samples
             read_batches(calib)  # says what is missing
-        written = {"report_dir": self._report_dir, "profile_cache": self.profile_cache}
+        written = {
+            "report_dir": self._report_dir,
+            "profile_cache": self.cache_directory(),
+        }
         for field, directory in written.items():
             if directory is not None:
                 check_writable(field, directory)

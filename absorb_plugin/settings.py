@@ -166,6 +166,10 @@ class AllocationSettings(BaseModel):
             )
         return self
 
+    def cache_directory(self) -> str | None:
+        """Where measurements are kept."""
+        return self.profile_cache
+
     def measuring(self) -> Effort:
         """What `effort` stands for, with the fields that override it."""
         chosen = EFFORTS[self.effort]

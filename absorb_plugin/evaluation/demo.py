@@ -219,12 +219,15 @@ def _recipe(stage: Stage, cache: str, report: Path | None) -> list[Modifier]:
     )
     if stage.allocation == UNIFORM:
         return [pruner]
-    fields: dict[str, Any] = {"effort": "quick", "profile_cache": cache}
+    fields: dict[str, Any] = {"effort": "quick"}
     if stage.allocation == OWL:
         fields = {"strength": 0}
     if report is not None:
         fields["report_dir"] = str(report)
-    return [AbsorptionAllocationModifier(allocator="owl", **fields), pruner]
+    ours = AbsorptionAllocationModifier(allocator="owl", **fields)
+    if stage.allocation == CORRECTED:
+        ours.lend_cache(cache)
+    return [ours, pruner]
 
 
 def _row(
