@@ -61,12 +61,12 @@ def _print(runs: Sequence["Run"], file: TextIO) -> None:
         table.caption = None
     table.add_column("run", overflow="fold")
     table.add_column("allocation", overflow="fold")
-    for column in ("sparsity", "perplexity", *tasks):
+    for column in ("sparsity", "perplexity", *map(escape, tasks)):
         table.add_column(column, justify="right", overflow="fold")
     for run in runs:
         table.add_row(
             escape(run.name),
-            run.allocation or "",
+            escape(run.allocation or ""),
             "" if run.sparsity is None else f"{run.sparsity:.4f}",
             "" if run.perplexity is None else f"{run.perplexity:.2f}",
             *(_accuracy(run.tasks.get(name)) for name in tasks),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from loguru import logger
 
+from absorb_plugin.evaluation.compare_files import check_profile, check_result
 from absorb_plugin.files import json_object, replace_file
 from absorb_plugin.report.profile import SCHEMA_VERSION
 from absorb_plugin.report.words import outcome_name
@@ -58,7 +59,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     :param paths: directories that hold profile.json (themselves or in `report/`),
         eval*.json, or both; or single files of either kind
     :raises FileNotFoundError: if there is no such file or directory
-    :raises ValueError: if one holds neither, or files contradict each other
+    :raises ValueError: if one holds neither, a file is damaged, or files contradict
+        each other
     """
     runs = [_read_run(path, name) for path, name in zip(paths, _names(paths))]
     _warn_of_different_measures(runs)
@@ -88,6 +90,7 @@ def _read_run(path: Path, name: str) -> Run:
                 f"{file}: schema_version {profile['schema_version']}, this version "
                 f"reads {SCHEMA_VERSION}"
             )
+        check_profile(file, profile)
     if profiles:
         fields |= _from_profiles(list(profiles.values()))
     for file, result in results:
@@ -129,10 +132,11 @@ def _add_result(fields: dict[str, Any], file: Path, result: Mapping[str, Any]) -
     tasks = {
         key: value
         for key, value in result.items()
-        if isinstance(value, dict) and {"acc", "n"} <= value.keys()
+        if isinstance(value, dict) and {"acc", "n"} & value.keys()
     }
     if "perplexity" not in result and not tasks:
         raise ValueError(f"{file} is no result of `absorb eval` and no profile.json")
+    check_result(file, result, tasks)
     measures = ("perplexity", "tokens")
     twice = [key for key in measures if key in result and key in fields]
     twice += [key for key in tasks if key in fields["tasks"]]
