@@ -42,7 +42,7 @@ from absorb_plugin.measuring import (
 )
 from absorb_plugin.pruners import Pruner
 from absorb_plugin.pruners.present import with_present_zeros
-from absorb_plugin.sample_split import SampleSplit
+from absorb_plugin.sample_split import SampleSplit, SampleUse
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.search.confirm import Confirmed, confirm
 from absorb_plugin.search.correction import corrected
@@ -92,7 +92,7 @@ def allocate(
             quality = method.largest_budget(budget, settings.max_loss_increase)
             budget = budget.at(quality.found.sparsity)
         base = method.base(budget)
-        final, direction = base.sparsity, np.zeros_like(base.sparsity)
+        final, direction = base.sparsity, None
         if quality is not None:
             final = quality.found.allocation
         elif settings.strength == "auto":
@@ -119,7 +119,7 @@ def allocate(
         search=search,
         confirmed=confirmed,
         quality=quality,
-        samples=method.setting.samples.uses(),
+        samples=method.uses(compared=not (confirmed is None and quality is None)),
         unseen=method.unseen,
     )
 
@@ -157,7 +157,7 @@ class Method:
         warn_of_few_tokens(pruner, blocks, batches)
         warn_of_granularity(settings)
         runner = ProbeRunner(
-            model, blocks, settings.probe_memory, settings.profile_cache
+            model, blocks, settings.probe_memory, settings.cache_directory()
         )
         if settings.strength != 0:
             if self.signal.differentiates:
@@ -172,12 +172,24 @@ class Method:
             # it has been checked only then that blocks can run in parts
             statistics = runner.run(what, samples.statistics, probe, in_parts=prunes)
         self._measured: Mapping[str, float] = {}
+        self._observes = bool(statistics) or self._allocator.needs == "gram"
         if self._allocator.needs == "gram":
             grams = GramProbe(blocks, self._allocator)
             self._measured = runner.run("Second moments", samples.statistics, grams)
         self.unseen = unseen(blocks, statistics) if statistics else None
         groups = Groups.at(choose_level(settings), blocks)
         self.setting = Setting(blocks, groups, samples, runner, pruner, statistics)
+
+    def uses(self, compared: bool) -> list[SampleUse]:
+        """
+        What samples served, without those set apart that nothing was asked of.
+
+        :param compared: whether the pruner's own arithmetic judged allocations
+        """
+        idle = set() if self._observes else {"statistics"}
+        if not compared:
+            idle |= {"confirm"} if self.signal.prunes else {"confirm", "pruning"}
+        return [one for one in self.setting.samples.uses() if one.use not in idle]
 
     def base(self, budget: Budget) -> Base:
         """What the base allocator makes of a budget."""

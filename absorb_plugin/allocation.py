@@ -27,7 +27,8 @@ class Allocation:
     :param budget: sizes of the Linears, S, bounds
     :param base: the base allocation
     :param sparsity: the final one, one sparsity per Linear in model order, shape (N,)
-    :param direction: Δ of the first round, per Linear; zeros if nothing was measured
+    :param direction: Δ of the first round, per Linear; None if none was measured, or
+        each of several budgets had one of its own
     :param noise: what the noise probe measured, if it ran
     :param noise_settings: its arguments
     :param search: the search, if strength is "auto"
@@ -44,7 +45,7 @@ class Allocation:
     budget: Budget
     base: Base
     sparsity: np.ndarray
-    direction: np.ndarray
+    direction: np.ndarray | None
     noise: NoiseProfile | None = None
     noise_settings: Noise = Noise()
     search: SearchResult | None = None

@@ -11,7 +11,7 @@ import numpy as np
 
 from absorb_plugin.blocks import BlockMap, linear_parameters
 
-__all__ = ["LEVELS", "Groups", "linear_names", "linear_sizes", "named"]
+__all__ = ["LEVELS", "Groups", "group_name", "linear_names", "linear_sizes", "named"]
 
 LEVELS = ("block", "part", "linear")
 EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
@@ -45,7 +45,7 @@ class Groups:
     def at(cls, level: str, blocks: BlockMap) -> "Groups":
         """:param level: one of LEVELS"""
         homes = [
-            (block.full_name(name), _group_name(level, block.name, name), number)
+            (block.full_name(name), group_name(level, block.name, name), number)
             for number, block in enumerate(blocks.blocks)
             for name in block.linears
         ]
@@ -102,7 +102,11 @@ def named(blocks: BlockMap, sparsities: np.ndarray) -> dict[str, float]:
     return dict(zip(linear_names(blocks), map(float, sparsities), strict=True))
 
 
-def _group_name(level: str, block: str, linear: str) -> str:
+def group_name(level: str, block: str, linear: str) -> str:
+    """
+    :param block: full name of a block
+    :param linear: name of a Linear in it
+    """
     if level == "block":
         return block
     if level == "part":

@@ -122,10 +122,18 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
     _recipe: str = PrivateAttr(default="")
     _first_report: int = PrivateAttr(default=0)
     _staging: str | None = PrivateAttr(default=None)
+    _lent: str | None = PrivateAttr(default=None)
 
     def stage_reports(self, directory: str) -> None:
         """Reports are written there, from where they go to `report_dir` afterwards."""
         self._staging = directory
+
+    def lend_cache(self, directory: str) -> None:
+        """As `profile_cache`, for what is gone after the run: no report quotes it."""
+        self._lent = directory
+
+    def cache_directory(self) -> str | None:
+        return self._lent or self.profile_cache
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         from absorb_plugin.blocks import find_blocks
@@ -136,6 +144,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         from absorb_plugin.pruners import adapter, ranks
         from absorb_plugin.pruners.recipe import recipe_text
         from absorb_plugin.pruners.zeros import PrunedZeros
+        from absorb_plugin.report.folder import check_replaceable
 
         self.base_allocator()
         self._blocks = find_blocks(state.model, kwargs.get("sequential_targets"))
@@ -155,10 +164,17 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         missing = calib is None or (hasattr(calib, "__len__") and not len(calib))
         if all(distributed.gather(missing)):  # one rank may be without samples
             read_batches(calib)  # says what is missing
-        written = {"report_dir": self._report_dir, "profile_cache": self.profile_cache}
+        written = {
+            "report_dir": self._report_dir,
+            "profile_cache": self.cache_directory(),
+        }
         for field, directory in written.items():
             if directory is not None:
                 check_writable(field, directory)
+        if self._report_dir is not None:
+            count = len(self._pruners)
+            numbers = range(self._first_report, self._first_report + count)
+            check_replaceable(self._report_dir, numbers)
         for found in self._pruners if self.reduce_pruner_statistics else ():
             if (attribute := found.pruner.rank_statistics) is not None:
                 ranks.reduce_statistics(found.modifier, attribute)
@@ -173,6 +189,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         from absorb_plugin.devices import computing_on_one_device
         from absorb_plugin.language_model import language_model
         from absorb_plugin.report import Report
+        from absorb_plugin.report.folder import remove_others
 
         if event.type_.value not in CALIBRATION_START or self._reports:
             return
@@ -199,6 +216,8 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
             )
             self._reports.append(report)
             if distributed.is_first():
+                if number == 0 and self._report_dir is not None:
+                    remove_others(self._report_dir)
                 report.write(self._report_dir)
                 notify_plugins(report.profile())
 

@@ -1,5 +1,6 @@
 """Find allocators, build them from recipe arguments, and call them with care."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -10,15 +11,24 @@ from importlib.metadata import (
     distribution,
     entry_points,
 )
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pluggy
+import torch
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 
 import absorb_plugin.allocators as builtins
 import absorb_plugin.hookspecs as hookspecs
-from absorb_plugin.allocators.base import Allocator, BaseAllocation, LinearGroup
+from absorb_plugin.allocators.base import (
+    Allocator,
+    BaseAllocation,
+    Granularity,
+    LinearGroup,
+    Needs,
+)
 
 __all__ = [
     "PluginError",
@@ -29,6 +39,7 @@ __all__ = [
     "manager",
     "owner_of",
     "run_allocator",
+    "run_measure",
 ]
 
 BUILTIN = "absorb_plugin"
@@ -102,20 +113,24 @@ def allocators() -> dict[str, RegisteredAllocator]:
 
 
 def listing() -> list[dict[str, Any]]:
-    """What `absorb allocators --json` prints: one entry per allocator."""
+    """
+    What `absorb allocators --json` prints: one entry per allocator. A default that JSON
+    cannot hold is there as text; that of an argument that is required is None.
+
+    :raises PluginError: as `allocators`, and if a default cannot be made
+    """
     entries = []
     for name, entry in allocators().items():
-        fields = entry.allocator.model_fields.items()
+        fields = entry.allocator.model_fields
         entries.append(
             {
                 "name": name,
                 "distribution": entry.distribution,
                 "arguments": {
-                    key: None
-                    if field.is_required()
-                    else field.get_default(call_default_factory=True)
-                    for key, field in fields
+                    key: _plain(_default(str(entry), key, field))
+                    for key, field in fields.items()
                 },
+                "required": [k for k, field in fields.items() if field.is_required()],
                 "needs": entry.allocator.needs,
                 "granularities": list(entry.allocator.granularities),
                 "cost": entry.allocator.cost,
@@ -123,6 +138,30 @@ def listing() -> list[dict[str, Any]]:
             }
         )
     return entries
+
+
+def _default(owner: str, name: str, field: FieldInfo) -> Any:
+    """None where it is required; a remark where it is made of other arguments."""
+    if field.is_required():
+        return None
+    if field.default_factory_takes_validated_data:
+        return "(made of the others)"
+    try:
+        return field.get_default(call_default_factory=True)
+    except Exception as error:
+        raise PluginError(
+            f"{owner} failed in the default of {name}: {error!r}"
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold, or the text of what it cannot."""
+    try:
+        plain = to_jsonable_python(value, fallback=str)
+        json.dumps(plain, allow_nan=False)
+    except (TypeError, ValueError):
+        return str(value)
+    return plain
 
 
 def build_allocator(name: str, arguments: Mapping[str, Any]) -> Allocator:
@@ -142,7 +181,8 @@ def build_allocator(name: str, arguments: Mapping[str, Any]) -> Allocator:
     try:
         return allocator(**arguments)
     except ValidationError as error:
-        problems = "; ".join(_problem(allocator, one) for one in error.errors())
+        owner = str(known[name])
+        problems = "; ".join(_problem(owner, allocator, x) for x in error.errors())
         raise ValueError(f"allocator {name!r}: {problems}") from error
 
 
@@ -202,6 +242,32 @@ def run_allocator(
     return BaseAllocation(metric, base, tuple(result.linear_metrics))
 
 
+def run_measure(
+    allocator: Allocator, linear: str, weight: torch.Tensor, gram: torch.Tensor
+) -> float:
+    """
+    Call `allocator.measure` and check what comes back.
+
+    :param linear: full name of the Linear
+    :raises torch.OutOfMemoryError: as it is raised there, for the caller has a remedy
+    :raises PluginError: if it raises anything else, or returns no finite number
+    """
+    try:
+        number = allocator.measure(weight, gram)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"{owner_of(allocator)} failed in measure, of {linear}: {error!r}"
+        ) from error
+    if not _is_finite(number):
+        raise PluginError(
+            f"{owner_of(allocator)} returned {number!r} from measure for {linear}; a "
+            "finite number is needed"
+        )
+    return float(number)
+
+
 @cache  # an exception is not cached, so a broken plugin fails at every call
 def _load() -> tuple[pluggy.PluginManager, dict[str, str]]:
     """The manager, and the distribution of each plugin by its name."""
@@ -246,14 +312,29 @@ def _check_class(allocator: object, owner: str) -> None:
         raise PluginError(
             f"{owner} registered {allocator.__name__} without a `name: ClassVar[str]`"
         )
+    wrong = f"{owner} registered allocator {allocator.name!r} with"
+    if allocator.needs not in get_args(Needs):
+        raise PluginError(
+            f"{wrong} needs={allocator.needs!r}: choose one of {list(get_args(Needs))}"
+        )
+    known, own = get_args(Granularity), allocator.granularities
+    if not (own and isinstance(own, tuple | list) and all(x in known for x in own)):
+        raise PluginError(
+            f"{wrong} granularities={own!r}: give a tuple of some of {list(known)}"
+        )
+    for key in ("paper", "cost"):
+        if not isinstance(value := getattr(allocator, key), str):
+            raise PluginError(f"{wrong} {key}={value!r}: give a text")
 
 
-def _problem(allocator: type[Allocator], error: Mapping[str, Any]) -> str:
+def _problem(owner: str, allocator: type[Allocator], error: Mapping[str, Any]) -> str:
     """One pydantic error in words: field, value, reason, remedy."""
     field = ".".join(map(str, error["loc"])) or "arguments"
     fields = allocator.model_fields
     takes = ", ".join(
-        f"{name} (required)" if info.is_required() else f"{name}={info.get_default()!r}"
+        f"{name} (required)"
+        if info.is_required()
+        else f"{name}={_default(owner, name, info)!r}"
         for name, info in fields.items()
     )
     if error["type"] == "missing":
@@ -301,6 +382,13 @@ def _check_linear_metrics(
     groups: Sequence[LinearGroup],
     linear_metrics: Sequence[Mapping[str, float]],
 ) -> None:
+    if not isinstance(linear_metrics, list | tuple) or not all(
+        isinstance(metrics, Mapping) for metrics in linear_metrics
+    ):
+        raise PluginError(
+            f"{owner} returned linear_metrics={linear_metrics!r}: give a list with a "
+            "mapping per group, or leave it out"
+        )
     if not linear_metrics:
         return
     if len(linear_metrics) != len(groups):
@@ -310,8 +398,16 @@ def _check_linear_metrics(
         )
     for group, metrics in zip(groups, linear_metrics, strict=True):
         for name, value in metrics.items():
-            if name not in group.linears or not np.isfinite(value):
+            if name not in group.linears or not _is_finite(value):
                 raise PluginError(
                     f"{owner} returned the linear metric {name}={value} for "
                     f"{group.name}, which holds {', '.join(group.linears)}"
                 )
+
+
+def _is_finite(value: object) -> bool:
+    """Whether it is a number, of Python, numpy or torch, and a finite one."""
+    try:
+        return value is not None and bool(np.isfinite(float(value)))  # type: ignore
+    except (TypeError, ValueError, RuntimeError):
+        return False

@@ -11,7 +11,7 @@ from absorb_plugin.allocators.base import Allocator
 from absorb_plugin.limits import check_limits
 from absorb_plugin.plugins import build_allocator
 
-__all__ = ["EFFORTS", "MAX_SPARSITY", "AllocationSettings", "Effort"]
+__all__ = ["EFFORTS", "MAX_SPARSITY", "AllocationSettings", "Effort", "expanded"]
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,38 @@ class AllocationSettings(BaseModel):
 
     @field_validator("report_dir", "profile_cache", mode="before")
     @classmethod
-    def validate_directory(cls, value: str | Path | None) -> str | None:
-        return None if value is None else str(value)
+    def validate_directory(cls, value: Any) -> str | None:
+        if value is None:
+            return None
+        if not isinstance(value, str | Path):
+            raise ValueError(f"{value!r} is no path: write it in quotes if it is one")
+        return expanded(value)
+
+    @field_validator(
+        "strength",
+        "max_loss_increase",
+        "rounds",
+        "statistics_samples",
+        "signal_samples",
+        "search_samples",
+        "confirm_samples",
+        "probe_tokens",
+        "max_sparsity",
+        "probe_memory",
+        mode="before",
+    )
+    @classmethod
+    def validate_number(cls, value: Any) -> Any:
+        _refuse_truth(value)
+        return value
+
+    @field_validator("limits", mode="before")
+    @classmethod
+    def validate_bounds(cls, value: Any) -> Any:
+        for bounds in value.values() if isinstance(value, Mapping) else ():
+            for bound in bounds if isinstance(bounds, list | tuple) else ():
+                _refuse_truth(bound)
+        return value
 
     @field_validator("limits", mode="after")
     @classmethod
@@ -139,6 +169,10 @@ class AllocationSettings(BaseModel):
             )
         return self
 
+    def cache_directory(self) -> str | None:
+        """Where measurements are kept."""
+        return self.profile_cache
+
     def measuring(self) -> Effort:
         """What `effort` stands for, with the fields that override it."""
         chosen = EFFORTS[self.effort]
@@ -164,3 +198,29 @@ class AllocationSettings(BaseModel):
                 f" choose one of {list(allocator.granularities)}"
             )
         return allocator
+
+
+def expanded(path: str | Path) -> str:
+    """
+    As text, and `~` at its beginning as the home directory.
+
+    :raises ValueError: if there is none of that user
+    """
+    if not str(path).startswith("~"):
+        return str(path)
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError as error:
+        raise ValueError(
+            f"{str(path)!r}: there is no home directory of that user: write the whole "
+            "path, or ./ in front of it"
+        ) from error
+
+
+def _refuse_truth(value: Any) -> None:
+    """Else True would count as 1."""
+    if isinstance(value, bool):
+        raise ValueError(
+            f"{value} is no number, and YAML reads yes, no, on and off so: write a "
+            "number"
+        )

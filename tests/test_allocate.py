@@ -126,7 +126,7 @@ def test_the_confirmation_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> No
     np.testing.assert_array_equal(found.sparsity, found.confirmed.sparsity)
     kept = runs.allocate(model, strength=0)
     np.testing.assert_array_equal(kept.sparsity, kept.base.sparsity)
-    assert not kept.direction.any() and kept.search is None
+    assert kept.direction is None and kept.search is None
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -14,6 +15,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from helpers import runs, tiny
+from helpers.cli import absorb
 from pydantic import Field
 
 from absorb_plugin import plugins
@@ -30,6 +33,7 @@ from absorb_plugin.plugins import (
     build_allocator,
     manager,
     run_allocator,
+    run_measure,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -84,6 +88,52 @@ def test_arguments_without_a_default_are_listed() -> None:
     with registered(Demanding):
         (entry,) = [one for one in plugins.listing() if one["name"] == "demanding"]
     assert json.loads(json.dumps(entry))["arguments"] == {"floor": None, "parts": []}
+    assert entry["required"] == ["floor"]
+
+
+class Kind(Enum):
+    mean = "mean"
+
+
+class Bracketed(Allocator):
+    name: ClassVar[str] = "brack[red]eted"
+    paper: ClassVar[str] = "https://example.org/[/x]"
+    cost: ClassVar[str] = "one forward [/per block]"
+    level: int
+    kind: Kind = Kind.mean
+    limit: float = float("inf")
+    folder: Path = Path("some[/where]")
+    made: object = Field(default_factory=lambda others: others["limit"])
+
+
+def test_arguments_of_any_type_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    with registered(Bracketed):
+        listed, table = absorb("allocators", "--json"), absorb("allocators")
+    assert listed.exit_code == table.exit_code == 0, (listed.output, table.output)
+    entry = json.loads(listed.stdout, parse_constant=pytest.fail)[-1]
+    assert entry["arguments"] == {
+        "level": None,
+        "kind": "mean",
+        "limit": "inf",
+        "folder": "some[/where]",
+        "made": "(made of the others)",
+    }
+    for told in (Bracketed.name, Bracketed.paper, Bracketed.cost, "level (required)"):
+        assert told in table.stdout
+    assert "kind=mean, limit=inf, folder=some[/where]" in table.stdout
+
+
+def test_a_default_that_cannot_be_made() -> None:
+    class Broken(Allocator):
+        name: ClassVar[str] = "broken"
+        x: float = Field(default_factory=lambda: 1 / 0)
+
+    with (
+        registered(Broken),
+        pytest.raises(PluginError, match="'broken' of .*'throwaway'.*default of x: Z"),
+    ):
+        plugins.listing()
 
 
 def test_builtins_come_first_and_name_their_distribution() -> None:
@@ -134,6 +184,29 @@ def test_registering_an_allocator_without_a_name() -> None:
     with (
         registered(Nameless),
         pytest.raises(PluginError, match="'throwaway'.*Nameless without a `name"),
+    ):
+        allocators()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"needs": "everything"}, "needs='everything': choose one of .*'gram'"),
+        ({"needs": ["weights"]}, "needs=.'weights'.: choose one of"),
+        ({"granularities": "block"}, "granularities='block': give a tuple"),
+        ({"granularities": ()}, "granularities=.*: give a tuple"),
+        ({"granularities": ("block", "row")}, r"\('block', 'row'\): give a tuple"),
+        ({"cost": None}, "cost=None: give a text"),
+        ({"paper": 2305}, "paper=2305: give a text"),
+    ],
+)
+def test_registering_an_allocator_that_wants_what_there_is_not(
+    wrong: dict[str, Any], message: str
+) -> None:
+    odd = type("Odd", (Allocator,), {"name": "odd", **wrong})
+    with (
+        registered(odd),
+        pytest.raises(PluginError, match=f"'throwaway'.*allocator 'odd' .*{message}"),
     ):
         allocators()
 
@@ -228,6 +301,12 @@ def raising() -> None:
             answer(linear_metrics=({"up": float("nan")}, {"up": 1.0})),
             "up=nan for layers.0",
         ),
+        (answer(linear_metrics=({"up": None}, {"up": 1.0})), "up=None for layers.0"),
+        (answer(linear_metrics=({"up": "a"}, {"up": 1.0})), "up=a for layers.0"),
+        (answer(linear_metrics=None), "linear_metrics=None: give a list"),
+        (answer(linear_metrics=(1.0, 2.0)), r"linear_metrics=\(1.0, 2.0\): give"),
+        (answer(metric=(None, 1.0)), "metric=nan for layers.0"),
+        (answer(metric=None), r"metric of shape \(\) for 2 groups"),
         ([0.4, 0.6], "list, not a BaseAllocation"),
         (raising, "failed in allocate: ZeroDivisionError.*in the outsider"),
     ],
@@ -242,6 +321,51 @@ def test_a_broken_answer_names_allocator_plugin_and_distribution(
     )
     if result is raising:
         assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+class Measuring(Outsider):
+    needs: ClassVar = "gram"
+
+    def measure(self, weight: torch.Tensor, gram: torch.Tensor) -> float:
+        return self.answer() if callable(self.answer) else self.answer
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (raising, "failed in measure, of layers.0.up: ZeroDivisionError.*outsider"),
+        ("a", "returned 'a' from measure for layers.0.up; a finite number"),
+        (None, "returned None from measure"),
+        (float("nan"), "returned nan from measure"),
+        (torch.ones(2), "returned tensor.* from measure"),
+    ],
+)
+def test_a_measure_that_breaks_names_allocator_plugin_and_linear(
+    number: Any, message: str
+) -> None:
+    asked = ("layers.0.up", torch.ones(1, 1), torch.ones(1, 1))
+    with registered(Measuring), pytest.raises(PluginError, match=message) as caught:
+        run_measure(Measuring(answer=number), *asked)
+    assert str(caught.value).startswith("allocator 'outsider' of plugin 'throwaway'")
+
+
+def test_numbers_that_are_measured() -> None:
+    asked = ("layers.0.up", torch.ones(1, 1), torch.ones(1, 1))
+    for number in (2, 2.0, np.float32(2), torch.tensor(2.0)):
+        found = run_measure(Measuring(answer=number), *asked)
+        assert type(found) is float and found == 2.0
+
+    def full() -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(torch.OutOfMemoryError):  # smaller batches are tried then
+        run_measure(Measuring(answer=full), *asked)
+
+
+def test_an_allocation_asks_for_measures_by_name() -> None:
+    broken = {"allocator": "outsider", "allocator_args": {"answer": "a"}}
+    with registered(Measuring), pytest.raises(PluginError, match="layers.0.self_attn"):
+        runs.allocate(tiny.small(), strength=0, **broken)
 
 
 def test_a_good_answer_is_handed_over_as_arrays() -> None:

@@ -159,3 +159,45 @@ def test_blockwise_allocators_by_linear_are_warned_of(
     warn_of_granularity(settings)
     told = [line for line in warnings if "granularity: linear" in line]
     assert len(told) == (granularity == "linear" and allocator != "uniform")
+
+
+@pytest.mark.parametrize("field", ["report_dir", "profile_cache"])
+def test_a_directory_at_home(
+    field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given, meant in {
+        "~/runs/a": str(tmp_path / "runs" / "a"),
+        Path("~"): str(tmp_path),
+        "runs/~/a": "runs/~/a",
+        "./~": "./~",
+    }.items():
+        assert getattr(AllocationSettings(**{field: given}), field) == meant
+    with pytest.raises(ValidationError, match="'~no-such-user/a': there is no home"):
+        AllocationSettings(**{field: "~no-such-user/a"})
+
+
+@pytest.mark.parametrize("value", [5, 0.5, True, ["a"]])
+def test_a_directory_is_no_number(value: object) -> None:
+    for field in ("report_dir", "profile_cache"):
+        with pytest.raises(ValidationError, match=f"{field}\n.* is no path: write it"):
+            AllocationSettings(**{field: value})
+
+
+NUMBERS = [
+    *("strength", "max_loss_increase", "rounds", "statistics_samples"),
+    *("signal_samples", "search_samples", "confirm_samples", "probe_tokens"),
+    *("max_sparsity", "probe_memory"),
+]
+
+
+@pytest.mark.parametrize("field", NUMBERS)
+def test_yes_is_no_number(field: str) -> None:
+    for value in (True, False):
+        with pytest.raises(ValidationError, match=f"{field}\n.*{value} is no number"):
+            AllocationSettings(**{field: value})
+
+
+def test_yes_is_no_bound() -> None:
+    with pytest.raises(ValidationError, match="limits\n.*True is no number"):
+        AllocationSettings(limits={"re:.*down_proj": [0, True]})

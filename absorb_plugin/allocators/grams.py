@@ -9,6 +9,7 @@ from absorb_plugin.allocators.base import Allocator
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch, token_mask
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
+from absorb_plugin.plugins import run_measure
 from absorb_plugin.pruners.sparsegpt import SparseGPT
 from absorb_plugin.pruners.weights import ObservedInputs
 
@@ -54,8 +55,8 @@ class GramProbe(Probe):
             gram = total / len(self._mask)
             for name in names:
                 weight = block.linears[name].weight.detach()
-                number = self._allocator.measure(weight, gram)
-                self._numbers[block.full_name(name)] = number
+                full = block.full_name(name)
+                self._numbers[full] = run_measure(self._allocator, full, weight, gram)
         del self._observed
 
     def close(self) -> None:

@@ -105,8 +105,8 @@ def allocate(
         check_sparsity("--sparsity", sparsity, settings.max_sparsity)
         if correction:
             check_samples(samples, ", or --no-correction")
-        if profile_cache is not None:
-            check_writable("--profile-cache", str(profile_cache))
+        if settings.profile_cache is not None:
+            check_writable("--profile-cache", settings.profile_cache)
         _check_outputs(recipe_out, ratios_out, model, text)
         has_text = text is not None or dataset is not None or needs_text(settings)
         source = Source(text, dataset, split, text_column)

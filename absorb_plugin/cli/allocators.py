@@ -16,7 +16,7 @@ def allocators(as_json: AsJson = False, debug: Debug = False) -> None:
         from absorb_plugin.plugins import listing
 
         if as_json:
-            print(json.dumps(listing()), file=stdout, flush=True)
+            print(json.dumps(listing(), allow_nan=False), file=stdout, flush=True)
         else:
             _print(listing(), stdout)
 
@@ -30,7 +30,16 @@ def _print(entries: Sequence[dict[str, Any]], file: TextIO) -> None:
     for column in ("name", "from", "arguments", "cost beside pruning", "paper"):
         table.add_column(column, overflow="fold")
     for entry in entries:
-        arguments = (f"{key}={value}" for key, value in entry["arguments"].items())
-        values = (entry["name"], entry["distribution"], ", ".join(arguments))
-        table.add_row(*map(escape, (*values, entry["cost"], entry["paper"])))
+        arguments = (
+            f"{key} (required)" if key in entry["required"] else f"{key}={value}"
+            for key, value in entry["arguments"].items()
+        )
+        cells = (
+            entry["name"],
+            entry["distribution"],
+            ", ".join(arguments),
+            entry["cost"],
+            entry["paper"],
+        )
+        table.add_row(*map(escape, cells))
     Console(file=file).print(table)

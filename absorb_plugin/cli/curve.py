@@ -76,8 +76,8 @@ def curve(
         for budget in budgets:
             check_sparsity("--sparsities", budget, settings.max_sparsity)
         check_samples(samples)
-        if profile_cache is not None:
-            check_writable("--profile-cache", str(profile_cache))
+        if settings.profile_cache is not None:
+            check_writable("--profile-cache", settings.profile_cache)
         check_result_file(figure, "--figure", is_figure)
         documents = Source(text, dataset, split, text_column).documents()
         _, tokenizer = read_model(model, dtype, trust_remote_code, seq_len)

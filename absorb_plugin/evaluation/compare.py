@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from loguru import logger
 
+from absorb_plugin.evaluation.compare_files import check_profile, check_result
 from absorb_plugin.files import json_object, replace_file
 from absorb_plugin.report.profile import SCHEMA_VERSION
+from absorb_plugin.report.words import outcome_name
 
 __all__ = ["Run", "as_dict", "read_runs", "save_result", "task_names"]
 
@@ -20,7 +22,8 @@ class Run:
     """
     What is known of one run; None for what is not.
 
-    :param allocation: base allocator, and whether it was corrected
+    :param allocation: base allocator, and whether it was corrected; "uniform" where
+        that was taken
     :param budget: the sparsity asked for
     :param sparsity: counted in the model that was evaluated, else in the report
     :param tokens: that the perplexity is over
@@ -56,7 +59,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     :param paths: directories that hold profile.json (themselves or in `report/`),
         eval*.json, or both; or single files of either kind
     :raises FileNotFoundError: if there is no such file or directory
-    :raises ValueError: if one holds neither, or files contradict each other
+    :raises ValueError: if one holds neither, a file is damaged, or files contradict
+        each other
     """
     runs = [_read_run(path, name) for path, name in zip(paths, _names(paths))]
     _warn_of_different_measures(runs)
@@ -86,6 +90,7 @@ def _read_run(path: Path, name: str) -> Run:
                 f"{file}: schema_version {profile['schema_version']}, this version "
                 f"reads {SCHEMA_VERSION}"
             )
+        check_profile(file, profile)
     if profiles:
         fields |= _from_profiles(list(profiles.values()))
     for file, result in results:
@@ -111,12 +116,10 @@ def _from_profiles(profiles: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first = profiles[0]
     sizes = [sum(b["parameters"] for b in profile["blocks"]) for profile in profiles]
     realised = [profile["realised"] for profile in profiles]
-    settings = first["settings"]
-    corrected = " + absorption" if settings["strength"] != 0 else ""
     return {
         "model": first["model"]["name_or_path"] or first["model"]["class"],
         "pruner": ", ".join(dict.fromkeys(profile["pruner"] for profile in profiles)),
-        "allocation": settings["allocator"] + corrected,
+        "allocation": ", ".join(dict.fromkeys(map(outcome_name, profiles))),
         "budget": float(np.average([p["budget"] for p in profiles], weights=sizes)),
         # null until the run is finished
         "sparsity": None
@@ -129,10 +132,11 @@ def _add_result(fields: dict[str, Any], file: Path, result: Mapping[str, Any]) -
     tasks = {
         key: value
         for key, value in result.items()
-        if isinstance(value, dict) and {"acc", "n"} <= value.keys()
+        if isinstance(value, dict) and {"acc", "n"} & value.keys()
     }
     if "perplexity" not in result and not tasks:
         raise ValueError(f"{file} is no result of `absorb eval` and no profile.json")
+    check_result(file, result, tasks)
     measures = ("perplexity", "tokens")
     twice = [key for key in measures if key in result and key in fields]
     twice += [key for key in tasks if key in fields["tasks"]]

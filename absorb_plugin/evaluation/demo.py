@@ -30,6 +30,7 @@ from absorb_plugin.evaluation.output import check_output, staged_directory
 from absorb_plugin.evaluation.perplexity import linear_sparsity, perplexity
 from absorb_plugin.evaluation.text import calibration_samples, evaluation_windows
 from absorb_plugin.pruners import PRUNERS
+from absorb_plugin.report.folder import check_replaceable
 
 __all__ = ["DemoResult", "Row", "demo_model", "demo_texts", "run_demo"]
 
@@ -117,6 +118,7 @@ def run_demo(
     :param sparsegpt: whether it prunes too; None for where it takes less than
         `PATIENCE` in all, judged by how long the first stages took
     :raises FileExistsError: if there is a model or a report that no demo made
+    :raises ValueError: if other files lie where the report will be
     :raises ModuleNotFoundError: if the package with the model is missing
     """
     start = time.perf_counter()
@@ -171,7 +173,10 @@ def run_demo(
 
 
 def _check_out(out: Path) -> None:
-    """:raises FileExistsError: if there is a model or a report, and not of a demo"""
+    """
+    :raises FileExistsError: if there is a model or a report, and not of a demo
+    :raises ValueError: if other files lie where the report will be
+    """
     check_output(out / "model", overwrite=True)
     found = [path for path in (out / "model", out / "report") if path.exists()]
     if found and not (out / MARKER).is_file():
@@ -179,6 +184,7 @@ def _check_out(out: Path) -> None:
             f"{found[0]} is there, and nothing tells that a demo made it: choose "
             f"another directory than {out}, or delete it"
         )
+    check_replaceable(str(out / "report"), [0])
 
 
 def _left(stages: Sequence[Stage], number: int, elapsed: float) -> float:
@@ -213,12 +219,15 @@ def _recipe(stage: Stage, cache: str, report: Path | None) -> list[Modifier]:
     )
     if stage.allocation == UNIFORM:
         return [pruner]
-    fields: dict[str, Any] = {"effort": "quick", "profile_cache": cache}
+    fields: dict[str, Any] = {"effort": "quick"}
     if stage.allocation == OWL:
         fields = {"strength": 0}
     if report is not None:
         fields["report_dir"] = str(report)
-    return [AbsorptionAllocationModifier(allocator="owl", **fields), pruner]
+    ours = AbsorptionAllocationModifier(allocator="owl", **fields)
+    if stage.allocation == CORRECTED:
+        ours.lend_cache(cache)
+    return [ours, pruner]
 
 
 def _row(

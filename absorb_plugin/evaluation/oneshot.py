@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, set_seed
 import absorb_plugin  # registers the modifier that a recipe may name
 from absorb_plugin.files import check_writable
 from absorb_plugin.mistakes import check_patterns, in_words
+from absorb_plugin.settings import expanded
 
 __all__ = [
     "check_caches",
@@ -27,16 +28,19 @@ __all__ = [
 ]
 
 SHAPE = "Its shape must be `NAME_stage:` > `NAME_modifiers:` > class name > fields"
+# Stage, group, modifier, field, and an entry of a field that is a mapping.
+DEPTH = 4
 
 
 def load_recipe(path: Path) -> Recipe:
     """
     :raises FileNotFoundError: if there is no such file
-    :raises ValueError: if it cannot be parsed, or holds no modifier
+    :raises ValueError: if it cannot be parsed, holds no modifier, or holds a key twice
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recipe file")
     try:
+        _check_keys(path)
         return parse_recipe(str(path))
     except ValueError as error:
         cause = _mistake(path) or str(error)
@@ -66,6 +70,51 @@ def parse_recipe(text: str) -> Recipe:
     for modifier in _ours(recipe):
         modifier.base_allocator()
     return recipe
+
+
+def _check_keys(path: Path) -> None:
+    """:raises ValueError: if a key is there twice: YAML would drop the first of them"""
+    try:
+        text = path.read_text(encoding="utf-8").replace("\t", " ")
+        if path.suffix.lower() == ".md":  # the recipe stands between two such lines
+            text = text.lstrip().removeprefix("---").partition("\n---")[0]
+        found = _twice(yaml.compose(text, Loader=yaml.SafeLoader), [])
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return  # llm-compressor says what is wrong with it
+    if found is not None:
+        within, key, (first, second) = found
+        raise ValueError(
+            f"{' > '.join(within) or 'the recipe'} has {key!r} twice, in lines {first} "
+            f"and {second}, and YAML keeps the last alone. {_instead(within)}"
+        )
+
+
+def _twice(
+    node: yaml.Node | None, within: list[str]
+) -> tuple[list[str], str, tuple[int, int]] | None:
+    """The first key that is there twice: what it is in, the key, and its lines."""
+    if not isinstance(node, yaml.MappingNode) or len(within) > DEPTH:
+        return None
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.tag.endswith(":merge"):
+            continue
+        line = key.start_mark.line + 1
+        if key.value in lines:
+            return within, key.value, (lines[key.value], line)
+        lines[key.value] = line
+        if (found := _twice(value, [*within, key.value])) is not None:
+            return found
+    return None
+
+
+def _instead(within: Sequence[str]) -> str:
+    if len(within) == 2:
+        group = within[1].removesuffix("_modifiers")
+        return f"Put the second one into a group of its own, {group}_2_modifiers:"
+    if len(within) < 2:
+        return "Give the second one another name"
+    return "Remove one of the two"
 
 
 def _fields_of(name: str) -> list[str]:
@@ -110,7 +159,7 @@ def keep_profiles(recipe: Recipe, directory: Path) -> None:
             "AbsorptionAllocationModifier, and this one has none: leave it out"
         )
     for modifier in _ours(recipe):
-        modifier.profile_cache = str(directory)
+        modifier.profile_cache = expanded(directory)
 
 
 def check_caches(recipe: Recipe, out: Path) -> None:

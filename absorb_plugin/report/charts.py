@@ -58,6 +58,11 @@ class LineChart:
     band: Band | None = None
     y_limits: tuple[float, float] | None = None
 
+    @property
+    def counts(self) -> bool:
+        """Whether x is whole numbers: blocks, or steps."""
+        return all(isinstance(x, int) for line in self.lines for x in line.x)
+
 
 @dataclass(frozen=True)
 class BarChart:

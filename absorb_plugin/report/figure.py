@@ -107,8 +107,9 @@ def _lines(ax: Axes, chart: LineChart) -> None:
         _numbers_between_decades(ax.yaxis)
     ax.set_ylabel(chart.y_label, parse_math=False)
     ax.margins(x=0.02)
-    if all(isinstance(x, int) for line in chart.lines for x in line.x):
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))  # blocks
+    if chart.counts:
+        # of a single block there is one whole number to name
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if ax.get_legend_handles_labels()[1]:
         # below the axes, where it hides no line
         box = ax.legend(

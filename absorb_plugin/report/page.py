@@ -13,6 +13,7 @@ from absorb_plugin.report.template import PAGE, SCRIPT, STYLE
 from absorb_plugin.report.warnings import find_warnings
 from absorb_plugin.report.words import (
     confirming,
+    counted,
     gain_sentence,
     judge_name,
     model_name,
@@ -55,12 +56,16 @@ def _tiles(profile: Profile) -> str:
     calibration, realised = profile["calibration"], profile["realised"]
     tiles = [
         ("sparsity", "–" if realised is None else f"{realised:.4f}", "realised"),
-        ("budget", f"{profile['budget']:.4f}", f"{len(profile['blocks'])} blocks"),
+        (
+            "budget",
+            f"{profile['budget']:.4f}",
+            counted(len(profile["blocks"]), "block"),
+        ),
         *_gains(profile),
         (
             "calibration",
             f"{calibration['tokens']:,}",
-            f"tokens in {calibration['samples']} samples",
+            f"tokens in {counted(calibration['samples'], 'sample')}",
         ),
     ]
     items = "".join(
@@ -130,7 +135,7 @@ USES = {
     "statistics": "statistics of the inputs, for allocator and pruner",
     "signal": "direction of the correction",
     "search": "choice of the strength",
-    "pruning": "what the judge prunes by",
+    "pruning": "what the pruner's arithmetic prunes by",
     "confirm": "last comparison, by the pruner's arithmetic",
 }
 
@@ -175,10 +180,9 @@ def _blocks(profile: Mapping[str, Any]) -> str:
     ]
     names = [block["name"] for block in profile["blocks"]]
     common = os.path.commonprefix(names).rpartition(".")[0]
-    largest = max(abs(block["direction"]) for block in profile["blocks"])
     rows = "".join(
-        _row(n, block | {"direction": block["direction"] / (largest or 1.0)}, columns)
-        for n, block in enumerate(profile["blocks"])
+        _row(number, block, columns)
+        for number, block in enumerate(_over_largest(profile["blocks"], "direction"))
     )
     note = f"<p>of {escape(common)}</p>" if common else ""
     return (
@@ -187,6 +191,18 @@ def _blocks(profile: Mapping[str, Any]) -> str:
         f'aria-label="Table of blocks"><table class="sortable"><thead><tr>'
         f"{''.join(headings)}</tr></thead><tbody>{rows}</tbody></table></div></section>"
     )
+
+
+def _over_largest(
+    blocks: Sequence[Mapping[str, Any]], key: str
+) -> list[Mapping[str, Any]]:
+    """The blocks with this number as a share of the largest, where it is known."""
+    known = [abs(block[key]) for block in blocks if block[key] is not None]
+    largest = max(known, default=0.0) or 1.0
+    return [
+        block if block[key] is None else {**block, key: block[key] / largest}
+        for block in blocks
+    ]
 
 
 def _heading(name: str, title: str, style: str = "") -> str:

@@ -21,6 +21,7 @@ from absorb_plugin.groups import named
 from absorb_plugin.pruners.adapter import PrunerAdapter
 from absorb_plugin.pruners.recipe import user_fields
 from absorb_plugin.report.figure import draw
+from absorb_plugin.report.folder import report_files
 from absorb_plugin.report.page import render
 from absorb_plugin.report.profile_charts import profile_charts
 from absorb_plugin.report.warnings import TOLERANCE
@@ -65,7 +66,7 @@ class Report:
         self._settings, self._recipe, self._model = settings, recipe, model
         self._pruner, self._allocation = pruner, allocation
         self._calibration = calibration_entry(batches)
-        self._suffix = "" if number == 0 else f"_{number + 1}"
+        self._number = number
         self._zeros: dict[str, int] = {}
         self._zeros_lost: float | None = None
 
@@ -127,9 +128,10 @@ class Report:
         allocation, linears = self._allocation, self._linears()
         means = {
             "base_sparsity": allocation.block_means(allocation.base.sparsity),
-            "direction": allocation.block_means(allocation.direction),
             "sparsity": allocation.block_means(allocation.sparsity),
         }
+        delta = allocation.direction
+        deltas = None if delta is None else allocation.block_means(delta)
         entries = []
         for row, index in enumerate(allocation.blocks.prunable):
             block = allocation.blocks.blocks[index]
@@ -138,6 +140,7 @@ class Report:
                 {"name": block.name, "parameters": block.parameters}
                 | {"base_metric": float(allocation.base.metric[row])}
                 | {key: float(values[row]) for key, values in means.items()}
+                | {"direction": None if deltas is None else float(deltas[row])}
                 | noise_row(allocation.noise, row)
                 | {"realised_sparsity": self._realised(list(full.values()))}
                 | {"linears": {name: linears[long] for name, long in full.items()}}
@@ -168,14 +171,11 @@ class Report:
         """
         if directory is None:
             return
-        folder, profile = Path(directory), self.profile()
-        name = f"profile{self._suffix}"
-        write_or_warn(folder / f"{name}.json", lambda: as_json(profile))
-        write_or_warn(folder / f"{name}.png", lambda: draw_profile(profile))
-        write_or_warn(
-            folder / f"report{self._suffix}.html",
-            lambda: render(profile, name).encode(),
-        )
+        profile = self.profile()
+        numbers, picture, page = report_files(Path(directory), self._number)
+        write_or_warn(numbers, lambda: as_json(profile))
+        write_or_warn(picture, lambda: draw_profile(profile))
+        write_or_warn(page, lambda: render(profile, numbers.stem).encode())
 
     def _log(self) -> None:
         profile = self.profile()

@@ -143,7 +143,7 @@ def _quality(profile: Profile) -> Iterator[Chart]:
         "sparsity",
         "loss increase [nats per token]",
         [rule("max_loss_increase", x, bound), line],
-        "Over the dense model. Circled: taken.",
+        "Over the dense model. Circled: the sparsity taken.",
     )
 
 
@@ -157,7 +157,7 @@ def _search(profile: Profile) -> Iterator[Chart]:
         "strength β",
         "held-out loss [nats per token]",
         [*_starts(profile, strengths), *_rounds(search["rounds"])],
-        "Circled: taken. Each round starts where the one before ended.",
+        f"{_taken(profile)} Each round starts where the one before ended.",
     )
 
 
@@ -187,9 +187,21 @@ def _descent(profile: Profile) -> Iterator[Chart]:
             Line("samples of each step", "realised", range(len(own)), own),
             Line("held out", "final", made, held_out, ring=ring),
         ],
-        ("The end was taken." if ring is None else "Circled: taken.")
-        + " Every step goes by samples of its own.",
+        f"{_taken(profile, ring is not None)} Every step goes by samples of its own.",
     )
+
+
+def _taken(profile: Profile, circled: bool = True) -> str:
+    """
+    What became of the outcome of the search.
+
+    :param circled: that outcome; else it is the end of the path
+    """
+    confirmed = profile["confirmed"]
+    if confirmed is None or confirmed["chosen"] == "searched":
+        return "Circled: taken." if circled else "The end was taken."
+    what = "What is circled" if circled else "The end"
+    return f"{what} went into the last comparison, which took another."
 
 
 def _rounds(rounds: Sequence[Mapping[str, Any]]) -> Iterator[Line]:

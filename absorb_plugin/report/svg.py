@@ -59,9 +59,14 @@ class _Scale:
     """Data -> units of the drawing, along one axis."""
 
     def __init__(
-        self, values: Sequence[float], start: float, end: float, log: bool = False
+        self,
+        values: Sequence[float],
+        start: float,
+        end: float,
+        log: bool = False,
+        whole: bool = False,
     ) -> None:
-        self.log = log
+        self.log, self.least = log, 1.0 if whole else 0.0
         low, high = (math.log10(v) if log else v for v in (min(values), max(values)))
         margin = 0.04 * (high - low) or (0.5 if log else abs(low) * 0.05 or 0.5)
         self.low, self.high = low - margin, high + margin
@@ -74,17 +79,19 @@ class _Scale:
 
     def ticks(self) -> list[float]:
         if not self.log:
-            return _round_steps(self.low, self.high)
+            return _round_steps(self.low, self.high, self.least)
         if self.high - self.low < 2:  # decades
             return _round_steps(10**self.low, 10**self.high)
         powers = range(math.ceil(self.low), math.floor(self.high) + 1)
         return [10.0**power for power in powers[:: max(1, len(powers) // 5)]]
 
 
-def _round_steps(low: float, high: float) -> list[float]:
+def _round_steps(low: float, high: float, least: float = 0.0) -> list[float]:
+    """:param least: distance of two of them"""
     span = high - low
     step = 10.0 ** math.floor(math.log10(span / 4))
     step *= next(m for m in (1, 2, 5, 10) if span / (m * step) < 6)
+    step = max(step, least)
     first, last = math.ceil(low / step), math.floor(high / step)
     return [tick * step for tick in range(first, last + 1)]
 
@@ -105,7 +112,7 @@ def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
 def _line_chart(chart: LineChart) -> str:
     lines = [_drawable(line, chart) for line in chart.lines]
     x_values = [x for line in lines for x in line.x]
-    x = _Scale(x_values, LEFT, WIDTH - RIGHT, chart.log_x)
+    x = _Scale(x_values, LEFT, WIDTH - RIGHT, chart.log_x, chart.counts)
     y_values = chart.y_limits or list(_heights(lines, chart.log_y)) or [1.0]
     y = _Scale(y_values, HEIGHT - BOTTOM, TOP, chart.log_y)
     return _svg(chart, HEIGHT, _line_parts(chart, lines, x, y))

@@ -3,7 +3,13 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from absorb_plugin.report.words import allocation_name, judge_name, plus_minus
+from absorb_plugin.groups import group_name
+from absorb_plugin.report.words import (
+    allocation_name,
+    judge_name,
+    plus_minus,
+    start_was_kept,
+)
 from absorb_plugin.signals.noise import FLOOR_MARGIN
 
 __all__ = ["TOLERANCE", "find_warnings"]
@@ -39,10 +45,12 @@ def _correction(profile: Profile) -> str:
     base = profile["settings"]["allocator"]
     if profile["settings"]["strength"] == 0:
         return f"strength is 0 in the recipe: this is {base} alone, uncorrected."
+    if _one_group(profile):
+        return _nothing_to_correct(profile)
     search = profile["search"]
     if search is None:
         return ""
-    kept = not search["taken"] and not any(x["chosen"] for x in search["rounds"])
+    kept = start_was_kept(search)
     confirmed = profile["confirmed"] or {}
     if confirmed.get("anew"):
         start = "uniform" if search["start"] == "uniform" else base
@@ -54,12 +62,31 @@ def _correction(profile: Profile) -> str:
     if search["start"] == "uniform":
         whole = kept and confirmed.get("chosen") in (None, "searched", "uniform")
         return _started_from_uniform(search, base, whole)
+    if kept and not search["steps"] and not search["rounds"]:
+        return "The base allocation was kept: the slopes gave nothing to correct."
     if kept:
         return (
             "The base allocation was kept: no correction beat it on the held-out "
             "samples by more than their standard error."
         )
     return ""
+
+
+def _one_group(profile: Profile) -> bool:
+    level, blocks = profile["level"], profile["blocks"]
+    groups = {
+        group_name(level, x["name"], name) for x in blocks for name in x["linears"]
+    }
+    return len(groups) == 1
+
+
+def _nothing_to_correct(profile: Profile) -> str:
+    apart = sum(len(block["linears"]) for block in profile["blocks"]) > 1
+    more = " level: linear corrects each Linear." if apart else ""
+    return (
+        f"Nothing could be corrected: at level {profile['level']} all that is pruned "
+        f"is one group, which has to meet the budget by itself.{more}"
+    )
 
 
 def _started_from_uniform(search: Mapping[str, Any], base: str, kept: bool) -> str:

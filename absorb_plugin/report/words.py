@@ -7,9 +7,12 @@ from typing import Any
 
 from absorb_plugin.overflow import expm1
 
-__all__ = ["allocation_name", "confirming", "gain_sentence", "judge_name"]
-__all__ += ["model_name", "plus_minus", "quality_sentence", "run_title"]
+__all__ = ["allocation_name", "confirming", "counted", "gain_sentence", "judge_name"]
+__all__ += ["model_name", "outcome_name", "plus_minus", "quality_sentence", "run_title"]
+__all__ += ["start_was_kept"]
 
+# Sparsities that differ by less are the same.
+SAME = 1e-9
 JUDGES = {"sparsegpt": "SparseGPT", "wanda": "Wanda", "masks": "masks"}
 
 
@@ -20,6 +23,35 @@ def judge_name(judge: str) -> str:
 def allocation_name(profile: Mapping[str, Any], name: str) -> str:
     """The base allocation goes by the name of its allocator."""
     return profile["settings"]["allocator"] if name == "base" else name
+
+
+def outcome_name(profile: Mapping[str, Any]) -> str:
+    """What was taken: base allocator, "uniform", or the former and its correction."""
+    base = profile["settings"]["allocator"]
+    whole = "base" if profile["settings"]["strength"] == 0 else _uncorrected(profile)
+    return f"{base} + absorption" if whole is None else allocation_name(profile, whole)
+
+
+def _uncorrected(profile: Mapping[str, Any]) -> str | None:
+    """ "base" or "uniform" if the outcome is one of them as it was."""
+    chosen = (profile["confirmed"] or {}).get("chosen")
+    if chosen in ("base", "uniform"):
+        return chosen
+    linears = [x for block in profile["blocks"] for x in block["linears"].values()]
+    if all(abs(x["sparsity"] - x["base_sparsity"]) < SAME for x in linears):
+        return "base"
+    search = profile["search"]
+    kept = search is not None and chosen != "halfway" and start_was_kept(search)
+    return search["start"] if kept else None
+
+
+def start_was_kept(search: Mapping[str, Any]) -> bool:
+    """Whether the search took nothing of what it tried."""
+    return not search["taken"] and not any(x["chosen"] for x in search["rounds"])
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def plus_minus(value: float, error: float | None) -> str:
@@ -36,7 +68,7 @@ def confirming(profile: Mapping[str, Any]) -> str:
     """The samples of the last comparison."""
     count = sum(x["samples"] for x in profile["samples"] if x["use"] == "confirm")
     chose = "nothing" if profile["confirmed"]["chose_nothing"] else "it too"
-    return f"{count} samples that chose {chose}"
+    return f"{counted(count, 'sample')} that chose {chose}"
 
 
 def gain_sentence(profile: Mapping[str, Any]) -> str:
@@ -64,13 +96,27 @@ def quality_sentence(profile: Mapping[str, Any]) -> str:
     bound = f"max_loss_increase is {quality['max_loss_increase']:g}"
     points = {point["sparsity"]: point for point in quality["curve"]}
     point = points.get(quality["found"])
-    if point is None:
+    cost = "" if point is None else _cost(point, profile["confirmed"])
+    if not cost:
         return f"Sparsity {quality['found']:.1%} was found: {bound}."
-    cost = plus_minus(point["loss_increase"], point["standard_error"])
-    return (
-        f"Sparsity {quality['found']:.1%} was found. It costs {cost} nats per token "
-        f"over the dense model; {bound}."
-    )
+    return f"Sparsity {quality['found']:.1%} was found. It costs {cost}; {bound}."
+
+
+def _cost(point: Mapping[str, Any], confirmed: Mapping[str, Any] | None) -> str:
+    """
+    :param point: the sparsity found, with the cost of the allocation found for it
+    :param confirmed: the last comparison, which may have taken another; its judge is
+        the one that measured the cost
+    """
+    unit = "nats per token over the dense model"
+    if confirmed is None or confirmed["chosen"] == "searched":
+        return f"{plus_minus(point['loss_increase'], point['standard_error'])} {unit}"
+    losses = confirmed["losses"]
+    found, taken = losses["searched"], losses[confirmed["chosen"]]
+    if found is None or taken is None:
+        return ""
+    cost = point["loss_increase"] + taken - found
+    return f"{cost:.3f} {unit}, by the allocation that the last comparison took"
 
 
 def model_name(profile: Mapping[str, Any]) -> str:
@@ -80,9 +126,7 @@ def model_name(profile: Mapping[str, Any]) -> str:
 
 def run_title(profile: Mapping[str, Any]) -> str:
     """Allocator, pruner and budget."""
-    settings = profile["settings"]
-    corrected = " + absorption" if settings["strength"] != 0 else ""
     return (
-        f"{settings['allocator']}{corrected}, {profile['pruner']} at "
+        f"{outcome_name(profile)}, {profile['pruner']} at "
         f"{100 * profile['budget']:.3g}%"
     )

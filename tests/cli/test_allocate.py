@@ -79,7 +79,7 @@ def test_allocators_json():
     for name in BUILTINS:
         assert set(listed[name]) == {
             *("name", "distribution", "arguments", "needs", "granularities"),
-            *("cost", "paper"),
+            *("cost", "paper", "required"),
         }
         assert listed[name]["distribution"].startswith("absorb-plugin ")
         assert listed[name]["paper"].startswith("https://")

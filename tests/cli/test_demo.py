@@ -8,6 +8,7 @@ from helpers.cli import absorb, error_of
 from helpers.words import words
 from transformers import AutoModelForCausalLM
 
+from absorb_plugin import AbsorptionAllocationModifier
 from absorb_plugin.evaluation import demo
 from absorb_plugin.evaluation.perplexity import linear_sparsity
 
@@ -39,10 +40,34 @@ def test_a_line_per_stage_then_the_table_and_three_lines(tmp_path: Path) -> None
     assert "with wanda" in gained and "with sparsegpt" in gained
     assert str(out / "report" / "report.html") in report
     assert after.startswith("Next, your own: absorb prune MODEL --sparsity")
-    assert (out / "report" / "report.html").is_file()
+    page = (out / "report" / "report.html").read_text()
+    assert "effort: quick" in page
+    # a directory that is gone, and of no use to who repeats the run
+    assert "profile_cache:" not in page
+    profile = json.loads((out / "report" / "profile.json").read_text())
+    assert profile["settings"]["profile_cache"] is None
     demo._check_out(out)  # another demo may replace it
+    (out / "report" / "profile.json").unlink()
+    with pytest.raises(ValueError, match="profile.png would be replaced"):
+        demo._check_out(out)
     model = AutoModelForCausalLM.from_pretrained(out / "model")
     assert linear_sparsity(model) == pytest.approx(0.6, abs=0.02)
+
+
+def test_what_was_measured_for_wanda_serves_sparsegpt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches: list[str | None] = []
+    real = AbsorptionAllocationModifier.cache_directory
+
+    def seen(self: AbsorptionAllocationModifier) -> str | None:
+        caches.append(real(self))
+        return caches[-1]
+
+    monkeypatch.setattr(AbsorptionAllocationModifier, "cache_directory", seen)
+    absorb("demo", "--out", tmp_path / "out", "--sparsegpt")
+    (cache,) = set(caches) - {None}  # OWL alone measures nothing to keep
+    assert cache is not None and not Path(cache).exists()
 
 
 def test_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from helpers.cli import absorb, error_of
-from helpers.profiles import make_profile
+from helpers.profiles import make_confirmed, make_profile
 from matplotlib.image import imread
 
 from absorb_plugin.evaluation import compare
@@ -56,6 +56,15 @@ def test_runs_are_read(runs: list[Path]) -> None:
     whole = sum(sizes)
     assert ours.sparsity == pytest.approx((0.499 * sizes[0] + 0.7 * sizes[1]) / whole)
     assert ours.budget == pytest.approx((0.5 * sizes[0] + 0.8 * sizes[1]) / whole)
+
+
+def test_runs_are_called_by_what_was_taken(tmp_path: Path) -> None:
+    taken = {"profile": "base", "profile_2": "uniform", "profile_3": "base"}
+    for name, chosen in taken.items():
+        profile = make_profile(confirmed=make_confirmed(chosen))
+        write(tmp_path / f"{name}.json", profile)
+    (run,) = read_runs([tmp_path])
+    assert run.allocation == "owl, uniform"
 
 
 def test_json_and_table(runs: list[Path]) -> None:
@@ -135,6 +144,52 @@ def test_bad_runs(tmp_path: Path, files: dict[str, Any], message: str) -> None:
         write(tmp_path / name, content)
     with pytest.raises(ValueError, match=message):
         read_runs([tmp_path])
+
+
+def test_names_with_brackets_are_shown_whole(tmp_path: Path) -> None:
+    settings = {"allocator": "mine[/x]", "strength": 0, "max_sparsity": 0.9}
+    write(tmp_path / "profile.json", make_profile(settings=settings))
+    write(tmp_path / "eval.json", {"a[/b]": TASKS["arc"]})
+    result = absorb("compare", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "mine[/x]" in result.stdout and "a[/b]" in result.stdout
+
+
+NAN = float("nan")
+GOOD = {"perplexity": 2.0, "tokens": 5}
+TINY = make_profile(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("profile.json", {"schema_version": 2}, "model is missing"),
+        ("profile.json", TINY | {"blocks": []}, "blocks=..: .*at least 1"),
+        ("profile.json", TINY | {"blocks": [3]}, "blocks.0=3: "),
+        ("profile.json", TINY | {"budget": "0.5"}, "budget='0.5': .*valid number"),
+        ("profile.json", TINY | {"realised": NAN}, "realised=nan: .*finite"),
+        ("profile.json", TINY | {"settings": {}}, "settings.allocator is missing"),
+        ("eval.json", GOOD | {"perplexity": "12"}, "perplexity='12': .*valid number"),
+        ("eval.json", GOOD | {"perplexity": NAN}, "perplexity=nan: .*finite number"),
+        ("eval.json", GOOD | {"perplexity": True}, "perplexity=True: .*valid number"),
+        ("eval.json", GOOD | {"perplexity": 0}, "perplexity=0: .*greater than 0"),
+        ("eval.json", GOOD | {"tokens": [5]}, r"tokens=\[5\]: .*valid integer"),
+        ("eval.json", GOOD | {"sparsity": 60.0}, "sparsity=60.0: .*less than or"),
+        ("eval.json", GOOD | {"model": 7}, "model=7: .*valid string"),
+        ("eval.json", {"arc": TASKS["arc"] | {"acc": None}}, "arc.acc=None: .*number"),
+        ("eval.json", {"arc": TASKS["arc"] | {"stderr": NAN}}, "arc.stderr=nan"),
+        ("eval.json", {"arc": {"acc": 0.5}}, "arc.n is missing"),
+        ("eval.json", {"arc": TASKS["arc"] | {"n": "x" * 99}}, "arc.n='x{39}…: "),
+    ],
+)
+def test_damaged_files_are_named(
+    tmp_path: Path, name: str, content: Any, message: str
+) -> None:
+    file = write(tmp_path / name, content)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_runs([tmp_path])
+    assert str(caught.value).startswith(f"{file}: ")
+    assert "make it anew, or leave it out" in error_of("compare", tmp_path, "--json")
 
 
 def test_files_that_are_no_json(tmp_path: Path) -> None:

@@ -136,6 +136,22 @@ def test_a_descent_whose_path_was_not_judged() -> None:
     descent = chart_of(profile_charts(make_profile(search=search)), "Descent")
     assert descent.lines[-1].ring is None and descent.lines[-1].x == [0]
     assert descent.caption.startswith("The end was taken.")
+    other = make_profile(search=search, confirmed=make_confirmed("base"))
+    descent = chart_of(profile_charts(other), "Descent")
+    assert descent.caption.startswith("The end went into the last comparison, which ")
+
+
+@pytest.mark.parametrize(
+    ("title", "search"),
+    [("Descent", make_descent()), ("Search for the strength", make_search())],
+)
+def test_what_is_circled_may_have_lost_the_last_comparison(
+    title: str, search: dict[str, Any]
+) -> None:
+    for chosen, told in (("searched", "Circled: taken."), ("base", "What is circled ")):
+        profile = make_profile(search=search, confirmed=make_confirmed(chosen))
+        caption = chart_of(profile_charts(profile), title).caption
+        assert told in caption and ("Circled: taken" in caption) == (chosen != "base")
 
 
 def test_losses_that_overflowed_have_no_rule() -> None:

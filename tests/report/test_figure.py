@@ -81,6 +81,16 @@ def test_a_short_logarithmic_axis_has_numbers(
     assert expected <= {tick.get_text() for tick in ax.get_yticklabels()}
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 12])
+def test_blocks_are_counted_in_whole_numbers(blocks: int) -> None:
+    axes = Figure().subplots()
+    line = Line("", "final", range(blocks), [0.5] * blocks)
+    figure._chart(axes, LineChart("", "block", "y", [line]))
+    low, high = axes.get_xlim()
+    ticks = [x for x in axes.get_xticks() if low <= x <= high]
+    assert 0 in ticks and all(x == int(x) for x in ticks)
+
+
 def test_longer_bars_have_more_colour() -> None:
     areas = [
         count(draw([BarChart("", "x", ["a", "b"], [1.0, value])], ""), BELOW)

@@ -19,6 +19,7 @@ from helpers.profiles import (
 
 from absorb_plugin.report.page import render
 from absorb_plugin.report.profile import draw_profile
+from absorb_plugin.report.words import run_title
 
 
 def test_the_page_says_what_the_profile_says() -> None:
@@ -92,7 +93,43 @@ def test_one_block() -> None:
     profile = make_profile(blocks=1)
     profile["blocks"][0]["direction"] = 0.0
     assert "nan" not in render(profile)
-    parse(render(profile))
+    text = parse(render(profile)).text
+    assert "1 block" in text and "1 blocks" not in text
+
+
+def test_a_delta_that_was_not_measured_has_no_column() -> None:
+    profile = make_profile()
+    assert "first round's correction" in html.unescape(render(profile))
+    for block in profile["blocks"]:
+        block["direction"] = None
+    page = html.unescape(render(profile))
+    assert "first round's correction" not in page and "None" not in parse(page).text
+
+
+@pytest.mark.parametrize(
+    ("confirmed", "title"),
+    [
+        (make_confirmed(), "owl + absorption"),
+        (make_confirmed("halfway", halfway=4.2), "owl + absorption"),
+        (make_confirmed("base"), "owl"),
+        (make_confirmed("uniform"), "uniform"),
+    ],
+)
+def test_the_title_names_what_was_taken(confirmed: Any, title: str) -> None:
+    profile = make_profile(confirmed=confirmed)
+    whole = f"{title}, WandaPruningModifier at 50%"
+    assert run_title(profile) == whole and whole in parse(render(profile)).text
+
+
+def test_a_title_where_the_search_kept_its_start() -> None:
+    kept = make_profile(search=make_descent(taken=0, start="uniform"))
+    assert run_title(kept).startswith("uniform, Wanda")
+    base = make_profile(search=None, quality=make_quality())
+    assert run_title(base).startswith("owl + absorption, Wanda")
+    for block in base["blocks"]:
+        for linear in block["linears"].values():
+            linear["base_sparsity"] = linear["sparsity"]
+    assert run_title(base).startswith("owl, Wanda")
 
 
 def test_samples_and_what_they_served() -> None:
@@ -140,6 +177,14 @@ def test_a_quality_that_was_asked_for() -> None:
         "Sparsity 50.0% was found. It costs 0.080 ± 0.008 nats per token over the "
         "dense model; max_loss_increase is 0.1." in text
     )
+    confirmed = make_confirmed("base", base=4.21)  # searched: 4.25
+    other = make_profile(quality=make_quality(), confirmed=confirmed)
+    assert (
+        "Sparsity 50.0% was found. It costs 0.040 nats per token over the dense model, "
+        "by the allocation that the last comparison took; max_loss" in render(other)
+    )
+    same = make_profile(quality=make_quality(), confirmed=make_confirmed())
+    assert "It costs 0.080 ± 0.008 nats" in render(same)
     between = make_profile(quality=make_quality(found=0.52))
     assert "Sparsity 52.0% was found: max_loss_increase is 0.1." in render(between)
 

@@ -195,8 +195,29 @@ def test_a_bound_on_the_loss_is_reported(
     assert profile["budget"] == pytest.approx(0.4)
     (point,) = quality["curve"]  # the largest budget keeps so loose a bound
     assert point["sparsity"] == 0.4 and point["standard_error"] >= 0
+    assert {block["direction"] for block in profile["blocks"]} == {None}
+    assert {"pruning", "confirm"} <= {entry["use"] for entry in profile["samples"]}
     page = (tmp_path / "report.html").read_text()
     assert "Sparsity 40.0% was found. It costs" in page
+
+
+@pytest.mark.parametrize("kind", ["wanda", "sparsegpt"])
+def test_what_was_never_asked_served_nothing(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A single group has the budget; that of SparseGPT is compared with itself."""
+    monkeypatch.setattr(report_profile, "draw_profile", lambda profile: b"")
+    model = tiny.make_model("llama", num_hidden_layers=1)
+    ours = runs.absorption(
+        strength="auto", level="block", signal="auto", report_dir=tmp_path
+    )
+    runs.run(model, [ours, runs.pruner(kind)], tmp_path, samples=8)
+    profile = strict_json(tmp_path / "profile.json")
+    assert (profile["confirmed"] is None) == (kind == "wanda")
+    uses = {entry["use"] for entry in profile["samples"]}
+    compared = {"pruning", "confirm"} if profile["confirmed"] else set()
+    assert uses == {"statistics", "signal", "search"} | compared
+    assert "Nothing could be corrected" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(("confirm", "chose_nothing"), [(5, True), (2, False)])
@@ -287,6 +308,8 @@ def test_what_was_not_measured_is_null(
     for block in profile["blocks"]:
         assert block["drift"] is block["ratio"] is None
         assert block["sparsity"] == block["base_sparsity"] == 0.5
+        assert block["direction"] is None
+    assert profile["samples"] == []
     (chart,) = profile_charts(profile)  # of sparsities, and nothing of what is missing
     assert chart.title == "Sparsity per block"
 

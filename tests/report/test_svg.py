@@ -87,6 +87,16 @@ def test_an_axis_has_some_round_ticks_within(
     assert found[0] >= low * 0.4 - margin and found[-1] <= low * factor * 2.5 + margin
 
 
+@pytest.mark.parametrize(
+    ("last", "expected"), [(0, [0]), (1, [0, 1]), (3, [0, 1, 2, 3]), (20, [0, 5, 10])]
+)
+def test_blocks_are_counted_in_whole_numbers(last: int, expected: list[int]) -> None:
+    drawn = svg.draw(chart_of([Line("", "final", range(last + 1), [0.5] * (last + 1))]))
+    axis = re.findall(r'text-anchor="middle">(−?[\d.]+)<', drawn)
+    assert axis[: len(expected)] == list(map(str, expected))
+    assert all(text.isdigit() for text in axis)
+
+
 def test_numbers() -> None:
     assert [number(x) for x in (0, 1e-17, -0.05, 1e-7, 2e-5, 0.0123456, 30)] == [
         "0", "0", "−0.05", "1e−7", "2e−5", "0.0123", "30",

@@ -78,6 +78,40 @@ def test_each_warning_alone(changes: dict[str, Any], message: str) -> None:
     assert re.search(message, found)
 
 
+ONE = [
+    (
+        "block",
+        1,
+        "Nothing could be corrected: at level block .* level: linear corrects",
+    ),
+    ("block", 2, None),
+    ("part", 1, None),
+    ("linear", 1, None),
+]
+
+
+@pytest.mark.parametrize(("level", "blocks", "message"), ONE)
+def test_one_group_cannot_be_corrected(
+    level: str, blocks: int, message: str | None
+) -> None:
+    search = make_search(rounds=[])
+    for chosen in (search, None):
+        profile = make_profile(blocks, level=level, search=chosen)
+        told = " ".join(find_warnings(profile))
+        assert "no correction beat it" not in told
+        assert ("Nothing could be corrected" in told) == bool(message)
+        if message:
+            assert re.search(message, told)
+        elif chosen:
+            assert "the slopes gave nothing to correct" in told
+
+
+def test_one_linear_cannot_be_corrected() -> None:
+    profile = make_linear_profile(1, KINDS[:1])
+    (told,) = find_warnings(profile)
+    assert told.endswith("which has to meet the budget by itself.")
+
+
 def test_a_confirmed_gain_is_nothing_to_warn_of() -> None:
     assert find_warnings(make_profile(confirmed=make_confirmed())) == []
     unknown = make_confirmed() | {"standard_error": None}

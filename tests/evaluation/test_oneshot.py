@@ -1,0 +1,110 @@
+"""Recipe files as `absorb prune` reads them."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from absorb_plugin.evaluation.oneshot import (
+    check_caches,
+    keep_profiles,
+    load_recipe,
+    stage_reports,
+)
+
+DOC = Path(__file__).parents[2] / "docs" / "recipe.md"
+OURS = "AbsorptionAllocationModifier: {strength: 0}"
+WANDA = "WandaPruningModifier: {sparsity: 0.5, targets: [Linear]}"
+
+
+def recipe_file(
+    folder: Path, *modifiers: str, name: str = "recipe.yaml", text: str = ""
+) -> Path:
+    lines = "".join(f"    {modifier}\n" for modifier in modifiers)
+    path = folder / name
+    path.write_text(text or f"a_stage:\n  b_modifiers:\n{lines}")
+    return path
+
+
+def test_two_modifiers_of_a_class_in_one_group_are_refused(tmp_path: Path) -> None:
+    path = recipe_file(tmp_path, OURS, WANDA, OURS, WANDA)
+    message = (
+        r"recipe.yaml: a_stage > b_modifiers has 'AbsorptionAllocationModifier' twice, "
+        r"in lines 3 and 5, .* Put .* into a group of its own, b_2_modifiers:$"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_recipe(path)
+
+
+TWICE = {
+    "a stage": (f"a_stage: {{}}\na_stage:\n  b_modifiers:\n    {WANDA}\n", "another"),
+    "a group": (
+        f"a_stage:\n  b_modifiers:\n    {OURS}\n  b_modifiers:\n    {WANDA}\n",
+        "a_stage has 'b_modifiers' twice, in lines 2 and 4, .*another name",
+    ),
+    "a field": (
+        "a_stage: {b_modifiers: {WandaPruningModifier: {sparsity: 1,\n sparsity: 1}}}",
+        "'sparsity' twice, in lines 1 and 2, .*Remove one",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", TWICE)
+@pytest.mark.parametrize("name", ["recipe.yaml", "RECIPE.YML", "recipe.md"])
+def test_other_keys_that_are_there_twice(tmp_path: Path, what: str, name: str) -> None:
+    text, message = TWICE[what]
+    if name.endswith(".md"):
+        text, message = (
+            f"---\n{text}\n---\nWords.\n",
+            message.replace("in lines.*,", ""),
+        )
+        message = re.sub(r"in lines \d and \d, ", "", message)
+    with pytest.raises(ValueError, match=message):
+        load_recipe(recipe_file(tmp_path, name=name, text=text))
+
+
+def test_json_with_a_key_twice(tmp_path: Path) -> None:
+    fields = '{"sparsity": 0.5}'
+    group = f'{{"WandaPruningModifier": {fields},\n"WandaPruningModifier": {fields}}}'
+    text = f'{{\n\t"a_stage": {{"b_modifiers": {group}}}}}'
+    with pytest.raises(ValueError, match="'WandaPruningModifier' twice, in lines 2"):
+        load_recipe(recipe_file(tmp_path, name="recipe.json", text=text))
+
+
+def test_a_key_may_be_in_several_mappings(tmp_path: Path) -> None:
+    text = (
+        "a_stage:\n  b_modifiers:\n"
+        "    WandaPruningModifier: &w {sparsity: 0.5, targets: [Linear]}\n"
+        "  c_modifiers:\n    WandaPruningModifier: {<<: *w, sparsity: 0.6}\n"
+    )
+    found = load_recipe(recipe_file(tmp_path, text=text)).modifiers
+    assert [modifier.sparsity for modifier in found] == [0.5, 0.6]
+
+
+def test_the_documented_recipe_has_all_its_modifiers(tmp_path: Path) -> None:
+    (text,) = [
+        x
+        for x in re.findall("```yaml\n(.*?)```", DOC.read_text(), re.S)
+        if "mlp_m" in x
+    ]
+    found = load_recipe(recipe_file(tmp_path, text=text)).modifiers
+    assert [modifier.report_dir for modifier in found[::2]] == [
+        "report/attention",
+        "report/mlp",
+    ]
+    assert [modifier.sparsity for modifier in found[1::2]] == [0.4, 0.6]
+
+
+def test_directories_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ours = "AbsorptionAllocationModifier: {report_dir: ~/out/report}"
+    recipe = load_recipe(recipe_file(tmp_path, ours, WANDA))
+    stage_reports(recipe, Path("~/out"), tmp_path / "staging")
+    (modifier, _) = recipe.modifiers
+    assert modifier._report_dir == str(tmp_path / "staging" / "report")
+    keep_profiles(recipe, Path("~/cache"))
+    assert modifier.profile_cache == str(tmp_path / "cache")
+    check_caches(recipe, Path("~/out"))
+    keep_profiles(recipe, Path("~/out/cache"))
+    with pytest.raises(ValueError, match="where the model replaces"):
+        check_caches(recipe, Path("~/out"))
