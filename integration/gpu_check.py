@@ -54,6 +54,7 @@ from absorb_plugin.forward.probe import Probe
 from absorb_plugin.forward.run import run_probes
 from absorb_plugin.groups import Groups
 from absorb_plugin.judges import MaskedLoss, PrunedLoss
+from absorb_plugin.precision import gram, ieee_float32
 from absorb_plugin.pruners import PRUNERS
 from absorb_plugin.pruners.weights import (
     MaskedSlopes,
@@ -120,6 +121,10 @@ class Check:
     tolerance: float = TOLERANCE
 
 
+HESSIAN = "Hessian of bfloat16"
+HESSIAN_TOLERANCE = 1e-4  # sums in bfloat16 are off by forty times that
+
+
 def flat(blocks: BlockMap, sparsity: float = S) -> np.ndarray:
     return np.full(len(blocks.linears()), sparsity)
 
@@ -147,9 +152,11 @@ def masked_loss(blocks: BlockMap, sums: Statistics) -> Probe:
     return MaskedLoss(blocks, PRUNERS["wanda"]().masks, sums, candidates, {})
 
 
-def pruned_loss(pruner: str, blocks: BlockMap, sums: Statistics) -> Probe:
+def pruned_loss(
+    pruner: str, blocks: BlockMap, sums: Statistics, together: bool = False
+) -> Probe:
     candidates = [flat(blocks, s) for s in (0.4, 0.5)]
-    return PrunedLoss(blocks, PRUNERS[pruner](), candidates, 2)
+    return PrunedLoss(blocks, PRUNERS[pruner](), candidates, 2, together)
 
 
 def pruned_model(blocks: BlockMap, sums: Statistics) -> Probe:
@@ -191,6 +198,12 @@ CHECKS: dict[str, Check] = {
     ),
     "loss by sparsegpt": Check(
         lambda blocks, sums: pruned_loss("sparsegpt", blocks, sums),
+        8,
+        512,
+        LOSS_TOLERANCE,
+    ),
+    "loss by sparsegpt, at once": Check(
+        lambda blocks, sums: pruned_loss("sparsegpt", blocks, sums, together=True),
         8,
         512,
         LOSS_TOLERANCE,
@@ -316,7 +329,18 @@ def against_cpu(device: torch.device) -> list[Row]:
             run_probes(model, blocks, [batch(model, 4, 48)], [probe])
             found.append(fields(probe.result()))
         rows.append({"probe": name, **compared(*found, check.tolerance)})
-    return rows
+    return [*rows, {"probe": HESSIAN, **hessian(device)}]
+
+
+def hessian(device: torch.device) -> Row:
+    """Of bfloat16, by whatever units the device has for it, against float64."""
+    torch.manual_seed(0)
+    x = torch.randn(2048, 256).to(torch.bfloat16)
+    exact = x.double().t() @ x.double()
+    with ieee_float32():
+        found = gram(x.to(device)).cpu().double()
+    found, exact = ({"matrix": one.numpy()} for one in (found, exact))
+    return compared(exact, found, HESSIAN_TOLERANCE)
 
 
 def compared(

@@ -43,7 +43,8 @@ def test_on_a_fake_accelerator(
     assert code == 0 and "all as it should be" in printed
     assert "fake Fake 1" in printed and device.log["to device"] > 100
     found = json.loads(result.read_text())
-    assert {row["probe"] for row in found["against the CPU"]} == set(gpu_check.CHECKS)
+    probes = {row["probe"] for row in found["against the CPU"]}
+    assert probes == {*gpu_check.CHECKS, gpu_check.HESSIAN}
     assert all(row["ok"] for row in found["against the CPU"])
 
 
@@ -117,6 +118,14 @@ def test_what_is_wrong_on_the_device_only_fails(
         monkeypatch.setattr(gpu_check, other, lambda *_: [])
     assert gpu_check.main(["--device", "cpu"]) == 1
     assert f"against the CPU: {name}" in capsys.readouterr().out
+
+
+def test_a_hessian_of_rounded_sums_fails(
+    gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert gpu_check.hessian(torch.device("cpu"))["ok"]
+    monkeypatch.setattr(gpu_check, "gram", lambda x: (x.t() @ x).float())
+    assert not gpu_check.hessian(torch.device("cpu"))["ok"]
 
 
 def test_every_linear_has_a_slope_of_sparsegpt(gpu_check: ModuleType) -> None:

@@ -1,13 +1,15 @@
 """Float32 in the calibrating context, whatever a script has set."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from helpers import tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from absorb_plugin.calibration import calibrating
-from absorb_plugin.precision import ieee_float32
+from absorb_plugin.precision import gram, ieee_float32
 
 MATMUL = torch.backends.cuda.matmul
 ONEDNN = torch.backends.mkldnn.matmul
@@ -56,3 +58,33 @@ def test_restored_after_an_error() -> None:
         raise KeyError
     assert settings() == before
     assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_sums_of_products_are_float32_whatever_the_units() -> None:
+    """By units for 16 bits where they add up in float32: "meta" has such a product."""
+    x = torch.randn(300, 8).to(torch.bfloat16)
+    exact = x.double().t() @ x.double()
+    found = gram(x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    with Operations() as seen:
+        assert gram(x.to("meta")).dtype == torch.float32
+    assert "aten.mm.dtype" in seen.names and "aten._to_copy.default" not in seen.names
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        with Operations() as seen:
+            assert gram(x.to(dtype).to("meta")).dtype == torch.float32
+        assert "aten.mm.dtype" not in seen.names
+
+
+class Operations(TorchDispatchMode):
+    """Names of all that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
