@@ -44,16 +44,18 @@ def uniform(increase: float, sparsity: float, **other: Any) -> dict:
 
 def test_uniform_is_interpolated_from_the_dense_model_on(target: ModuleType) -> None:
     lines = [uniform(0.4, 0.4), uniform(0.2, 0.3)]
-    assert target.uniform_at(lines, bound(0.3)) == "35.0%"
+    assert target.uniform_at(lines, bound(0.2)) == "30.0%"
+    assert target.uniform_at(lines, bound(0.4)) == "40.0%"
+    # of the logarithm: a half of the way from 0.2 to 0.4
+    assert target.uniform_at(lines, bound(0.08**0.5)) == "35.0%"
     assert target.uniform_at(lines, bound(0.1)) == "15.0%"
     assert target.uniform_at(lines, bound(0.5)) == "–"
 
 
 def test_uniform_that_lowers_the_loss_comes_before_dense(target: ModuleType) -> None:
     lines = [uniform(-0.1, 0.1), uniform(0.2, 0.3)]
-    # from dense on; unsorted, np.interp says whatever its bisection meets
-    assert target.uniform_at(lines, bound(0.1)) == "15.0%"
-    assert target.uniform_at(lines, bound(-0.05)) == "5.0%"
+    assert target.uniform_at(lines, bound(0.1)) == "23.3%"
+    assert target.uniform_at(lines, bound(-0.05)) == "13.3%"
 
 
 def test_uniform_of_another_pruner_or_seed_does_not_count(target: ModuleType) -> None:

@@ -21,7 +21,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from loguru import logger
 from result_lines import (
@@ -107,21 +106,28 @@ def cells(options: argparse.Namespace) -> list[dict]:
 
 def uniform_at(lines: list[dict], line: dict) -> str:
     """
-    What uniform pruning reaches at the loss of a line, linear between its own.
+    What uniform pruning reaches at the loss of a line. Between its own the logarithm of
+    the increase is taken for straight, as it nearly is: the increase itself bends, and
+    straight lines would say too little.
 
     :param lines: of the same model and settings
     """
-    points = [
-        (other["increase"], other["sparsity"])
+    points = sorted(
+        (other["sparsity"], other["increase"])
         for other in lines
         if "uniform" in other
         and all(other[name] == line[name] for name in ("pruner", "seed"))
-    ]
-    if not points or line["increase"] > max(points)[0]:
-        return "–"
-    # a little pruning can lower the loss, so dense need not be the first
-    increases, sparsities = zip(*sorted([(0.0, 0.0), *points]), strict=True)
-    return f"{np.interp(line['increase'], increases, sparsities):.1%}"
+    )
+    wanted, low, before = line["increase"], 0.0, 0.0
+    for sparsity, increase in points:
+        if increase >= wanted:
+            if before > 0:
+                share = math.log(wanted / before) / math.log(increase / before)
+            else:
+                share = (wanted - before) / (increase - before)
+            return f"{low + share * (sparsity - low):.1%}"
+        low, before = sparsity, increase
+    return "–"
 
 
 def table(lines: list[dict]) -> str:
