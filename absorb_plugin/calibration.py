@@ -1,6 +1,7 @@
 """Calibration batches: read once, checked, cut to size, moved where the model runs."""
 
 import hashlib
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -73,7 +74,7 @@ def calibrating(model: torch.nn.Module) -> Iterator[None]:
             # eager attention is for graphs that are traced, and none are here; of 512
             # tokens it takes a CPU as long as all other products
             stack.enter_context(patch_attr(model.config, ATTENTION, FUSED))
-        if any(module._compiled_call_impl for module in model.modules()):
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled
             # what hooks and other weights do to a block is for no graph
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(without_extras(model))

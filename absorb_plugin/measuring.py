@@ -66,13 +66,13 @@ def masked_loss(setting: Setting, candidates: Sequence[np.ndarray]) -> Losses:
 def pruned_loss(setting: Setting, candidates: Sequence[np.ndarray]) -> Losses:
     """Losses by the pruner's arithmetic on samples that chose nothing."""
     candidates, samples = distributed.from_first(candidates), setting.samples
-    pruning = samples.pruning
+    pruning, judged = samples.pruning, [*samples.pruning, *samples.confirm]
     make = partial(PrunedLoss, setting.blocks, setting.pruner, candidates, len(pruning))
     probe = make(together=setting.pruner.hessians)
-    if not setting.runner.has_room(probe.needs):
+    if not setting.runner.has_room(probe.needs, judged):
         probe = make()
     what = f"Pruning as {setting.pruner.name} does"
-    return _judged(setting, what, [*pruning, *samples.confirm], probe)
+    return _judged(setting, what, judged, probe)
 
 
 def dense_loss(setting: Setting) -> Losses:

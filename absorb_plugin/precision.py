@@ -80,6 +80,8 @@ def _adds_up_wide(device: torch.device) -> bool:
     one = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
     try:
         torch.mm(one, one, out_dtype=torch.float32)
+    except torch.OutOfMemoryError:
+        raise
     except (NotImplementedError, RuntimeError, TypeError):
         return False
     return True

@@ -110,12 +110,19 @@ def test_the_load_of_experts_is_not_asked_for(architecture: str, case: str) -> N
 
 
 @pytest.mark.parametrize("case", RUNS)
-@pytest.mark.parametrize("which", ["model", "blocks"])
+@pytest.mark.parametrize("which", ["model", "blocks", "within", "forward"])
 def test_a_compiled_model_is_measured_as_it_was(which: str, case: str) -> None:
     expected = sparsities(tiny.make_model("llama"), **RUNS[case])
     model = tiny.make_model("llama")
-    for module in [model] if which == "model" else model.model.layers:
-        module.compile(backend="eager")
+    for layer in model.model.layers:
+        if which == "blocks":
+            layer.compile(backend="eager")
+        elif which == "within":
+            layer.mlp = torch.compile(layer.mlp, backend="eager")
+        elif which == "forward":
+            layer.mlp.forward = torch.compile(layer.mlp.forward, backend="eager")
+    if which == "model":
+        model.compile(backend="eager")
     np.testing.assert_array_equal(sparsities(model, **RUNS[case]), expected)
 
 

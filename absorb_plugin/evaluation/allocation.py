@@ -3,7 +3,6 @@
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel
 
@@ -101,7 +100,7 @@ def _allocate_by_weights(
         budget=budget,
         base=base,
         sparsity=base.sparsity,
-        direction=np.zeros_like(base.sparsity),
+        direction=None,
     )
 
 

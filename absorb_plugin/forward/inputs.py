@@ -11,7 +11,7 @@ from absorb_plugin import distributed
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch, token_mask
 from absorb_plugin.forward.parts import current_part
-from absorb_plugin.forward.probe import Probe, RunBlock
+from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 
 __all__ = ["InputStatistics", "real_tokens", "square_sum", "unseen_linears"]
 
@@ -38,6 +38,10 @@ class InputStatistics(Probe):
         self._samples = 0
         self._handles: list = []
         self._seen: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(sums=True)
 
     def start(self, batch: Batch) -> None:
         self._mask = token_mask(batch)

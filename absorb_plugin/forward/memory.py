@@ -72,6 +72,11 @@ class Footprint:
         """Of these what it takes while a block runs it."""
         return self.per_token * tokens + self.per_pair * tokens**2
 
+    def whole(self, samples: int, tokens: int) -> int:
+        """Of samples that are all kept, while a block runs one of them."""
+        states = samples * tokens * self.per_state
+        return self.fixed + states + self.inside(tokens)
+
     def part(self, samples: int, tokens: int, memory: int) -> int:
         """How many of so many samples a block may run at a time, if all are kept."""
         room = memory - self.fixed - samples * tokens * self.per_state
@@ -128,6 +133,10 @@ class _Shapes:
         return sum(rows for block in self.linears for rows, _ in block)
 
     @property
+    def columns(self) -> int:
+        return sum(columns for block in self.linears for _, columns in block)
+
+    @property
     def block(self) -> int:
         """Weights of the largest block."""
         return max(map(_weights, self.linears), default=0)
@@ -175,11 +184,13 @@ def footprint(
     fixed = (
         max(_pruning(shapes, element, need), CHUNK_COPIES * chunk)
         + _thresholds(shapes, need)
+        + (4 * shapes.columns if need.sums else 0)
         + _kept(model, blocks, shapes, element, need)
         + _float32_block(shapes, element, need)
         + _float32_copies(model, shapes, need)
     )
-    states = 2 + need.trajectories
+    # what enters and leaves the block, and that in parts until they are joined
+    states = 3 + need.trajectories
     # remote code calls it as it likes
     hidden = getattr(config, "hidden_size", None) or model.get_input_embeddings()
     hidden = hidden if isinstance(hidden, int) else hidden.embedding_dim

@@ -25,6 +25,7 @@ class Needs:
     :param pruned: number of sparsities that it runs or compares each weight at
     :param backward: runs blocks backward
     :param float32: runs blocks in float32
+    :param sums: adds up a number per input of every Linear
     :param hessians: adds up Σ x xᵀ of a Linear's inputs and inverts it
     :param sets: of inputs that a block is pruned for at once
     :param kept_weights: pruned copies of the whole model that are kept
@@ -35,6 +36,7 @@ class Needs:
     pruned: int = 0
     backward: bool = False
     float32: bool = False
+    sums: bool = False
     hessians: bool = False
     sets: int = 0
     kept_weights: int = 0

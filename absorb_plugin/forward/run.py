@@ -124,7 +124,7 @@ def _run_all(
             if hooks.release():
                 continue
             samples = len(batch["input_ids"])
-            at_a_time = 1 if parts is None else parts.size or samples
+            at_a_time = 1 if parts is None else min(parts.size or samples, samples)
             if at_a_time == 1:
                 _check_divisible(said, samples if divisible else 1)
             _warn_of_halves(description)

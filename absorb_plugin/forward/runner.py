@@ -61,21 +61,27 @@ class ProbeRunner:
             finally:
                 self._memory = before
 
-    def spare(self) -> int:
-        """Bytes on an accelerator that neither probes nor kept blocks ask for."""
+    def spare(self, needs: Needs, samples: Sequence[dict]) -> int:
+        """
+        Bytes on an accelerator that neither kept blocks nor a probe of all samples at
+        once ask for; none if that passes the limit, and takes what room there is.
+        """
+        if not self.has_room(needs, samples):
+            return 0
         model = language_model(self._model)
         return spare(model, self._blocks.modules, self._memory)
 
-    def has_room(self, needs: Needs) -> bool:
+    def has_room(self, needs: Needs, samples: Sequence[dict]) -> bool:
         """
-        Whether a probe's memory, whatever the samples, is an accelerator's and within
-        the limit. Of the host the caches are small, and launches cost it nothing.
+        Whether a probe of all samples at once is within the limit, and that one of an
+        accelerator: a host's caches are small, and launches cost it nothing.
         """
         model = language_model(self._model)
         if torch.device(get_execution_device(model)).type == "cpu":
             return False
         need = footprint(model, self._blocks.modules, [needs], self._memory)
-        return need.fixed <= self._memory
+        longest = max(sample["input_ids"].shape[1] for sample in samples)
+        return need.whole(len(samples), longest) <= self._memory
 
     def run(
         self,

@@ -8,13 +8,13 @@ an allocation is tried out before it is handed over: block after block, on calib
 samples, as the pruner goes about it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
 import torch
-from torch.nn import Module
+from torch.nn import Linear, Module
 
 from absorb_plugin import distributed
 from absorb_plugin.blocks import BlockMap
@@ -107,10 +107,9 @@ class PrunedLoss(Probe):
             wanted = [self._wanted(index, one) for one in some]
             made = prune_observed(self._pruner, linears, observed, wanted)
             del observed  # or two sets of Hessians would be held
-            for one, pruned in zip(some, made, strict=True):
-                weights = {name: partial(given, w) for name, (w,) in pruned.items()}
-                with replaced_weights(linears, weights):
-                    self._hidden.append(run(states[one]))
+            for one in some:
+                after = self._run_pruned(linears, made.pop(0), states[one], run)
+                self._hidden.append(after)
         return self._hidden[0]
 
     def finish(self, batch: Batch, head: OutputHead) -> None:
@@ -120,6 +119,11 @@ class PrunedLoss(Probe):
         states = [hidden[self._calibrating :] for hidden in self._hidden]
         self._losses, self._tokens = score_states(head, judged, states)
         del self._hidden
+
+    def release(self) -> bool:
+        """From here on one candidate at a time."""
+        more, self._at_once = self._at_once > 1, 1
+        return more
 
     def close(self) -> None:
         self._in_force.close()
@@ -147,6 +151,18 @@ class PrunedLoss(Probe):
         with watch.watched() as observed:
             run.of_samples(calibrating)(state[calibrating])
         return observed
+
+    @staticmethod
+    def _run_pruned(
+        linears: Mapping[str, Linear],
+        pruned: Mapping[str, Sequence[torch.Tensor]],
+        state: torch.Tensor,
+        run: RunBlock,
+    ) -> torch.Tensor:
+        # a function: its weights must be gone when the next are made
+        weights = {name: partial(given, weight) for name, (weight,) in pruned.items()}
+        with replaced_weights(linears, weights):
+            return run(state)
 
     def _wanted(self, index: int, candidate: int) -> dict[str, list[float]]:
         sparsities = self._candidates[candidate].get(index, {})

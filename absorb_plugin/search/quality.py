@@ -151,7 +151,8 @@ def _beyond(
     """As far on as the curve says, and farther each time it was not far enough."""
     most = AT_ONCE * 2.0 ** (tried - 1)
     # an increase that is none, or overflows, tells no distance
-    way = math.log(bound / last.cautious) / slope if last.cautious > 0 else math.inf
+    told = 0 < last.cautious < math.inf
+    way = math.log(bound / last.cautious) / slope if told else math.inf
     step = min(most, max(abs(way), 2 * RESOLUTION * tried))
     if last.cautious <= bound:
         return min(upper, _multiple(last.sparsity + step, last.sparsity, upper))
@@ -162,7 +163,7 @@ def _between(kept: Point, broken: Point, bound: float) -> float:
     """Strictly between the two, where the logarithm of the increase meets the bound."""
     low, high = kept.sparsity, broken.sparsity
     share = 0.5
-    if kept.cautious > 0:
+    if kept.cautious > 0 and broken.cautious < math.inf:
         rise = math.log(broken.cautious / kept.cautious)
         share = math.log(bound / kept.cautious) / rise if rise > 0 else 0.5
         share = min(0.9, max(0.1, share))

@@ -259,15 +259,11 @@ class _PrunerSlopes:
         return _slopes(self._setting, self._made.at(allocation))
 
     def _prune(self, allocation: np.ndarray) -> PrunedSlopes:
-        setting = self._setting
+        setting, samples = self._setting, self._setting.samples.next_pruning()
         model = PrunedModel(
-            setting.blocks,
-            setting.pruner,
-            allocation,
-            self._signal.step,
-            room=setting.runner.spare(),
+            setting.blocks, setting.pruner, allocation, self._signal.step
         )
-        samples = setting.samples.next_pruning()
+        model.room = setting.runner.spare(model.needs, samples)
         what = f"Pruning as {setting.pruner.name} does"
         return setting.runner.run(what, samples, model)
 

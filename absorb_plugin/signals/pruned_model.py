@@ -35,20 +35,17 @@ class PrunedModel(Probe):
     :param pruner: how weights are pruned
     :param allocation: one sparsity per prunable Linear
     :param step: δ
-    :param room: bytes of pruned weights that may stay on the device of an offloaded
-        model
+
+    Attributes:
+        room: bytes of pruned weights that may still stay on the device of an offloaded
+            model
     """
 
     def __init__(
-        self,
-        blocks: BlockMap,
-        pruner: Pruner,
-        allocation: np.ndarray,
-        step: float,
-        room: int = 0,
+        self, blocks: BlockMap, pruner: Pruner, allocation: np.ndarray, step: float
     ) -> None:
         self._blocks, self._pruner, self._step = blocks, pruner, step
-        self._room = room
+        self.room = 0
         self._allocation = allocation
         self._sparsities = block_sparsities(blocks, allocation)
         self._in_force = ExitStack()
@@ -92,7 +89,7 @@ class PrunedModel(Probe):
             return run(before)
 
     def release(self) -> bool:
-        self._room = 0
+        self.room = 0
         return self.result().release()
 
     def close(self) -> None:
@@ -109,7 +106,7 @@ class PrunedModel(Probe):
         home, size = home_of(linear), sum(weight.nbytes for weight in weights)
         if all(weight.device == home for weight in weights):
             return list(weights)
-        if size <= self._room:
-            self._room -= size
+        if size <= self.room:
+            self.room -= size
             return list(weights)
         return [weight.to(home) for weight in weights]

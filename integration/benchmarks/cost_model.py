@@ -113,10 +113,10 @@ class Recorder(ProbeRunner):
     def kept_onloaded(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def spare(self) -> int:
+    def spare(self, needs: Needs, samples: Sequence[dict]) -> int:
         return 0
 
-    def has_room(self, needs: Needs) -> bool:
+    def has_room(self, needs: Needs, samples: Sequence[dict]) -> bool:
         return True
 
     def run(
@@ -359,7 +359,8 @@ def station_cost(
     if station.probe == "PrunedLoss":  # the ranks share the candidates
         station = judging(station, math.ceil(station.candidates / gpus))
     need = footprint(model, blocks.modules, [station.needs], limit)
-    if station.needs.sets > 1 and need.fixed > limit:  # `ProbeRunner.has_room`
+    most = need.whole(station.samples, station.tokens)
+    if station.needs.sets > 1 and most > limit:  # `ProbeRunner.has_room`
         station = replace(station, needs=replace(station.needs, sets=1))
         need = footprint(model, blocks.modules, [station.needs], limit)
     # what the pruner has made is kept where the weights are, on the host

@@ -43,7 +43,7 @@ def test_in_parts_one_visit_for_many_samples(architecture: str) -> None:
     run(model, [batch], whole)
     need = footprint(model, blocks.modules, [parts.needs], memory=1)
     # what is not chunks of logits has 11 of 16 parts
-    states = 5 * need.per_state * 12
+    states = need.fixed + 5 * need.per_state * 12
     limit = (states + need.inside(12)) * 16 // 11 + 32
     sizes, visits = [], []
     block = blocks.modules[0]

@@ -23,6 +23,10 @@ SHAPES = {
     "attention": ({"max_position_embeddings": 192}, 192),
     "logits": ({"vocab_size": 4096}, 32),
     "experts": ({}, 32),
+    "large experts": (
+        {"hidden_size": 128, "moe_intermediate_size": 128, "num_experts": 16},
+        8,
+    ),
     "halves": ({"hidden_size": 128, "intermediate_size": 512}, 8),
 }
 
@@ -31,7 +35,7 @@ SHAPES = {
 @pytest.mark.parametrize("which", [n for n in PROBES if not PROBES[n].same_batch])
 def test_a_run_keeps_to_its_memory(which: str, shape: str) -> None:
     fields, tokens = SHAPES[shape]
-    architecture = "qwen3_moe" if shape == "experts" else "llama"
+    architecture = "qwen3_moe" if "experts" in shape else "llama"
     model = tiny.make_model(architecture, **fields)
     if shape == "halves":
         model = model.half()

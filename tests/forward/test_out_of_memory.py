@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import count
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.forward.probe import Probe
 from absorb_plugin.forward.run import run_probes
+from absorb_plugin.pruners import SparseGPT
 
 TOGETHER = ("pruner of", "model pruned", "second moments")
 AT_ONCE = {name for name in PROBES if name.startswith(TOGETHER)}
@@ -68,6 +70,32 @@ def test_one_sample_that_does_not_fit(llama: PreTrainedModel) -> None:
         run(llama, probe, 4)
     hook.remove()
     tiny.assert_untouched(llama, before)
+
+
+def test_candidates_go_one_at_a_time_before_samples_do(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
+) -> None:
+    """Their Hessians at once are what does not fit; fewer samples would not help."""
+    name, sets = "pruner of all candidates at once", []
+    where = place(tiny.make_model("llama"), tiny.make_batch())
+    expected, found = (
+        PROBES[name].make(place(model, tiny.make_batch(), where.statistics))
+        for model in (where.model, llama)
+    )
+    run_probes(where.model, where.blocks, [tiny.make_batch(4)], [expected])
+    original = SparseGPT.prune_each
+
+    def refuse(self: SparseGPT, weights: Any, observed: Any, *rest: Any) -> Any:
+        sets.append(len(observed))
+        if len(observed) > 1:
+            raise torch.OutOfMemoryError("the device is full")
+        return original(self, weights, observed, *rest)
+
+    monkeypatch.setattr(SparseGPT, "prune_each", refuse)
+    run_probes(llama, find_blocks(llama), [tiny.make_batch(4)], [found])
+    assert sets[0] == 3 and set(sets[1:]) == {1}
+    np.testing.assert_allclose(numbers(found), numbers(expected), rtol=1e-3)
+    assert not any("does not fit" in message for message in warnings)
 
 
 def test_in_parts_batches_are_halved_last(

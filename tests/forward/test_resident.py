@@ -227,7 +227,8 @@ def on_device(made: PrunedSlopes) -> list[bool]:
 
 
 def made_weights(where: Any, room: int) -> tuple[PrunedModel, PrunedSlopes]:
-    probe = PrunedModel(where.blocks, SparseGPT(), where.flat(), 0.1, room=room)
+    probe = PrunedModel(where.blocks, SparseGPT(), where.flat(), 0.1)
+    probe.room = room
     run_probes(where.model, where.blocks, [tiny.make_batch(3)], [probe])
     return probe, probe.result()
 
@@ -301,8 +302,18 @@ def test_what_is_left_for_them(
     set_room(offloaded, 3, monkeypatch)
     before = spare(offloaded, blocks.modules, MEMORY)
     assert sum(sizes) <= before <= sum(sizes) + 2
-    runner = ProbeRunner(offloaded, blocks, MEMORY)
-    assert runner.spare() == before
+    roomy = ProbeRunner(offloaded, blocks, 10**6)
+    needs = (
+        PROBES["model pruned by sparsegpt"]
+        .make(place(offloaded, tiny.make_batch()))
+        .needs
+    )
+    samples = [tiny.make_batch(1)] * 3
+    set_room(offloaded, 3, monkeypatch, 10**6)
+    assert abs(roomy.spare(needs, samples) - before) <= 2
+    # one that passes its limit has taken the room of blocks that are kept
+    assert ProbeRunner(offloaded, blocks, MEMORY).spare(needs, samples) == 0
+    set_room(offloaded, 3, monkeypatch)
     with kept_onloaded(offloaded, blocks.modules, MEMORY) as kept:
         assert kept == 3 and spare(offloaded, blocks.modules, MEMORY) <= 2
         run_probes(offloaded, blocks, [tiny.make_batch()], [InputStatistics(blocks)])

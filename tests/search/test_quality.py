@@ -123,14 +123,18 @@ def test_what_cannot_be_kept_says_what_would() -> None:
     assert model.asked[-1] == LEAST
 
 
-def test_a_loss_that_overflows_breaks_the_bound() -> None:
+@pytest.mark.parametrize("threshold", [0.07, 0.2, 0.38, 0.5])
+def test_a_loss_that_overflows_breaks_the_bound(threshold: float) -> None:
     model = Model(0.05, 5.0)
     judge = model.judge
 
     def overflowing(allocation: np.ndarray) -> tuple[float, float]:
         increase, error = judge(allocation)
-        return (math.inf, math.nan) if allocation[0] > 0.5 else (increase, error)
+        far = allocation[0] > threshold
+        return (math.inf, math.nan) if far else (increase, error)
 
     model.judge = overflowing  # type: ignore[method-assign]
     found = model.search(0.3).found
     assert model.increase(found.sparsity) <= 0.3
+    lowest = min(threshold, math.log1p(0.3 / 0.05) / 5)
+    assert found.sparsity > lowest - RESOLUTION - 1e-9 and len(model.asked) <= 9
