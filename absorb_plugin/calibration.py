@@ -69,7 +69,7 @@ def calibrating(model: torch.nn.Module) -> Iterator[None]:
     attention = _attention(model)
     with ExitStack() as stack:
         stack.enter_context(calibration_forward_context(model))
-        on_cpu = get_execution_device(model).type == "cpu"
+        on_cpu = torch.device(get_execution_device(model)).type == "cpu"
         if attention == FUSED and on_cpu and not _caps_attention(model):
             # eager attention is for graphs that are traced, and none are here; of 512
             # tokens it takes a CPU as long as all other products

@@ -97,9 +97,11 @@ def test_the_pruner_that_follows_judges_with_its_own_settings(
     seen: list[Pruner] = []
     init = PrunedLoss.__init__
 
-    def made(self: PrunedLoss, blocks: Any, pruner: Pruner, *args: Any) -> None:
+    def made(
+        self: PrunedLoss, blocks: Any, pruner: Pruner, *args: Any, **fields: Any
+    ) -> None:
         seen.append(pruner)
-        init(self, blocks, pruner, *args)
+        init(self, blocks, pruner, *args, **fields)
 
     def confirm(found: np.ndarray, base: np.ndarray, budget: Any, judge: Any) -> Any:
         sums, _ = judge([base, found])
