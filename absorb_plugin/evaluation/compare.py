@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +92,28 @@ def _read_run(path: Path, name: str) -> Run:
                 f"reads {SCHEMA_VERSION}"
             )
         check_profile(file, profile)
+    _check_same_run(profiles)
     if profiles:
         fields |= _from_profiles(list(profiles.values()))
     for file, result in results:
         _add_result(fields, file, result)
     return Run(name, **fields)
+
+
+def _check_same_run(profiles: Mapping[Path, Mapping[str, Any]]) -> None:
+    """
+    Two runs with one `report_dir` leave a mixture where they overlap.
+
+    :raises ValueError: naming two files that are not of one run
+    """
+    runs = {file: profile.get("run") for file, profile in profiles.items()}
+    for first, file in pairwise(runs):
+        if runs[first] != runs[file]:  # earlier versions wrote none
+            raise ValueError(
+                f"{first} and {file} are of different runs, as where two wrote into "
+                "one report_dir at once: run one of them again, or remove the file "
+                "that is not of the run you mean"
+            )
 
 
 def _files_of(folder: Path) -> list[Path]:

@@ -56,7 +56,7 @@ def remove_others(directory: str) -> None:
         except OSError as error:
             logger.warning(
                 f"{path}, of an earlier run, could not be removed "
-                f"({error.strerror or error}): remove it, or absorb compare counts it"
+                f"({error.strerror or error}): remove it, or absorb compare refuses it"
             )
 
 

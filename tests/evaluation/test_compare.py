@@ -58,6 +58,20 @@ def test_runs_are_read(runs: list[Path]) -> None:
     assert ours.budget == pytest.approx((0.5 * sizes[0] + 0.8 * sizes[1]) / whole)
 
 
+@pytest.mark.parametrize("other", ["b", None])
+def test_reports_of_two_runs_are_not_one(tmp_path: Path, other: str | None) -> None:
+    """As two at once leave them in one report_dir; earlier versions wrote no `run`."""
+    write(tmp_path / "profile.json", make_profile(run="a"))
+    write(tmp_path / "profile_2.json", make_profile(run="a"))
+    assert read_runs([tmp_path])
+    second = make_profile(run=other)
+    if other is None:
+        del second["run"]
+    write(tmp_path / "profile_2.json", second)
+    with pytest.raises(ValueError, match="profile.json and .*_2.json are of different"):
+        read_runs([tmp_path])
+
+
 def test_runs_are_called_by_what_was_taken(tmp_path: Path) -> None:
     taken = {"profile": "base", "profile_2": "uniform", "profile_3": "base"}
     for name, chosen in taken.items():
