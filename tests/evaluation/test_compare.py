@@ -184,7 +184,7 @@ TINY = make_profile(1)
         ("profile.json", TINY | {"realised": NAN}, "realised=nan: .*finite"),
         ("profile.json", TINY | {"settings": {}}, "settings.allocator is missing"),
         ("eval.json", GOOD | {"perplexity": "12"}, "perplexity='12': .*valid number"),
-        ("eval.json", GOOD | {"perplexity": NAN}, "perplexity=nan: .*finite number"),
+        ("eval.json", GOOD | {"perplexity": NAN}, "perplexity=nan: .*greater than 0"),
         ("eval.json", GOOD | {"perplexity": True}, "perplexity=True: .*valid number"),
         ("eval.json", GOOD | {"perplexity": 0}, "perplexity=0: .*greater than 0"),
         ("eval.json", GOOD | {"tokens": [5]}, r"tokens=\[5\]: .*valid integer"),
@@ -193,6 +193,8 @@ TINY = make_profile(1)
         ("eval.json", {"arc": TASKS["arc"] | {"acc": None}}, "arc.acc=None: .*number"),
         ("eval.json", {"arc": TASKS["arc"] | {"stderr": NAN}}, "arc.stderr=nan"),
         ("eval.json", {"arc": {"acc": 0.5}}, "arc.n is missing"),
+        ("eval.json", {"arc": {"n": 5, "stderr": 0.1}}, "arc.acc is missing"),
+        ("eval.json", GOOD | {"tokens": 5.5}, "tokens=5.5: .*valid integer"),
         ("eval.json", {"arc": TASKS["arc"] | {"n": "x" * 99}}, "arc.n='x{39}…: "),
     ],
 )
@@ -204,6 +206,19 @@ def test_damaged_files_are_named(
         read_runs([tmp_path])
     assert str(caught.value).startswith(f"{file}: ")
     assert "make it anew, or leave it out" in error_of("compare", tmp_path, "--json")
+
+
+def test_results_of_other_programs(tmp_path: Path) -> None:
+    """Objects that are no tasks, whole numbers as floats, and what overflowed."""
+    content = {"perplexity": float("inf"), "tokens": 99.0, "config": {"n": 5}} | TASKS
+    write(tmp_path / "eval.json", content)
+    (run,) = read_runs([tmp_path])
+    assert (run.perplexity, run.tokens, run.tasks) == (float("inf"), 99, TASKS)
+    assert type(run.tokens) is int
+    assert "inf" in absorb("compare", tmp_path).stdout
+    result = absorb("compare", tmp_path, "--json", "--figure", tmp_path / "f.png")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["runs"][0]["perplexity"] is None
 
 
 def test_files_that_are_no_json(tmp_path: Path) -> None:
