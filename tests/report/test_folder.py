@@ -100,3 +100,17 @@ def test_a_report_replaces_a_report(tmp_path: Path) -> None:
     prune(folder, BOTH[1:])
     (block, _) = json.loads((folder / "profile.json").read_text())["blocks"]
     assert "mlp.up_proj" in block["linears"] and names(folder) == FIRST
+
+
+@pytest.mark.parametrize("kept", [{"profile.json"}, {"profile_2.json"}])
+def test_part_of_a_report_is_one(tmp_path: Path, kept: set[str]) -> None:
+    """Profiles that were deleted; a file of such a name that is no profile stays."""
+    folder = tmp_path / "r"
+    prune(folder)
+    (gone,) = {"profile.json", "profile_2.json"} - kept
+    (folder / gone).unlink()
+    prune(folder)
+    assert names(folder) == FIRST | SECOND
+    (folder / gone).write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match=f"{gone} would be replaced"):
+        prune(folder)
