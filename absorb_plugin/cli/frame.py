@@ -5,6 +5,7 @@ A command's result goes to stdout and everything else (logs, progress, warnings,
 errors) to stderr.
 """
 
+import codecs
 import contextlib
 import io
 import json
@@ -109,7 +110,12 @@ def noting_interrupts(seen: list[int]) -> Iterator[None]:
 
 def replace_unknown(stream: TextIO) -> None:
     """What its encoding lacks (η, ±) becomes `?`: a result is not lost over that."""
-    if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+    if not isinstance(stream, io.TextIOWrapper):
+        return
+    # Of the C locale; UTF-8 lacks nothing, and names of files keep their bytes there.
+    escapes = stream.errors == "surrogateescape"
+    is_utf_8 = codecs.lookup(stream.encoding).name == "utf-8"
+    if stream.errors == "strict" or (escapes and not is_utf_8):
         stream.reconfigure(errors="replace")
 
 
