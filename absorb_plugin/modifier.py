@@ -1,5 +1,7 @@
 """The recipe's modifier: its lifecycle; the fields are in settings.py."""
 
+import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import absorb_plugin._llmcompressor  # noqa: F401  isort: skip  first
@@ -121,6 +123,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
     _reports: "list[Report]" = PrivateAttr(default_factory=list)
     _recipe: str = PrivateAttr(default="")
     _first_report: int = PrivateAttr(default=0)
+    _run: str = PrivateAttr(default="")
     _staging: str | None = PrivateAttr(default=None)
     _lent: str | None = PrivateAttr(default=None)
 
@@ -152,7 +155,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         self._pruners = adapter.find_pruners(
             self, state.model, self._blocks, self.ignore, self.max_sparsity
         )
-        self._first_report = self._reports_before()
+        self._count_reports_before()
         check_matched(self.limits, [found.blocks for found in self._pruners])
         if self.max_loss_increase is not None:
             adapter.check_aim(self._pruners)
@@ -212,6 +215,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
                 found,
                 allocation,
                 batches,
+                self._run,
                 number,
             )
             self._reports.append(report)
@@ -235,16 +239,19 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
             logger.info("Sparsities are set; recipe.yaml replays without absorb_plugin")
         return True
 
-    def _reports_before(self) -> int:
+    def _count_reports_before(self) -> None:
         """Of earlier modifiers of this class in the recipe, in the same directory."""
         from absorb_plugin.pruners.recipe import modifiers_before
 
-        return sum(
-            len(other._pruners)
-            for other in modifiers_before(self)
-            if isinstance(other, AbsorptionAllocationModifier)
-            and other.report_dir == self.report_dir
-        )
+        kind = AbsorptionAllocationModifier
+        earlier = [x for x in modifiers_before(self) if isinstance(x, kind)]
+        beside = [x for x in earlier if x._report_folder() == self._report_folder()]
+        self._first_report = sum(len(other._pruners) for other in beside)
+        self._run = earlier[0]._run if earlier else uuid.uuid4().hex
+
+    def _report_folder(self) -> Path | None:
+        """One way to write it, of `report`, `./report` and a link to it."""
+        return None if self.report_dir is None else Path(self.report_dir).resolve()
 
     def _measure_realised(self) -> None:
         if not distributed.is_first():

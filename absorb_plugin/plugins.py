@@ -115,33 +115,38 @@ def allocators() -> dict[str, RegisteredAllocator]:
 def listing() -> list[dict[str, Any]]:
     """
     What `absorb allocators --json` prints: one entry per allocator. A default that JSON
-    cannot hold is there as text; that of an argument that is required is None.
+    cannot hold is there as text; that of an argument that is required is None. In place
+    of what its plugin has wrong is a remark.
 
-    :raises PluginError: as `allocators`, and if a default cannot be made
+    :raises PluginError: as `allocators`
     """
     entries = []
     for name, entry in allocators().items():
-        fields = entry.allocator.model_fields
+        allocator, fields = entry.allocator, entry.allocator.model_fields
         entries.append(
             {
                 "name": name,
                 "distribution": entry.distribution,
-                "arguments": {
-                    key: _plain(_default(str(entry), key, field))
-                    for key, field in fields.items()
-                },
+                "arguments": {k: _plain(_default(x)) for k, x in fields.items()},
                 "required": [k for k, field in fields.items() if field.is_required()],
-                "needs": entry.allocator.needs,
-                "granularities": list(entry.allocator.granularities),
-                "cost": entry.allocator.cost,
-                "paper": entry.allocator.paper,
             }
+            | _described(allocator)
         )
     return entries
 
 
-def _default(owner: str, name: str, field: FieldInfo) -> Any:
-    """None where it is required; a remark where it is made of other arguments."""
+def _described(allocator: type[Allocator]) -> dict[str, Any]:
+    """Its class attributes, and a remark in place of one that is wrong."""
+    keys = ("needs", "granularities", "cost", "paper")
+    told = {key: getattr(allocator, key) for key in keys}
+    told |= {key: f"({fault})" for key, fault in _faults(allocator).items()}
+    if not isinstance(own := told["granularities"], str):  # of a set too in one order
+        told["granularities"] = [x for x in get_args(Granularity) if x in own]
+    return told
+
+
+def _default(field: FieldInfo) -> Any:
+    """None where it is required; a remark where there is none before it is built."""
     if field.is_required():
         return None
     if field.default_factory_takes_validated_data:
@@ -149,9 +154,7 @@ def _default(owner: str, name: str, field: FieldInfo) -> Any:
     try:
         return field.get_default(call_default_factory=True)
     except Exception as error:
-        raise PluginError(
-            f"{owner} failed in the default of {name}: {error!r}"
-        ) from error
+        return f"(cannot be made: {error!r})"
 
 
 def _plain(value: Any) -> Any:
@@ -170,6 +173,8 @@ def build_allocator(name: str, arguments: Mapping[str, Any]) -> Allocator:
     :param arguments: values for the fields of that allocator
     :raises ValueError: for a name or an argument that does not exist, or a value out of
         range
+    :raises PluginError: if what its class says of it is wrong, or anything else is
+        raised
     """
     known = allocators()
     if name not in known:
@@ -178,12 +183,17 @@ def build_allocator(name: str, arguments: Mapping[str, Any]) -> Allocator:
             "Others appear when the package that registers them is installed."
         )
     allocator = known[name].allocator
+    for fault in _faults(allocator).values():  # not before: others may be in use
+        raise PluginError(f"{known[name]} has {fault}")
     try:
         return allocator(**arguments)
     except ValidationError as error:
-        owner = str(known[name])
-        problems = "; ".join(_problem(owner, allocator, x) for x in error.errors())
+        problems = "; ".join(_problem(allocator, x) for x in error.errors())
         raise ValueError(f"allocator {name!r}: {problems}") from error
+    except Exception as error:  # of a validator, or the default of an argument
+        raise PluginError(
+            f"{known[name]} failed with the arguments {dict(arguments)}: {error!r}"
+        ) from error
 
 
 def notify_plugins(profile: Mapping[str, Any]) -> None:
@@ -312,29 +322,29 @@ def _check_class(allocator: object, owner: str) -> None:
         raise PluginError(
             f"{owner} registered {allocator.__name__} without a `name: ClassVar[str]`"
         )
-    wrong = f"{owner} registered allocator {allocator.name!r} with"
+
+
+def _faults(allocator: type[Allocator]) -> dict[str, str]:
+    """Class attribute -> what is wrong with it, as `cost=None: give a text`."""
+    remedies: dict[str, str] = {}
     if allocator.needs not in get_args(Needs):
-        raise PluginError(
-            f"{wrong} needs={allocator.needs!r}: choose one of {list(get_args(Needs))}"
-        )
+        remedies["needs"] = f"choose one of {list(get_args(Needs))}"
     known, own = get_args(Granularity), allocator.granularities
-    if not (own and isinstance(own, tuple | list) and all(x in known for x in own)):
-        raise PluginError(
-            f"{wrong} granularities={own!r}: give a tuple of some of {list(known)}"
-        )
+    kinds = tuple | list | set | frozenset
+    if not (own and isinstance(own, kinds) and all(x in known for x in own)):
+        remedies["granularities"] = f"give a tuple of some of {list(known)}"
     for key in ("paper", "cost"):
-        if not isinstance(value := getattr(allocator, key), str):
-            raise PluginError(f"{wrong} {key}={value!r}: give a text")
+        if not isinstance(getattr(allocator, key), str):
+            remedies[key] = "give a text"
+    return {k: f"{k}={getattr(allocator, k)!r}: {x}" for k, x in remedies.items()}
 
 
-def _problem(owner: str, allocator: type[Allocator], error: Mapping[str, Any]) -> str:
+def _problem(allocator: type[Allocator], error: Mapping[str, Any]) -> str:
     """One pydantic error in words: field, value, reason, remedy."""
     field = ".".join(map(str, error["loc"])) or "arguments"
     fields = allocator.model_fields
     takes = ", ".join(
-        f"{name} (required)"
-        if info.is_required()
-        else f"{name}={_default(owner, name, info)!r}"
+        f"{name} (required)" if info.is_required() else f"{name}={_default(info)!r}"
         for name, info in fields.items()
     )
     if error["type"] == "missing":
@@ -364,7 +374,7 @@ def _vector(
 ) -> np.ndarray:
     try:
         vector = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise PluginError(f"{owner} returned a {what} of no numbers") from error
     if vector.shape != (len(groups),):
         raise PluginError(
@@ -409,5 +419,5 @@ def _is_finite(value: object) -> bool:
     """Whether it is a number, of Python, numpy or torch, and a finite one."""
     try:
         return value is not None and bool(np.isfinite(float(value)))  # type: ignore
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         return False

@@ -17,7 +17,7 @@ import pytest
 import torch
 from helpers import runs, tiny
 from helpers.cli import absorb
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from absorb_plugin import plugins
 from absorb_plugin.allocators import (
@@ -124,16 +124,37 @@ def test_arguments_of_any_type_are_listed(monkeypatch: pytest.MonkeyPatch) -> No
     assert "kind=mean, limit=inf, folder=some[/where]" in table.stdout
 
 
-def test_a_default_that_cannot_be_made() -> None:
-    class Broken(Allocator):
-        name: ClassVar[str] = "broken"
-        x: float = Field(default_factory=lambda: 1 / 0)
+class Broken(Allocator):
+    name: ClassVar[str] = "broken"
+    x: float = Field(default_factory=lambda: 1 / 0)
+    y: float = 1.0
 
-    with (
-        registered(Broken),
-        pytest.raises(PluginError, match="'broken' of .*'throwaway'.*default of x: Z"),
-    ):
-        plugins.listing()
+    @field_validator("y")
+    @classmethod
+    def validate_y(cls, value: float) -> float:
+        return [1.0, 2.0][int(value)]
+
+
+def test_a_default_that_cannot_be_made() -> None:
+    """It is listed, and so are all the others."""
+    with registered(Broken):
+        listed, table = absorb("allocators", "--json"), absorb("allocators")
+    assert listed.exit_code == table.exit_code == 0, (listed.output, table.output)
+    entry = json.loads(listed.stdout)[-1]
+    remark = "(cannot be made: ZeroDivisionError('division by zero'))"
+    assert entry["arguments"] == {"x": remark, "y": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"), [({}, "ZeroDivision"), ({"x": 1, "y": 7}, "Index")]
+)
+def test_what_is_raised_while_it_is_built(arguments: dict[str, Any], kind: str) -> None:
+    message = rf"'broken' of .*'throwaway'.* failed with the arguments .*{kind}Error"
+    with registered(Broken), pytest.raises(PluginError, match=message):
+        build_allocator("broken", arguments)
+    # nor does it hide what is wrong with an argument
+    with registered(Broken), pytest.raises(ValueError, match="z=1 is no argument"):
+        build_allocator("broken", {"x": 1, "z": 1})
 
 
 def test_builtins_come_first_and_name_their_distribution() -> None:
@@ -195,20 +216,35 @@ def test_registering_an_allocator_without_a_name() -> None:
         ({"needs": ["weights"]}, "needs=.'weights'.: choose one of"),
         ({"granularities": "block"}, "granularities='block': give a tuple"),
         ({"granularities": ()}, "granularities=.*: give a tuple"),
-        ({"granularities": ("block", "row")}, r"\('block', 'row'\): give a tuple"),
+        ({"granularities": ("block", "row")}, r".*\('block', 'row'\): give a tuple"),
+        ({"granularities": None}, "granularities=None: give a tuple"),
         ({"cost": None}, "cost=None: give a text"),
         ({"paper": 2305}, "paper=2305: give a text"),
     ],
 )
-def test_registering_an_allocator_that_wants_what_there_is_not(
+def test_an_allocator_that_wants_what_there_is_not(
     wrong: dict[str, Any], message: str
 ) -> None:
+    """It cannot be built, and is in nobody else's way."""
     odd = type("Odd", (Allocator,), {"name": "odd", **wrong})
-    with (
-        registered(odd),
-        pytest.raises(PluginError, match=f"'throwaway'.*allocator 'odd' .*{message}"),
-    ):
-        allocators()
+    with registered(odd):
+        assert build_allocator("owl", {}).name == "owl"
+        with pytest.raises(PluginError, match=f"'odd' of .*'throwaway'.*{message}"):
+            build_allocator("odd", {})
+        (entry,) = [one for one in plugins.listing() if one["name"] == "odd"]
+        assert absorb("allocators").exit_code == 0
+    (key,) = wrong
+    assert re.search(rf"^\({message}.*\)$", entry[key]), entry
+
+
+@pytest.mark.parametrize("kind", [list, set, frozenset])
+def test_granularities_of_another_kind(kind: type) -> None:
+    odd = type("Odd", (Allocator,), {"name": "odd"})
+    odd.granularities = kind(["linear", "block"])  # type: ignore
+    with registered(odd):
+        assert build_allocator("odd", {}).name == "odd"
+        (entry,) = [one for one in plugins.listing() if one["name"] == "odd"]
+    assert entry["granularities"] == ["block", "linear"]
 
 
 def test_a_hook_that_raises_names_its_plugin() -> None:
@@ -301,6 +337,8 @@ def raising() -> None:
             answer(linear_metrics=({"up": float("nan")}, {"up": 1.0})),
             "up=nan for layers.0",
         ),
+        (answer(linear_metrics=({"up": 10**400}, {"up": 1.0})), "up=10+ for layers.0"),
+        (answer(metric=(10**400, 1.0)), "metric of no numbers"),
         (answer(linear_metrics=({"up": None}, {"up": 1.0})), "up=None for layers.0"),
         (answer(linear_metrics=({"up": "a"}, {"up": 1.0})), "up=a for layers.0"),
         (answer(linear_metrics=None), "linear_metrics=None: give a list"),

@@ -5,6 +5,7 @@ A command's result goes to stdout and everything else (logs, progress, warnings,
 errors) to stderr.
 """
 
+import codecs
 import contextlib
 import io
 import json
@@ -41,7 +42,8 @@ def command(
     """
     The frame of every command. In it `sys.stdout` is stderr, for llm-compressor and
     others print and log to it; the result is written to what the block receives. An
-    exception becomes one line on stderr and exit code 1.
+    exception becomes one line on stderr and exit code 1; an interrupt, whose words are
+    told where it has any, 130.
 
     :param debug: show a traceback and all logs instead
     :param quiet: unless `debug`, show errors and nothing else: no bars, no logs, no
@@ -72,7 +74,8 @@ def command(
             traceback.print_exc()
         # imports of transformers make an error of their own of it, without the cause
         if isinstance(error, KeyboardInterrupt) or interrupts:
-            typer.echo("interrupted: no result was written", err=True)
+            told = isinstance(error, KeyboardInterrupt) and str(error)
+            typer.echo(f"interrupted: {told or 'no result was written'}", err=True)
             raise typer.Exit(130) from error
         if not debug:
             typer.echo(f"error: {one_line(error, fields)}", err=True)
@@ -107,7 +110,12 @@ def noting_interrupts(seen: list[int]) -> Iterator[None]:
 
 def replace_unknown(stream: TextIO) -> None:
     """What its encoding lacks (η, ±) becomes `?`: a result is not lost over that."""
-    if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+    if not isinstance(stream, io.TextIOWrapper):
+        return
+    # Of the C locale; UTF-8 lacks nothing, and names of files keep their bytes there.
+    escapes = stream.errors == "surrogateescape"
+    is_utf_8 = codecs.lookup(stream.encoding).name == "utf-8"
+    if stream.errors == "strict" or (escapes and not is_utf_8):
         stream.reconfigure(errors="replace")
 
 

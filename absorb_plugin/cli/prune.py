@@ -151,20 +151,22 @@ def prune(
             )
             if made:
                 (staging / MADE).write_text(made, encoding="utf-8")
-        result = {
-            "out": str(out),
-            "sparsity": linear_sparsity(pruned),
-            "samples": samples,
-            "seq_len": seq_len,
-            "seconds": round(time.perf_counter() - start, 1),
-        }
-        show(
-            stdout,
-            result,
-            as_json,
-            "Saved to {out}: {sparsity:.4f} of the Linear weights are zero "
-            "({samples} x {seq_len} tokens, {seconds} s)",
-        )
+        # counting the zeros of a large model takes a while
+        with output.telling_it_is_complete(out):
+            result = {
+                "out": str(out),
+                "sparsity": linear_sparsity(pruned),
+                "samples": samples,
+                "seq_len": seq_len,
+                "seconds": round(time.perf_counter() - start, 1),
+            }
+            show(
+                stdout,
+                result,
+                as_json,
+                "Saved to {out}: {sparsity:.4f} of the Linear weights are zero "
+                "({samples} x {seq_len} tokens, {seconds} s)",
+            )
 
 
 def _read_recipe(recipe: Path | None, given: dict[str, Any]) -> "Recipe | None":

@@ -199,7 +199,7 @@ def _plan(
         report.problems.append(str(error))
         return {}
     if not plan:
-        report.warnings.append("recipe.yaml has no pruning modifier")
+        report.warnings.append("recipe.yaml has no modifier that prunes weights")
     return plan
 
 

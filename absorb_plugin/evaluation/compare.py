@@ -1,20 +1,26 @@
 """Runs side by side: perplexity, accuracies and realised sparsity."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from loguru import logger
 
-from absorb_plugin.evaluation.compare_files import check_profile, check_result
+from absorb_plugin.evaluation.compare_files import check_profile, check_result, whole
 from absorb_plugin.files import json_object, replace_file
 from absorb_plugin.report.profile import SCHEMA_VERSION
 from absorb_plugin.report.words import outcome_name
 
 __all__ = ["Run", "as_dict", "read_runs", "save_result", "task_names"]
+
+
+# Of a task beside its `acc` and `n`.
+JUDGED = ("acc_norm", "stderr")
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,7 @@ class Run:
         that was taken
     :param budget: the sparsity asked for
     :param sparsity: counted in the model that was evaluated, else in the report
+    :param perplexity: may be infinite
     :param tokens: that the perplexity is over
     :param tasks: name -> `acc`, `acc_norm`, `stderr`, `n`
     """
@@ -91,11 +98,28 @@ def _read_run(path: Path, name: str) -> Run:
                 f"reads {SCHEMA_VERSION}"
             )
         check_profile(file, profile)
+    _check_same_run(profiles)
     if profiles:
         fields |= _from_profiles(list(profiles.values()))
     for file, result in results:
         _add_result(fields, file, result)
     return Run(name, **fields)
+
+
+def _check_same_run(profiles: Mapping[Path, Mapping[str, Any]]) -> None:
+    """
+    Two runs with one `report_dir` leave a mixture where they overlap.
+
+    :raises ValueError: naming two files that are not of one run
+    """
+    runs = {file: profile.get("run") for file, profile in profiles.items()}
+    for first, file in pairwise(runs):
+        if runs[first] != runs[file]:  # earlier versions wrote none
+            raise ValueError(
+                f"{first} and {file} are of different runs, as where two wrote into "
+                "one report_dir at once: run one of them again, or remove the file "
+                "that is not of the run you mean"
+            )
 
 
 def _files_of(folder: Path) -> list[Path]:
@@ -132,7 +156,7 @@ def _add_result(fields: dict[str, Any], file: Path, result: Mapping[str, Any]) -
     tasks = {
         key: value
         for key, value in result.items()
-        if isinstance(value, dict) and {"acc", "n"} & value.keys()
+        if isinstance(value, dict) and _is_task(value)
     }
     if "perplexity" not in result and not tasks:
         raise ValueError(f"{file} is no result of `absorb eval` and no profile.json")
@@ -146,9 +170,16 @@ def _add_result(fields: dict[str, Any], file: Path, result: Mapping[str, Any]) -
         )
     fields["tasks"] |= tasks
     fields |= {key: result[key] for key in measures if key in result}
+    if "tokens" in fields:
+        fields["tokens"] = whole(fields["tokens"])
     for key in ("model", "sparsity"):
         if result.get(key) is not None:
             fields[key] = result[key]
+
+
+def _is_task(entry: Mapping[str, Any]) -> bool:
+    """A damaged one too; not whatever else another program counts with an `n`."""
+    return "acc" in entry or ("n" in entry and not entry.keys().isdisjoint(JUDGED))
 
 
 def _warn_of_different_measures(runs: Sequence[Run]) -> None:
@@ -167,8 +198,12 @@ def _warn_of_different_measures(runs: Sequence[Run]) -> None:
 
 
 def as_dict(runs: Sequence[Run]) -> dict[str, Any]:
-    """What `absorb compare --json` prints."""
-    return {"runs": [asdict(run) for run in runs]}
+    """What `absorb compare --json` prints. An infinite perplexity is None."""
+    found = [asdict(run) for run in runs]
+    for run in found:
+        if run["perplexity"] is not None and not math.isfinite(run["perplexity"]):
+            run["perplexity"] = None
+    return {"runs": found}
 
 
 def task_names(runs: Sequence[Run]) -> list[str]:

@@ -4,12 +4,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-__all__ = ["check_profile", "check_result"]
+__all__ = ["check_profile", "check_result", "whole"]
+
+
+def whole(value: object) -> object:
+    """99.0 as 99: other programs write whole numbers so."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, BeforeValidator(whole), Field(ge=1)]
+# Infinity is measured; that NaN is not is said by `gt`.
+Perplexity = Annotated[float, Field(gt=0, allow_inf_nan=True)]
 # A wrong value is shown, and no more of it than can be read.
 LONGEST = 40
 
@@ -74,7 +82,7 @@ class _Task(_Checked):
 class _Result(_Checked):
     model: str | None = None
     sparsity: Share | None = None
-    perplexity: Annotated[float, Field(gt=0)] | None = None
+    perplexity: Perplexity | None = None
     tokens: Count | None = None
     tasks: dict[str, _Task]
 

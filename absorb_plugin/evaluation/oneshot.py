@@ -1,7 +1,8 @@
 """A thin wrapper over llm-compressor's `oneshot`, for the command line and the demo."""
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,13 @@ __all__ = [
 ]
 
 SHAPE = "Its shape must be `NAME_stage:` > `NAME_modifiers:` > class name > fields"
-# Stage, group, modifier, field, and an entry of a field that is a mapping.
-DEPTH = 4
+# Where the recipe is in a .md file, as llm-compressor looks for it.
+FRONT_MATTER = re.compile(
+    r"^\s*(?:---|\+\+\+)(.*?)(?:---|\+\+\+)", re.DOTALL | re.MULTILINE
+)
+
+# Tag of `<<`, which may be there several times.
+MERGE = "tag:yaml.org,2002:merge"
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -72,44 +78,74 @@ def parse_recipe(text: str) -> Recipe:
     return recipe
 
 
+def _recipe_text(path: Path) -> tuple[str, int]:
+    """
+    :return: what llm-compressor takes for the recipe, and the lines before it
+    :raises UnicodeDecodeError: if it is no UTF-8
+    """
+    text = path.read_text(encoding="utf-8")
+    found = FRONT_MATTER.search(text) if path.suffix.lower() == ".md" else None
+    return (found[1], text.count("\n", 0, found.start(1))) if found else (text, 0)
+
+
 def _check_keys(path: Path) -> None:
     """:raises ValueError: if a key is there twice: YAML would drop the first of them"""
     try:
-        text = path.read_text(encoding="utf-8").replace("\t", " ")
-        if path.suffix.lower() == ".md":  # the recipe stands between two such lines
-            text = text.lstrip().removeprefix("---").partition("\n---")[0]
-        found = _twice(yaml.compose(text, Loader=yaml.SafeLoader), [])
-    except (yaml.YAMLError, UnicodeDecodeError):
+        text, before = _recipe_text(path)
+        # YAML takes no tabs, and JSON, which is parsed as YAML here, does
+        recipe = yaml.compose(text.replace("\t", " "), Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
         return  # llm-compressor says what is wrong with it
-    if found is not None:
+    if (found := _twice(recipe, [], set())) is not None:
         within, key, (first, second) = found
+        lines = f"line {before + first}"
+        if first != second:
+            lines = f"lines {before + first} and {before + second}"
         raise ValueError(
-            f"{' > '.join(within) or 'the recipe'} has {key!r} twice, in lines {first} "
-            f"and {second}, and YAML keeps the last alone. {_instead(within)}"
+            f"{' > '.join(within) or 'the recipe'} has {key!r} twice, in {lines}, and "
+            f"YAML keeps the last alone. {_instead(within)}"
         )
 
 
 def _twice(
-    node: yaml.Node | None, within: list[str]
+    node: yaml.Node | None, within: list[str], seen: set[int]
 ) -> tuple[list[str], str, tuple[int, int]] | None:
-    """The first key that is there twice: what it is in, the key, and its lines."""
-    if not isinstance(node, yaml.MappingNode) or len(within) > DEPTH:
+    """
+    The first key that is there twice: what it is in, the key, and its lines. Outside
+    stages nothing counts, for llm-compressor does not look there.
+
+    :param seen: nodes that were looked at: an anchor has one for all its places
+    """
+    if node is None or id(node) in seen:
         return None
-    lines: dict[str, int] = {}
-    for key, value in node.value:
-        if not isinstance(key, yaml.ScalarNode) or key.tag.endswith(":merge"):
+    seen.add(id(node))
+    lines: dict[tuple[str, str], int] = {}
+    for key, name, value in _entries(node):
+        if not within and not name.endswith("_stage"):
             continue
-        line = key.start_mark.line + 1
-        if key.value in lines:
-            return within, key.value, (lines[key.value], line)
-        lines[key.value] = line
-        if (found := _twice(value, [*within, key.value])) is not None:
+        if key is not None:
+            line = key.start_mark.line + 1
+            if (key.tag, name) in lines:
+                return within, name, (lines[key.tag, name], line)
+            lines[key.tag, name] = line
+        if (found := _twice(value, [*within, name], seen)) is not None:
             return found
     return None
 
 
+def _entries(node: yaml.Node) -> Iterator[tuple[yaml.Node | None, str, yaml.Node]]:
+    """Key, its text, and value; the key is None where it may be there twice."""
+    if isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield None, str(index), value
+    elif isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            is_name = isinstance(key, yaml.ScalarNode) and key.tag != MERGE
+            yield key if is_name else None, str(key.value), value
+
+
 def _instead(within: Sequence[str]) -> str:
-    if len(within) == 2:
+    if len(within) == 2 and within[1].endswith("_modifiers"):
         group = within[1].removesuffix("_modifiers")
         return f"Put the second one into a group of its own, {group}_2_modifiers:"
     if len(within) < 2:
@@ -130,10 +166,10 @@ def _fields_of(name: str) -> list[str]:
 def _mistake(path: Path) -> str | None:
     """In words, what llm-compressor says in words of Python."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(_recipe_text(path)[0])
     except UnicodeDecodeError as error:
         return f"it is no UTF-8 text: {error}"
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return None
     if content is None:
         return "it is empty"

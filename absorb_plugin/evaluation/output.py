@@ -23,6 +23,7 @@ __all__ = [
     "is_figure",
     "is_result",
     "staged_directory",
+    "telling_it_is_complete",
 ]
 
 
@@ -205,6 +206,8 @@ def staged_directory(out: Path, interchangeable: bool = False) -> Iterator[Path]
     :param interchangeable: what another run has put into `out` in the meantime is as
         good, and stays
     :raises FileExistsError: if another run has, and it is not
+    :raises KeyboardInterrupt: naming where the model is, if it comes when that is
+        complete
     :raises OSError: naming the remedy where the disk is full, or where the finished
         directory lies if it could not be moved to `out`
     """
@@ -226,17 +229,35 @@ def staged_directory(out: Path, interchangeable: bool = False) -> Iterator[Path]
             ) from error
         raise
     # From here on it is complete, and not deleted whatever happens.
-    complete = staging.rename(staging.with_suffix(".complete"))
-    if _content(out) != before:
-        if interchangeable:
-            shutil.rmtree(complete)
+    complete = staging.with_suffix(".complete")
+    with telling_it_is_complete(staging, complete, out):
+        staging.rename(complete)
+        if _content(out) == before:
+            _take_place(complete, out)
             return
-        raise FileExistsError(
-            f"another run finished into {out} in the meantime, and what it wrote is "
-            f"left there. This run's is complete too, in {complete}: move it where you "
-            "want it"
-        )
-    _take_place(complete, out)
+    if interchangeable:
+        shutil.rmtree(complete)
+        return
+    raise FileExistsError(
+        f"another run finished into {out} in the meantime, and what it wrote is "
+        f"left there. This run's is complete too, in {complete}: move it where you "
+        "want it"
+    )
+
+
+@contextmanager
+def telling_it_is_complete(*places: Path) -> Iterator[None]:
+    """
+    For what is done with a model that is saved.
+
+    :param places: where the model may be: it is in the first one that is there
+    :raises KeyboardInterrupt: naming that place, where there was one without words
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        place = next((path for path in places if path.exists()), places[-1])
+        raise KeyboardInterrupt(f"the model is complete, in {place}") from error
 
 
 def _content(out: Path) -> tuple[int, int] | bool:

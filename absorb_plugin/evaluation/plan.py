@@ -21,6 +21,7 @@ from transformers import (
 
 from absorb_plugin._llmcompressor import linearize_moe
 from absorb_plugin.mistakes import check_patterns
+from absorb_plugin.pruners import PRUNERS
 
 try:
     from transformers.initialization import no_init_weights
@@ -29,6 +30,9 @@ except ModuleNotFoundError:  # transformers 4
 
 __all__ = ["make_skeleton", "model_class", "pruned_linears", "read_modifiers"]
 __all__ += ["stored_names"]
+
+# Class names of modifiers whose `sparsity` is of the weights of Linears.
+KNOWN = {pruner.modifier.__name__ for pruner in PRUNERS.values()}
 
 
 class _Loader(yaml.SafeLoader):
@@ -100,7 +104,8 @@ def pruned_linears(
     """
     plan: dict[str, float] = {}
     for name, fields in modifiers:
-        if "sparsity" in fields:
+        # another modifier's sparsity may be of experts, or of anything
+        if "sparsity" in fields and (name in KNOWN or "mask_structure" in fields):
             plan |= _planned(name, fields, model)
     return plan
 

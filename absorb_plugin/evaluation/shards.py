@@ -1,5 +1,6 @@
 """A saved checkpoint, read tensor by tensor from its safetensors files."""
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # Of these transformers takes the first that is there.
 WEIGHTS = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+# How those end that a config may name.
+NAMED = (".safetensors", ".safetensors.index.json")
 LFS_POINTER = b"version https://git-lfs"
 # Elements of a tensor that are in memory at a time.
 PIECE = 1 << 25
@@ -136,13 +139,29 @@ def weights_entry(directory: Path) -> Path:
     else is there.
 
     :raises FileNotFoundError: if there is none
+    :raises ValueError: if config.json names one that transformers does not load
     """
     named = _read_json(directory / "config.json").get("transformers_weights")
-    names = (str(named),) if named else WEIGHTS
+    if named is not None:
+        _check_named(directory, named)
+    names = WEIGHTS if named is None else (named,)
     for name in names:
         if (directory / name).is_file():
             return directory / name
     raise FileNotFoundError(f"{directory} has no weights ({', '.join(names)})")
+
+
+def _check_named(directory: Path, named: object) -> None:
+    """As transformers does, which says so when it loads the model."""
+    if isinstance(named, str) and named.endswith(NAMED):
+        folder = os.path.abspath(directory)
+        if Path(os.path.abspath(directory / named)).is_relative_to(folder):
+            return
+    raise ValueError(
+        f"{directory / 'config.json'}: transformers_weights={named!r} must be a file "
+        f"beside it that ends with {' or '.join(NAMED)}: correct it, or take it out, "
+        f"and {SINGLE} or its index is read"
+    )
 
 
 def _safetensors_entry(directory: Path) -> Path:

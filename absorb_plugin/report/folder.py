@@ -29,13 +29,17 @@ def check_replaceable(directory: str, numbers: Iterable[int]) -> None:
     :param numbers: of the reports that will be written there
     :raises ValueError: naming a file in the way that no report has left
     """
+    folder = Path(directory)
+    # one profile tells of all that is drawn, whose own may have been deleted
+    is_ours = any(map(_is_profile, _profiles(folder)))
     for number in numbers:
-        files = report_files(Path(directory), number)
-        found = [path for path in files if path.exists()]
-        if found and not _is_profile(files[0]):
+        profile, *drawn = report_files(folder, number)
+        foreign = [] if _is_profile(profile) else [profile]
+        foreign += [] if is_ours else drawn
+        if found := [path for path in foreign if path.exists()]:
             raise ValueError(
                 f"report_dir={directory!r}: {found[0]} would be replaced, and nothing "
-                f"tells that a report left it ({files[0].name} with a schema_version "
+                f"tells that a report left it ({profile.name} with a schema_version "
                 "would): move it away, or name another directory"
             )
 
@@ -46,7 +50,7 @@ def remove_others(directory: str) -> None:
     first is about to be written. What cannot be removed is a warning.
     """
     folder = Path(directory)
-    for path in folder.glob("profile_*.json"):
+    for path in _profiles(folder):
         match = FURTHER.fullmatch(path.name)
         if match is None or not _is_profile(path):
             continue
@@ -56,8 +60,17 @@ def remove_others(directory: str) -> None:
         except OSError as error:
             logger.warning(
                 f"{path}, of an earlier run, could not be removed "
-                f"({error.strerror or error}): remove it, or absorb compare counts it"
+                f"({error.strerror or error}): remove it, or absorb compare refuses it"
             )
+
+
+def _profiles(folder: Path) -> list[Path]:
+    """Files of the names that profiles have."""
+    return [
+        path
+        for path in folder.glob("profile*.json")
+        if path.name == "profile.json" or FURTHER.fullmatch(path.name)
+    ]
 
 
 def _is_profile(path: Path) -> bool:

@@ -49,6 +49,7 @@ class Report:
     :param recipe: as the user wrote it, YAML
     :param pruner: the pruning modifier that it was made for
     :param batches: the calibration batches
+    :param run: that it is of; the same in all reports of one run, and in no others
     :param number: which of the recipe's pruning modifiers it is; the first writes
         profile.json, the second profile_2.json
     """
@@ -61,12 +62,13 @@ class Report:
         pruner: PrunerAdapter,
         allocation: Allocation,
         batches: Sequence[Batch],
+        run: str,
         number: int = 0,
     ) -> None:
         self._settings, self._recipe, self._model = settings, recipe, model
         self._pruner, self._allocation = pruner, allocation
         self._calibration = calibration_entry(batches)
-        self._number = number
+        self._run, self._number = run, number
         self._zeros: dict[str, int] = {}
         self._zeros_lost: float | None = None
 
@@ -89,6 +91,7 @@ class Report:
         allocation = self._allocation
         return {
             "schema_version": SCHEMA_VERSION,
+            "run": self._run,
             "model": model_entry(self._model),
             "pruner": self._pruner.name,
             "level": allocation.level,

@@ -52,15 +52,25 @@ def test_a_reader_that_has_gone(options):
     assert (done.returncode, done.stderr) == (1, "")
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape", "replace"])
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
-def test_letters_that_stdout_has_not(encoding, monkeypatch):
+def test_letters_that_stdout_has_not(encoding, errors, monkeypatch):
     raw = io.BytesIO()
-    stdout = io.TextIOWrapper(raw, encoding=encoding)
+    stdout = io.TextIOWrapper(raw, encoding=encoding, errors=errors)
     monkeypatch.setattr("sys.stdout", stdout)
     with command(debug=False) as out:
         show(out, {"eta": 0.1}, as_json=False, line="η={eta}")
     eta = "η" if encoding == "utf-8" else "?"
     assert raw.getvalue().decode(encoding) == f"{eta}=0.1\n"
+
+
+def test_a_name_of_a_file_that_is_no_utf_8(monkeypatch):
+    raw = io.BytesIO()
+    stdout = io.TextIOWrapper(raw, encoding="UTF8", errors="surrogateescape")
+    monkeypatch.setattr("sys.stdout", stdout)
+    with command(debug=False) as out:
+        show(out, {"out": os.fsdecode(b"/caf\xe9")}, as_json=False, line="{out}")
+    assert raw.getvalue() == b"/caf\xe9\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -35,6 +35,26 @@ def test_prune(model_dir, text_file, wanda_recipe, tmp_path, pipeline):
     assert linear_sparsity(model) == pytest.approx(0.5, abs=1e-6)
 
 
+def test_an_interrupt_when_the_model_is_saved(
+    model_dir, text_file, wanda_recipe, tmp_path, monkeypatch
+):  # fmt: skip
+    def interrupt(model: object) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        "absorb_plugin.evaluation.perplexity.linear_sparsity", interrupt
+    )
+    out = tmp_path / "pruned"
+    result = absorb(
+        "prune", model_dir, "--recipe", wanda_recipe, "--text", text_file, *SMALL,
+        "--out", out,
+    )  # fmt: skip
+    assert result.exit_code == 130
+    last = result.stderr.splitlines()[-1]
+    assert last == f"interrupted: the model is complete, in {out}"
+    assert AutoModelForCausalLM.from_pretrained(out)
+
+
 def test_prune_is_deterministic_in_the_seed(
     model_dir, text_file, wanda_recipe, tmp_path
 ):  # fmt: skip

@@ -459,6 +459,26 @@ def test_defaults_of_a_recipe(plain: Path, names: str) -> None:
     assert check_checkpoint(plain).planned == 0.5
 
 
+@pytest.mark.parametrize("kind", ["REAPPruningModifier", "SomebodysModifier"])
+def test_a_sparsity_that_is_not_of_weights(plain: Path, kind: str) -> None:
+    """Of experts, as REAP has it; it has neither targets nor a mask_structure."""
+    recipe = plain / "recipe.yaml"
+    recipe.write_text(f"{recipe.read_text()}    {kind}: {{sparsity: 0.25}}\n")
+    report = check_checkpoint(plain)
+    assert not report.problems and report.planned == pytest.approx(0.5)
+    recipe.write_text(f"a_stage:\n  a_modifiers:\n    {kind}: {{sparsity: [x]}}\n")
+    report = check_checkpoint(plain)
+    assert not report.problems and report.planned is None
+
+
+def test_a_subclass_of_a_known_pruner(plain: Path) -> None:
+    """Its mask_structure tells."""
+    fields = "{sparsity: 0.5, mask_structure: '0:0', targets: [Linear]}"
+    text = WANDA.replace("WandaPruning", "Somebodys") + fields
+    (plain / "recipe.yaml").write_text(text)
+    assert check_checkpoint(plain).planned == 0.5
+
+
 def test_a_recipe_with_python_objects(plain: Path) -> None:
     """So llm-compressor saves `type: int` of a group that was given as a dictionary."""
     recipe, kind = plain / "recipe.yaml", "compressed_tensors.quantization.Kind"

@@ -58,6 +58,20 @@ def test_runs_are_read(runs: list[Path]) -> None:
     assert ours.budget == pytest.approx((0.5 * sizes[0] + 0.8 * sizes[1]) / whole)
 
 
+@pytest.mark.parametrize("other", ["b", None])
+def test_reports_of_two_runs_are_not_one(tmp_path: Path, other: str | None) -> None:
+    """As two at once leave them in one report_dir; earlier versions wrote no `run`."""
+    write(tmp_path / "profile.json", make_profile(run="a"))
+    write(tmp_path / "profile_2.json", make_profile(run="a"))
+    assert read_runs([tmp_path])
+    second = make_profile(run=other)
+    if other is None:
+        del second["run"]
+    write(tmp_path / "profile_2.json", second)
+    with pytest.raises(ValueError, match="profile.json and .*_2.json are of different"):
+        read_runs([tmp_path])
+
+
 def test_runs_are_called_by_what_was_taken(tmp_path: Path) -> None:
     taken = {"profile": "base", "profile_2": "uniform", "profile_3": "base"}
     for name, chosen in taken.items():
@@ -170,7 +184,7 @@ TINY = make_profile(1)
         ("profile.json", TINY | {"realised": NAN}, "realised=nan: .*finite"),
         ("profile.json", TINY | {"settings": {}}, "settings.allocator is missing"),
         ("eval.json", GOOD | {"perplexity": "12"}, "perplexity='12': .*valid number"),
-        ("eval.json", GOOD | {"perplexity": NAN}, "perplexity=nan: .*finite number"),
+        ("eval.json", GOOD | {"perplexity": NAN}, "perplexity=nan: .*greater than 0"),
         ("eval.json", GOOD | {"perplexity": True}, "perplexity=True: .*valid number"),
         ("eval.json", GOOD | {"perplexity": 0}, "perplexity=0: .*greater than 0"),
         ("eval.json", GOOD | {"tokens": [5]}, r"tokens=\[5\]: .*valid integer"),
@@ -179,6 +193,8 @@ TINY = make_profile(1)
         ("eval.json", {"arc": TASKS["arc"] | {"acc": None}}, "arc.acc=None: .*number"),
         ("eval.json", {"arc": TASKS["arc"] | {"stderr": NAN}}, "arc.stderr=nan"),
         ("eval.json", {"arc": {"acc": 0.5}}, "arc.n is missing"),
+        ("eval.json", {"arc": {"n": 5, "stderr": 0.1}}, "arc.acc is missing"),
+        ("eval.json", GOOD | {"tokens": 5.5}, "tokens=5.5: .*valid integer"),
         ("eval.json", {"arc": TASKS["arc"] | {"n": "x" * 99}}, "arc.n='x{39}…: "),
     ],
 )
@@ -190,6 +206,19 @@ def test_damaged_files_are_named(
         read_runs([tmp_path])
     assert str(caught.value).startswith(f"{file}: ")
     assert "make it anew, or leave it out" in error_of("compare", tmp_path, "--json")
+
+
+def test_results_of_other_programs(tmp_path: Path) -> None:
+    """Objects that are no tasks, whole numbers as floats, and what overflowed."""
+    content = {"perplexity": float("inf"), "tokens": 99.0, "config": {"n": 5}} | TASKS
+    write(tmp_path / "eval.json", content)
+    (run,) = read_runs([tmp_path])
+    assert (run.perplexity, run.tokens, run.tasks) == (float("inf"), 99, TASKS)
+    assert type(run.tokens) is int
+    assert "inf" in absorb("compare", tmp_path).stdout
+    result = absorb("compare", tmp_path, "--json", "--figure", tmp_path / "f.png")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["runs"][0]["perplexity"] is None
 
 
 def test_files_that_are_no_json(tmp_path: Path) -> None:

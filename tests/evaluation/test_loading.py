@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -215,6 +216,16 @@ def test_weights_that_the_config_names(folder: Path) -> None:
     rewrite(folder / "config.json", transformers_weights="other.safetensors")
     load_config(str(folder))
     load_model(str(folder), "auto")
+
+
+@pytest.mark.parametrize("name", ["model.bin", "", 7, "../a.safetensors", "x.json"])
+def test_weights_that_transformers_refuses(folder: Path, name: object) -> None:
+    rewrite(folder / "config.json", transformers_weights=name)
+    told = f"config.json: transformers_weights={re.escape(repr(name))} must be a file"
+    with pytest.raises(ValueError, match=told):
+        load_config(str(folder))
+    with pytest.raises((ValueError, AttributeError, TypeError)):  # as it does itself
+        load_model(str(folder), "auto")
 
 
 @pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', "{", "[]"])

@@ -46,19 +46,33 @@ TWICE = {
         "a_stage: {b_modifiers: {WandaPruningModifier: {sparsity: 1,\n sparsity: 1}}}",
         "'sparsity' twice, in lines 1 and 2, .*Remove one",
     ),
+    "a field in one line": (
+        "a_stage: {b_modifiers: {WandaPruningModifier: {sparsity: 1, sparsity: 1}}}",
+        "'sparsity' twice, in line 1, .*Remove one",
+    ),
+    "deep": (
+        f"a_stage:\n  b_modifiers:\n    {WANDA}\n    AWQModifier:\n      mappings:\n"
+        "      - {a: {b: {c: {d: 1,\n d: 2}}}}\n",
+        "a_stage > b_modifiers > AWQModifier > mappings > 0 > a > b > c has 'd' twice, "
+        "in lines 6 and 7, .*Remove one",
+    ),
 }
 
 
 @pytest.mark.parametrize("what", TWICE)
-@pytest.mark.parametrize("name", ["recipe.yaml", "RECIPE.YML", "recipe.md"])
-def test_other_keys_that_are_there_twice(tmp_path: Path, what: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "fence"),
+    [("recipe.yaml", ""), ("RECIPE.YML", ""), ("r.md", "---"), ("R.MD", "+++")],
+)
+def test_other_keys_that_are_there_twice(
+    tmp_path: Path, what: str, name: str, fence: str
+) -> None:
     text, message = TWICE[what]
-    if name.endswith(".md"):
-        text, message = (
-            f"---\n{text}\n---\nWords.\n",
-            message.replace("in lines.*,", ""),
+    if name.endswith(".md"):  # a title in front of it moves the lines
+        text = f"# Title\n\n{fence}\n{text}\n{fence}\nWords. a: 1\n- [\n"
+        message = re.sub(
+            r"(?<=[es] )\d|(?<=and )\d", lambda n: f"{int(n[0]) + 3}", message
         )
-        message = re.sub(r"in lines \d and \d, ", "", message)
     with pytest.raises(ValueError, match=message):
         load_recipe(recipe_file(tmp_path, name=name, text=text))
 
@@ -69,6 +83,25 @@ def test_json_with_a_key_twice(tmp_path: Path) -> None:
     text = f'{{\n\t"a_stage": {{"b_modifiers": {group}}}}}'
     with pytest.raises(ValueError, match="'WandaPruningModifier' twice, in lines 2"):
         load_recipe(recipe_file(tmp_path, name="recipe.json", text=text))
+
+
+def test_keys_that_are_not_looked_at(tmp_path: Path) -> None:
+    """Outside stages, and an anchor within itself."""
+    text = (
+        f"notes: {{a: 1, a: 2}}\nnotes: 3\na_stage:\n  x: &x [*x]\n"
+        f"  b_modifiers:\n    {WANDA}\n"
+    )
+    (modifier,) = load_recipe(recipe_file(tmp_path, text=text)).modifiers
+    assert modifier.sparsity == 0.5
+
+
+@pytest.mark.parametrize("title", ["", "# Title\n\n"])
+def test_a_mistake_in_front_matter(tmp_path: Path, title: str) -> None:
+    """Words after it are no part of the recipe."""
+    text = "a_stage:\n  b_modifiers:\n    WandaPruningModifier:\n"
+    text = f"{title}---\n{text}---\nWords: [\n"
+    with pytest.raises(ValueError, match="`WandaPruningModifier:` has no fields"):
+        load_recipe(recipe_file(tmp_path, name="recipe.md", text=text))
 
 
 def test_a_key_may_be_in_several_mappings(tmp_path: Path) -> None:

@@ -60,6 +60,31 @@ def test_a_run_that_another_overtook_leaves_both(tmp_path: Path) -> None:
         shutil.rmtree(complete)
 
 
+@pytest.mark.parametrize(
+    "when", [(Path, "rename"), (output, "_take_place"), (shutil, "rmtree")]
+)
+def test_an_interrupt_when_the_model_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: tuple
+) -> None:
+    """Before it is in its place, and while the old one is removed."""
+    out = tmp_path / "out"
+    with staged_directory(out) as staging:
+        save("old", staging)
+
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with (
+        pytest.raises(KeyboardInterrupt, match="the model is complete, in ") as told,
+        staged_directory(out) as staging,
+    ):
+        save("new", staging)
+        monkeypatch.setattr(*when, interrupt)
+    place = Path(str(told.value).removeprefix("the model is complete, in "))
+    assert (place / "config.json").read_text() == "new"
+    assert (place == out) == (when == (shutil, "rmtree"))
+
+
 def test_a_run_that_fails_leaves_what_another_saved(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt), staged_directory(out) as staging:

@@ -10,6 +10,7 @@ def make_profile(blocks: int = 12, **changes: Any) -> dict[str, Any]:
     """Content of profile.json, at level "block"."""
     profile = {
         "schema_version": 2,
+        "run": "0123abcd",
         "model": {
             "class": "LlamaForCausalLM",
             "name_or_path": "org/tiny-model",

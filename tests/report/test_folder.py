@@ -17,16 +17,20 @@ def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report_profile, "draw_profile", lambda profile: b"")
 
 
-def prune(folder: Path, parts: tuple[str, ...] = BOTH, apart: bool = False) -> None:
+def prune(
+    folder: Path, parts: tuple[str, ...] = BOTH, apart: bool = False, again: str = ""
+) -> None:
     """
     :param parts: of the blocks, each for a pruner of its own
     :param apart: each after a modifier of its own
+    :param again: how the folder is written in the modifiers after the first
     """
     pruners = [runs.pruner(targets=[rf"re:.*{part}\..*_proj$"]) for part in parts]
     recipe = []
     for number, pruner in enumerate(pruners):
         if apart or number == 0:
-            recipe.append(runs.absorption(**PLAIN, report_dir=folder))
+            given = again if number and again else folder
+            recipe.append(runs.absorption(**PLAIN, report_dir=given))
         recipe.append(pruner)
     model = tiny.make_model("llama", num_hidden_layers=2)
     runs.run(model, recipe, folder.parent)
@@ -54,6 +58,25 @@ def test_reports_of_an_earlier_run_do_not_stay(tmp_path: Path, apart: bool) -> N
     assert names(folder) == FIRST | mine
 
 
+def runs_in(folder: Path) -> list[str]:
+    return [json.loads(path.read_text())["run"] for path in folder.glob("*.json")]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_reports_of_a_run_share_its_id(tmp_path: Path, apart: bool) -> None:
+    for name in ("a", "b"):
+        prune(tmp_path / name, apart=apart)
+        first, second = runs_in(tmp_path / name)
+        assert first == second
+    assert runs_in(tmp_path / "a") != runs_in(tmp_path / "b")
+
+
+def test_a_folder_by_two_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    prune(Path("r"), apart=True, again="./r/../r")
+    assert names(tmp_path / "r") == FIRST | SECOND
+
+
 @pytest.mark.parametrize("name", [*sorted(FIRST), *sorted(SECOND)])
 def test_files_that_are_no_report_are_not_replaced(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "r"
@@ -77,3 +100,17 @@ def test_a_report_replaces_a_report(tmp_path: Path) -> None:
     prune(folder, BOTH[1:])
     (block, _) = json.loads((folder / "profile.json").read_text())["blocks"]
     assert "mlp.up_proj" in block["linears"] and names(folder) == FIRST
+
+
+@pytest.mark.parametrize("kept", [{"profile.json"}, {"profile_2.json"}])
+def test_part_of_a_report_is_one(tmp_path: Path, kept: set[str]) -> None:
+    """Profiles that were deleted; a file of such a name that is no profile stays."""
+    folder = tmp_path / "r"
+    prune(folder)
+    (gone,) = {"profile.json", "profile_2.json"} - kept
+    (folder / gone).unlink()
+    prune(folder)
+    assert names(folder) == FIRST | SECOND
+    (folder / gone).write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match=f"{gone} would be replaced"):
+        prune(folder)

@@ -26,6 +26,7 @@ from absorb_plugin.search.confirm import Confirmed
 
 KEYS = {
     "schema_version",
+    "run",
     "model",
     "pruner",
     "level",
