@@ -240,7 +240,11 @@ def test_what_an_allocation_really_runs(
     run = ProbeRunner.run
 
     def spy(
-        self: ProbeRunner, what: str, samples: Sequence[dict], probe: Probe
+        self: ProbeRunner,
+        what: str,
+        samples: Sequence[dict],
+        probe: Probe,
+        **how: bool,
     ) -> object:
         if isinstance(probe, PrunedLoss):
             split_at = probe._calibrating
@@ -250,7 +254,7 @@ def test_what_an_allocation_really_runs(
             judged["search"] = numbers(samples)
         else:
             seen.setdefault(what, set()).update(numbers(samples))
-        return run(self, what, samples, probe)
+        return run(self, what, samples, probe, **how)
 
     monkeypatch.setattr(ProbeRunner, "run", spy)
     # whatever is found is taken, so that there is something to confirm
