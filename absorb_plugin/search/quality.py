@@ -177,6 +177,6 @@ def _multiple(at: float, low: float, high: float) -> float:
     The nearest multiple of the resolution strictly between the two sides, or `at`
     within them: the least budget that can be had need not be one.
     """
-    nearest = round(at / RESOLUTION) * RESOLUTION
+    nearest = round(round(at / RESOLUTION) * RESOLUTION, 6)
     within = low + 1e-9 < nearest < high - 1e-9
     return nearest if within else min(max(at, low), high)
