@@ -168,7 +168,10 @@ def _add_result(fields: dict[str, Any], file: Path, result: Mapping[str, Any]) -
         raise ValueError(
             f"{file}: another file of the run has {twice[0]!r} as well; remove one"
         )
-    fields["tasks"] |= tasks
+    fields["tasks"] |= {
+        name: {key: whole(value) if key == "n" else value for key, value in one.items()}
+        for name, one in tasks.items()
+    }
     fields |= {key: result[key] for key in measures if key in result}
     if "tokens" in fields:
         fields["tokens"] = whole(fields["tokens"])

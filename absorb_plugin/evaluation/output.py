@@ -230,7 +230,8 @@ def staged_directory(out: Path, interchangeable: bool = False) -> Iterator[Path]
         raise
     # From here on it is complete, and not deleted whatever happens.
     complete = staging.with_suffix(".complete")
-    with telling_it_is_complete(staging, complete, out):
+    places = () if interchangeable else (staging, complete, out)
+    with telling_it_is_complete(*places):
         staging.rename(complete)
         if _content(out) == before:
             _take_place(complete, out)
@@ -250,12 +251,15 @@ def telling_it_is_complete(*places: Path) -> Iterator[None]:
     """
     For what is done with a model that is saved.
 
-    :param places: where the model may be: it is in the first one that is there
+    :param places: where the model may be: it is in the first one that is there; none
+        where it is no result of the command
     :raises KeyboardInterrupt: naming that place, where there was one without words
     """
     try:
         yield
     except KeyboardInterrupt as error:
+        if not places:
+            raise
         place = next((path for path in places if path.exists()), places[-1])
         raise KeyboardInterrupt(f"the model is complete, in {place}") from error
 

@@ -113,7 +113,8 @@ class SparseGPT(Pruner):
         flat = [[s for wanted in of_set for s in wanted] for of_set in sparsities]
         self._walk(columns, inverse, rows, flat)
         pruned = iter(
-            part.t().to(copy.dtype)
+            # a copy, for in float32 each would keep the columns of all
+            part.t().to(copy.dtype, copy=True)
             for own in columns
             for part, copy in zip(own.split(rows, dim=1), copies, strict=True)
         )

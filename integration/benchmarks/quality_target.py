@@ -119,6 +119,8 @@ def uniform_at(lines: list[dict], line: dict) -> str:
         and all(other[name] == line[name] for name in ("pruner", "seed"))
     )
     wanted, low, before = line["increase"], 0.0, 0.0
+    if wanted <= 0:  # as much is reached by pruning nothing
+        return "–"
     for sparsity, increase in points:
         if increase >= wanted:
             if before > 0:
