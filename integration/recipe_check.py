@@ -8,7 +8,9 @@ Prints the perplexity of every model, and a line per recipe with share of zeros,
 perplexity and seconds, and ends with exit code 1 if any failed. Without MODEL it takes
 SmolLM2-135M of the demo (`make demo` installs it), without --text the demo's text. The
 text that calibrates is the one that judges: what is looked for is a recipe that breaks,
-not how good it is.
+not how good it is. Of W4A16 the groups have 128 columns; for a model whose widths these
+do not divide the recipe is run with the groups that docs/deploy.md has for it, and the
+line says so.
 """
 
 import argparse
@@ -20,10 +22,20 @@ import time
 from functools import partial
 from pathlib import Path
 
+from absorb_plugin.blocks import find_blocks
 from absorb_plugin.evaluation.demo import demo_model, demo_texts
+from absorb_plugin.evaluation.plan import make_skeleton
+from absorb_plugin.evaluation.recipes import GROUP_SIZES
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 WINDOWS = 16
+SCHEME = '      scheme: W4A16\n      targets: ["Linear"]\n'
+GROUPS = """\
+      config_groups:
+        group_0:
+          targets: ["Linear"]
+          weights: {{num_bits: 4, type: int, strategy: group, group_size: {size}}}
+"""
 
 
 def absorb(*arguments: object) -> dict:
@@ -58,13 +70,33 @@ def run(
     :param shared: text, length and dtype, as every command of `absorb` takes them
     """
     with tempfile.TemporaryDirectory(dir=options.out) as directory:
+        recipe, remark = fitting(recipe, model, Path(directory))
         out, begin = Path(directory) / "pruned", time.perf_counter()
         made = ["--recipe", recipe, "--out", out, "--samples", options.samples]
         absorb("prune", model, *made, *shared)
         seconds = time.perf_counter() - begin
         checked = absorb("check", out, "--load")
         after = perplexity(out, shared)
-    return f"zeros {checked['zeros']:.4f}, perplexity {after:.2f}, {seconds:.0f} s"
+    said = f"zeros {checked['zeros']:.4f}, perplexity {after:.2f}, {seconds:.0f} s"
+    return said + remark
+
+
+def fitting(recipe: Path, model: Path, directory: Path) -> tuple[Path, str]:
+    """The recipe, or a copy whose groups divide the model's widths, and a remark."""
+    text = recipe.read_text()
+    if SCHEME not in text:
+        return recipe, ""
+    linears = find_blocks(make_skeleton(model)).linears().values()
+    size = max(
+        size
+        for size in GROUP_SIZES
+        if not any(linear.in_features % size for linear in linears)
+    )
+    if size == GROUP_SIZES[0]:
+        return recipe, ""
+    copy = directory / recipe.name
+    copy.write_text(text.replace(SCHEME, GROUPS.format(size=size)))
+    return copy, f", groups of {size}"
 
 
 def main() -> int:
