@@ -82,12 +82,16 @@ def test_an_interrupt_that_another_error_hides(number, monkeypatch):
             signal.raise_signal(number)
         raise ModuleNotFoundError("Could not import module 'PreTrainedModel'")
 
-    before = signal.getsignal(number)
+    # a shell that starts the tests in the background has SIGINT ignored
+    before = signal.signal(number, signal.default_int_handler)
     monkeypatch.setattr("absorb_plugin.cli.frame.route_logs", hide)
-    done = absorb("allocators")
-    assert done.exit_code == 130
-    assert done.stderr == "interrupted: no result was written\n"
-    assert signal.getsignal(number) is before
+    try:
+        done = absorb("allocators")
+        assert done.exit_code == 130
+        assert done.stderr == "interrupted: no result was written\n"
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
 
 
 def test_usage_errors_have_exit_code_2(model_dir, text_file):
