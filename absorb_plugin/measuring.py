@@ -67,10 +67,15 @@ def pruned_loss(setting: Setting, candidates: Sequence[np.ndarray]) -> Losses:
     """Losses by the pruner's arithmetic on samples that chose nothing."""
     candidates, samples = distributed.from_first(candidates), setting.samples
     pruning, judged = samples.pruning, [*samples.pruning, *samples.confirm]
-    make = partial(PrunedLoss, setting.blocks, setting.pruner, candidates, len(pruning))
-    probe = make(together=setting.pruner.hessians)
+    probe = PrunedLoss(
+        setting.blocks,
+        setting.pruner,
+        candidates,
+        len(pruning),
+        together=setting.pruner.hessians,
+    )
     if not setting.runner.has_room(probe.needs, judged):
-        probe = make()
+        probe.release()
     what = f"Pruning as {setting.pruner.name} does"
     return _judged(setting, what, judged, probe)
 

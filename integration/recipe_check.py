@@ -25,7 +25,7 @@ from pathlib import Path
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.evaluation.demo import demo_model, demo_texts
 from absorb_plugin.evaluation.plan import make_skeleton
-from absorb_plugin.evaluation.recipes import GROUP_SIZES
+from absorb_plugin.evaluation.recipes import GROUP_SIZES, group_size
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 WINDOWS = 16
@@ -86,12 +86,8 @@ def fitting(recipe: Path, model: Path, directory: Path) -> tuple[Path, str]:
     text = recipe.read_text()
     if SCHEME not in text:
         return recipe, ""
-    linears = find_blocks(make_skeleton(model)).linears().values()
-    size = max(
-        size
-        for size in GROUP_SIZES
-        if not any(linear.in_features % size for linear in linears)
-    )
+    linears = find_blocks(make_skeleton(model)).linears()
+    size = group_size({name: linear.in_features for name, linear in linears.items()})
     if size == GROUP_SIZES[0]:
         return recipe, ""
     copy = directory / recipe.name

@@ -16,7 +16,8 @@ from absorb_plugin.pruners import PRUNERS
 from absorb_plugin.search.budget import check_budget
 from absorb_plugin.settings import AllocationSettings
 
-__all__ = ["QUANTIZATIONS", "RecipeWishes", "is_native_recipe", "native_recipe"]
+__all__ = ["GROUP_SIZES", "QUANTIZATIONS", "RecipeWishes", "group_size"]
+__all__ += ["is_native_recipe", "native_recipe"]
 
 # Name -> scheme of llm-compressor. All of them keep zeros.
 QUANTIZATIONS = {"w8a8": "W8A8", "w4a16": "W4A16", "fp8": "FP8_DYNAMIC"}
@@ -107,7 +108,7 @@ class RecipeWishes:
         scheme = {"scheme": QUANTIZATIONS[self.quantize], "targets": ["Linear"]}
         if self.quantize != "w4a16":
             return scheme
-        size = _group_size(widths)
+        size = group_size(widths)
         if size == GROUP_SIZES[0]:
             return scheme
         weights = {"num_bits": 4, "type": "int", "strategy": "group"}
@@ -195,8 +196,13 @@ def _one(name: str, kept: Collection[str]) -> str:
     return name
 
 
-def _group_size(widths: Mapping[str, int]) -> int:
-    """:param widths: name of a Linear -> its columns"""
+def group_size(widths: Mapping[str, int]) -> int:
+    """
+    Of W4A16, the largest that divides all widths.
+
+    :param widths: name of a Linear -> its columns
+    :raises ValueError: if none does
+    """
     for size in GROUP_SIZES:
         if all(width % size == 0 for width in widths.values()):
             return size

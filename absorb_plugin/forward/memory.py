@@ -72,10 +72,10 @@ class Footprint:
         """Of these what it takes while a block runs it."""
         return self.per_token * tokens + self.per_pair * tokens**2
 
-    def whole(self, samples: int, tokens: int) -> int:
-        """Of samples that are all kept, while a block runs one of them."""
+    def whole(self, samples: int, tokens: int, at_a_time: int = 1) -> int:
+        """Of samples that are all kept, while a block runs so many of them."""
         states = samples * tokens * self.per_state
-        return self.fixed + states + self.inside(tokens)
+        return self.fixed + states + at_a_time * self.inside(tokens)
 
     def part(self, samples: int, tokens: int, memory: int) -> int:
         """How many of so many samples a block may run at a time, if all are kept."""

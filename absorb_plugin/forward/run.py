@@ -212,8 +212,7 @@ def _fit(parts: Parts, batch: Batch, need: Footprint, memory: int | None) -> Non
     samples, tokens = batch["input_ids"].shape
     part = need.part(samples, tokens, memory)
     parts.size = min(parts.size or part, part)
-    states = samples * tokens * need.per_state
-    most = need.fixed + states + part * need.inside(tokens)
+    most = need.whole(samples, tokens, part)
     if most > memory:
         _warn_of_memory(memory, most, need.fixed, samples, tokens)
 

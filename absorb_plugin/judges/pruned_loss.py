@@ -144,7 +144,8 @@ class PrunedLoss(Probe):
     ) -> Observed:
         """Of the inputs of a block's Linears, in which what is judged has no part."""
         if candidate == 0:  # the model's own pass
-            found, self._own = self._own, Observed()
+            found = self._own
+            del self._own  # held by no one else, or it would outlive its use
             return found
         calibrating = slice(self._calibrating)
         watch = self._inputs(index, self._mask[calibrating])

@@ -378,11 +378,7 @@ def station_cost(
         part = need.part(together, station.tokens, limit)
     cost = _extrapolated(name, station, pruner, together, batches)
     moved = _moved(name, station, batches)
-    took = (
-        need.fixed
-        + together * station.tokens * need.per_state
-        + part * need.inside(station.tokens)
-    )
+    took = need.whole(together, station.tokens, part)
     return {
         "station": station.name,
         "runs": station.runs,
