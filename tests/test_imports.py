@@ -32,7 +32,7 @@ RINGS = [
     {"hookspecs"},
     {"search"},
     {"files", "mistakes", "overflow", "distributed", "cpu", "precision", "torch_state"}
-    | {"_llmcompressor"},
+    | {"_llmcompressor", "other_modifiers"},
 ]
 
 

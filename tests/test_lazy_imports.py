@@ -78,3 +78,15 @@ def test_what_the_modifier_needs_at_once_does_not_import_llmcompressor() -> None
     is needed by the modifier, would be half imported then.
     """
     run(LOADED)
+
+
+def test_a_check_does_without_llmcompressor() -> None:
+    """Its import is a fifth of the time that `absorb check` takes to begin."""
+    run(
+        "import sys\n"
+        "import absorb_plugin.cli.check, absorb_plugin.evaluation.check\n"
+        "from absorb_plugin.cli.frame import command\n"
+        "with command(debug=False, upstream=False):\n"
+        "    pass\n"
+        "assert 'llmcompressor' not in sys.modules\n"
+    )

@@ -1,5 +1,6 @@
 """`absorb check`: what to know of a saved model before it is served."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
@@ -27,7 +28,9 @@ def check(
     debug: Debug = False,
 ) -> None:
     """Compare the zeros of a saved model with its recipe. Exit code 1 if broken."""
-    with command(debug) as stdout:
+    with command(debug, upstream=False) as stdout:
+        # torch and transformers take seconds to import
+        print(f"reading {_described(directory)}", file=sys.stderr, flush=True)
         from absorb_plugin.evaluation.check import check_checkpoint
 
         report = check_checkpoint(directory, load)
@@ -37,6 +40,11 @@ def check(
             _print(report, stdout)
         if report.problems:
             raise typer.Exit(1)
+
+
+def _described(directory: Path) -> str:
+    size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    return f"{directory}: {size / 1e9:.2f} GB of weights"
 
 
 def _print(report: "CheckReport", file: TextIO) -> None:

@@ -31,13 +31,17 @@ FIELD = re.compile(
 )
 RENAMED = {"num_calibration_samples": "samples", "max_seq_length": "seq_len"}
 
-# Of loguru, and one that llm-compressor adds.
+# Of loguru, and one that llm-compressor adds, of the number below.
 LEVELS = ["TRACE", "DEBUG", "INFO", "SUCCESS", "WARNING", "METRIC", "ERROR", "CRITICAL"]
+METRIC = 38
 
 
 @contextlib.contextmanager
 def command(
-    debug: bool, quiet: bool = False, fields: Collection[str] = ()
+    debug: bool,
+    quiet: bool = False,
+    fields: Collection[str] = (),
+    upstream: bool = True,
 ) -> Iterator[TextIO]:
     """
     The frame of every command. In it `sys.stdout` is stderr, for llm-compressor and
@@ -49,6 +53,7 @@ def command(
     :param quiet: unless `debug`, show errors and nothing else: no bars, no logs, no
         warnings, of which a report tells as well
     :param fields: of recipes, for which this call has options instead
+    :param upstream: whether llm-compressor is needed, which takes a second to import
     """
     stdout = sys.stdout
     replace_unknown(stdout)
@@ -61,6 +66,8 @@ def command(
             contextlib.redirect_stderr(silence),
             contextlib.redirect_stdout(silence),
         ):
+            if upstream:
+                set_up_upstream()
             route_logs(debug, silence)
             keep_freed_memory()
             try:
@@ -126,21 +133,28 @@ def keep_freed_memory() -> None:
     cpu.keep_freed_memory()
 
 
+def set_up_upstream() -> None:
+    """
+    llm-compressor sets up loguru when it is first imported, and says if there is no
+    accelerator.
+    """
+    _log_level()  # which it would end at, with a traceback
+    with contextlib.redirect_stdout(io.StringIO()):
+        import llmcompressor  # noqa: F401
+
+
 def route_logs(debug: bool, stream: TextIO) -> None:
     """
     Send loguru to a stream: our lines and warnings of llm-compressor, or everything.
     LLM_COMPRESSOR_LOG_LEVEL is obeyed as in llm-compressor itself.
     """
     level = _log_level()
-    # It sets up loguru when it is first imported, and says if there is no accelerator.
-    with contextlib.redirect_stdout(io.StringIO()):
-        import llmcompressor  # noqa: F401
     from loguru import logger
 
-    lowest = "DEBUG" if debug else logger.level(level).no
+    lowest = METRIC if level == "METRIC" else logger.level(level).no
 
     def wanted(record: Any) -> bool:
-        # "METRIC" (no. 38): four lines for each pruned Linear, not a warning
+        # four lines for each pruned Linear, not a warning
         is_metric = record["level"].name == "METRIC"
         if (record["name"] or "").startswith("absorb_plugin"):
             return True

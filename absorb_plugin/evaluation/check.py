@@ -14,6 +14,7 @@ import transformers
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from compressed_tensors.utils import match_targets
 from pydantic import ValidationError
+from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedModel
 
 from absorb_plugin.evaluation.check_report import (
@@ -32,7 +33,7 @@ from absorb_plugin.evaluation.plan import (
 from absorb_plugin.evaluation.shards import Checkpoint
 from absorb_plugin.evaluation.zeros import Count, count_dense, count_quantized
 from absorb_plugin.mistakes import in_words
-from absorb_plugin.pruners.adapter import DESTROYS_ZEROS
+from absorb_plugin.other_modifiers import DESTROYS_ZEROS
 
 __all__ = ["check_checkpoint"]
 
@@ -232,7 +233,8 @@ def _count_linears(
                 f"{len(absent)} Linears of recipe.yaml are not in the files, "
                 f"{absent[0]} for one"
             )
-    for name, saved in names.items():
+    bar = tqdm(names.items(), desc="Counting zeros", unit="Linear", leave=False)
+    for name, saved in bar:
         count = _count(checkpoint, saved, stored[saved], schemes)
         if count is None:
             report.linears.clear()

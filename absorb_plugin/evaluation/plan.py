@@ -19,9 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from absorb_plugin._llmcompressor import linearize_moe
 from absorb_plugin.mistakes import check_patterns
-from absorb_plugin.pruners import PRUNERS
 
 try:
     from transformers.initialization import no_init_weights
@@ -31,8 +29,8 @@ except ModuleNotFoundError:  # transformers 4
 __all__ = ["make_skeleton", "model_class", "pruned_linears", "read_modifiers"]
 __all__ += ["stored_names"]
 
-# Class names of modifiers whose `sparsity` is of the weights of Linears.
-KNOWN = {pruner.modifier.__name__ for pruner in PRUNERS.values()}
+# Class names of pruners, told without the second that llm-compressor takes to import.
+COMMON = ("SparseGPTModifier", "WandaPruningModifier")
 
 
 class _Loader(yaml.SafeLoader):
@@ -54,8 +52,16 @@ def make_skeleton(directory: Path) -> PreTrainedModel:
     with FakeTensorMode(), no_init_weights():
         model = model_class(config)._from_config(config)
         model.tie_weights()
-        linearize_moe(model)
+        if any(weight.dim() == 3 for weight in model.parameters()):
+            _linearize(model)
     return model
+
+
+def _linearize(model: PreTrainedModel) -> None:
+    """Fused experts, as llm-compressor does before it prunes them."""
+    from absorb_plugin._llmcompressor import linearize_moe
+
+    linearize_moe(model)
 
 
 def model_class(config: PretrainedConfig) -> Any:
@@ -104,10 +110,18 @@ def pruned_linears(
     """
     plan: dict[str, float] = {}
     for name, fields in modifiers:
-        # another modifier's sparsity may be of experts, or of anything
-        if "sparsity" in fields and (name in KNOWN or "mask_structure" in fields):
+        if "sparsity" in fields and _prunes_linears(name, fields):
             plan |= _planned(name, fields, model)
     return plan
+
+
+def _prunes_linears(name: str, fields: Mapping[str, Any]) -> bool:
+    """Another modifier's sparsity may be of experts, or of anything."""
+    if name in COMMON or "mask_structure" in fields:
+        return True
+    from absorb_plugin.pruners import PRUNERS
+
+    return name in {pruner.modifier.__name__ for pruner in PRUNERS.values()}
 
 
 def _planned(

@@ -25,23 +25,12 @@ from torch.nn import Linear
 
 from absorb_plugin.blocks import BlockMap, linear_parameters
 from absorb_plugin.language_model import language_model
+from absorb_plugin.other_modifiers import DESTROYS_ZEROS, ROTATE
 from absorb_plugin.pruners import Pruner, pruner_class
 from absorb_plugin.pruners.recipe import modifiers_before
 from absorb_plugin.search.budget import check_budget
 
-__all__ = ["DESTROYS_ZEROS", "PrunerAdapter", "check_aim", "find_pruners"]
-
-# What they do to a weight that was pruned, measured in tests/test_quantization.py. By
-# name: their modules moved between the versions of llm-compressor that we support.
-DESTROYS_ZEROS = {
-    "AutoRoundModifier": "learns an offset for every weight, pruned ones included",
-    "GPTQModifier": "moves the error of quantisation onto weights that were pruned",
-    "QuIPModifier": "rotates the weights, which mixes zeros with other weights",
-    "SpinQuantModifier": "rotates the weights, which mixes zeros with other weights",
-}
-
-# What an allocation made before them does not know of.
-ROTATE = ("QuIPModifier", "SpinQuantModifier")
+__all__ = ["PrunerAdapter", "check_aim", "find_pruners"]
 
 # Of the targeted weights, beyond which it is told that they stay dense.
 MUCH = 0.05

@@ -21,8 +21,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from absorb_plugin.cli.check import _summary
 from absorb_plugin.evaluation import shards
 from absorb_plugin.evaluation.check import check_checkpoint
+from absorb_plugin.evaluation.plan import COMMON
 from absorb_plugin.evaluation.shards import Checkpoint
 from absorb_plugin.evaluation.zeros import count_quantized
+from absorb_plugin.pruners import PRUNERS
 
 SCHEMES = ["W8A8", "W4A16", "FP8_DYNAMIC", "W4A16_ASYM", "NVFP4A16"]
 WEIGHTS = "model.safetensors"
@@ -559,3 +561,8 @@ def test_a_directory_with_a_space(plain: Path) -> None:
 def test_a_file_is_no_directory(plain: Path) -> None:
     with pytest.raises(NotADirectoryError, match="name the directory"):
         check_checkpoint(plain / "config.json")
+
+
+def test_the_pruners_told_by_name_are_ours() -> None:
+    """`absorb check` knows these without importing llm-compressor."""
+    assert {pruner.modifier.__name__ for pruner in PRUNERS.values()} >= {*COMMON}

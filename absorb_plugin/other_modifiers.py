@@ -1,0 +1,17 @@
+"""
+What modifiers of llm-compressor other than pruners do to pruned weights. By name: their
+modules moved between the versions that we support, and importing them takes seconds.
+"""
+
+__all__ = ["DESTROYS_ZEROS", "ROTATE"]
+
+# What they do to a weight that was pruned, measured in tests/test_quantization.py.
+DESTROYS_ZEROS = {
+    "AutoRoundModifier": "learns an offset for every weight, pruned ones included",
+    "GPTQModifier": "moves the error of quantisation onto weights that were pruned",
+    "QuIPModifier": "rotates the weights, which mixes zeros with other weights",
+    "SpinQuantModifier": "rotates the weights, which mixes zeros with other weights",
+}
+
+# What an allocation made before them does not know of.
+ROTATE = ("QuIPModifier", "SpinQuantModifier")
