@@ -1,7 +1,8 @@
 """Which decoder blocks a model has, which Linears in them, and how many weights."""
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +14,10 @@ from absorb_plugin.language_model import language_model
 from absorb_plugin.torch_state import stored
 
 __all__ = ["Block", "BlockMap", "find_blocks", "linear_parameters"]
+
+# Modules that choose among experts, by what models of transformers call them.
+ROUTERS = ("router", "routers")
+ROUTER_CLASS = re.compile(r"Router|TopKGating")
 
 
 @dataclass(frozen=True)
@@ -235,26 +240,42 @@ def _weight(linear: torch.nn.Linear) -> int:
 
 
 def _routers(block: torch.nn.Module) -> list[str]:
+    """Names of the Linears of a block that choose among experts or weigh a shared one."""
+    linears = _linears(block)
+    found = {*_beside_experts(block), *_in_routers(block)}
+    return [name for name in linears if name in found]
+
+
+def _beside_experts(block: torch.nn.Module) -> Iterator[str]:
     """
-    Names of the Linears of a block that choose among experts or weigh a shared one.
-    They are told by their place and shape, not by their name, which differs from model
-    to model: beside a list of experts, with one output per expert, or with one output.
-    Where the experts lie directly in the block, beside its attention, the name counts.
+    Routers by their place and shape, for their names differ from model to model: beside
+    a list of experts, with one output per expert, or with one output. Where the experts
+    lie directly in the block, beside its attention, the name counts.
     """
-    found = []
     for parent, module in block.named_modules():
         experts = getattr(module, "experts", None)
         if not isinstance(experts, torch.nn.Module):
             continue
         sizes = {1, *_number_of_experts(experts)}
-        found += [
+        yield from (
             f"{parent}.{name}".removeprefix(".")
             for name, linear in _linears(module).items()
             if linear.out_features in sizes
             and not name.startswith("experts.")
             and (parent or "router" in name or "gate" in name)
-        ]
-    return found
+        )
+
+
+def _in_routers(block: torch.nn.Module) -> Iterator[str]:
+    """
+    Routers that name or class say are some: of several layers, with more outputs than
+    experts, of experts that are fused in other ways.
+    """
+    for parent, module in block.named_modules():
+        named = parent.rpartition(".")[2] in ROUTERS
+        classed = ROUTER_CLASS.search(type(module).__name__)
+        if parent and (named or classed) and not hasattr(module, "experts"):
+            yield from (f"{parent}.{name}".rstrip(".") for name in _linears(module))
 
 
 def _number_of_experts(experts: torch.nn.Module) -> set[int]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 __all__ = [
     "REMEDY",
+    "WITHOUT_FORWARD",
     "check_ids",
     "check_predicts_tokens",
     "forward_inputs",
@@ -29,6 +30,11 @@ EXTRAS = ("use_cache", "output_router_logits")
 REMEDY = (
     "Use strength: 0, which keeps the base allocation, or signal: noise with a number "
     "as strength"
+)
+
+# Where no block may be run by us at all.
+WITHOUT_FORWARD = (
+    "Use strength: 0 and an allocator that needs no activations, as alpha_pruning"
 )
 
 

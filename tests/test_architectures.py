@@ -265,6 +265,11 @@ def test_of_vision_and_language_the_text_decoder(
 
 
 REFUSED = {
+    "xlnet": (
+        "XLNetLMHeadModel",
+        {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 16},
+        r"of shape \(\d+, 1, 16\), not \(batch, tokens, hidden\).*strength: 0",
+    ),
     "gpt2": (
         "GPT2LMHeadModel",
         {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16},

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 from helpers import tiny
 from transformers import (
     GPT2Config,
@@ -127,3 +128,36 @@ def test_attention_beside_experts_is_no_router(llama: PreTrainedModel) -> None:
     block = find_blocks(llama).blocks[0]
     assert block.routers == ("router",)
     assert "self_attn.k_proj" in block.linears and "experts.15.0" in block.linears
+
+
+class GateRouter(torch.nn.Module):
+    """As Zaya's: two layers, and more outputs than experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = torch.nn.Linear(32, 8)
+        self.out = torch.nn.Linear(8, 5)
+
+
+def test_routers_told_by_name_or_class(llama: PreTrainedModel) -> None:
+    layer = llama.model.layers[0]
+    layer.mlp.router = torch.nn.Linear(32, 4)  # fused experts, as Aria's
+    layer.mlp.gate = GateRouter()
+    block = find_blocks(llama).blocks[0]
+    assert set(block.routers) == {"mlp.router", "mlp.gate.down", "mlp.gate.out"}
+    assert {"mlp.gate_proj", "self_attn.q_proj"} < set(block.linears)
+
+
+def test_routers_of_jetmoe() -> None:
+    config = transformers.JetMoeConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        kv_channels=8,
+        num_local_experts=4,
+    )
+    block = find_blocks(transformers.JetMoeForCausalLM(config)).blocks[1]
+    assert block.routers == ("mlp.router.layer", "self_attention.experts.router.layer")
+    assert list(block.linears) == ["self_attention.kv_proj"]

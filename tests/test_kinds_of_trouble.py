@@ -306,6 +306,15 @@ def test_what_is_no_chain_is_refused(oddity: str, case: str) -> None:
     assert len(sparsities(model, strength=0)) == 18
 
 
+def test_a_head_that_fails_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise AttributeError("'NoneType' object has no attribute 'detach'")
+
+    monkeypatch.setattr(OutputHead, "logits", fails)
+    with pytest.raises(ValueError, match="output head.*NoneType.*strength: 0"):
+        sparsities(make_remote(), **RUNS["search"])
+
+
 def test_tokens_that_see_the_future() -> None:
     model = make_remote(oddity="bidirectional")
     with pytest.raises(ValueError, match="tokens see those after them.*strength: 0"):

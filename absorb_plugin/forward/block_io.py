@@ -5,8 +5,10 @@ remote code name their input as they like, and return it in any container.
 
 import copy
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ __all__ = [
 ]
 
 USUAL = "hidden_states"
+# Arguments that hold an attention bias, with entries for every head.
+BIAS = re.compile("alibi|bias")
 HEADS = ("num_heads", "num_attention_heads", "n_heads")
 CACHES = {"past_key_value", "past_key_values", "layer_past", "cache_params", "cache"}
 
@@ -81,13 +85,38 @@ class BlockCall:
         :param block: that is called
         """
         samples, tokens = self.hidden.shape[:2]
-        cut = partial(_cut, part, samples, tokens, _heads(block))
-        return BlockCall(cut(self.args), cut(dict(self.kwargs)), self.key)
+        names, heads = [*signature(block.forward).parameters], _heads(block)
+
+        def cut(name: object, value: Any) -> Any:
+            if heads and BIAS.search(str(name)) and isinstance(value, torch.Tensor):
+                bias = _cut_bias(part, samples, heads, value)
+                if bias is not None:
+                    return bias
+            return _cut(part, samples, tokens, value)
+
+        named = [*names, *range(len(names), len(self.args))]
+        args = tuple(map(cut, named, self.args))
+        kwargs = {name: cut(name, value) for name, value in self.kwargs.items()}
+        return BlockCall(args, kwargs, self.key)
 
 
-def _cut(part: slice, samples: int, tokens: int, heads: int, value: Any) -> Any:
+def _cut_bias(
+    part: slice, samples: int, heads: int, value: torch.Tensor
+) -> torch.Tensor | None:
+    """
+    The part of an attention bias of every head, shape (heads, ...) or (samples * heads,
+    ...); None for one that begins with the samples.
+    """
+    if len(value) == heads and value.dim() == 3:  # as MPT's
+        return value
+    if len(value) == samples * heads:  # as Bloom's
+        return value.unflatten(0, (samples, heads))[part].flatten(0, 1)
+    return None
+
+
+def _cut(part: slice, samples: int, tokens: int, value: Any) -> Any:
     """The part of whatever has entries for every sample; positions may have none."""
-    cut = partial(_cut, part, samples, tokens, heads)
+    cut = partial(_cut, part, samples, tokens)
     if isinstance(value, dict):
         return {key: cut(one) for key, one in value.items()}
     if isinstance(value, tuple):
@@ -95,11 +124,6 @@ def _cut(part: slice, samples: int, tokens: int, heads: int, value: Any) -> Any:
     if not isinstance(value, torch.Tensor) or value.dim() < 2:
         return value
     first, second, *others = value.shape
-    if heads and others == [tokens] and second in (1, tokens):  # a bias of every head
-        if first == heads:  # as MPT's
-            return value
-        if first == samples * heads:  # as Bloom's
-            return value.unflatten(0, (samples, heads))[part].flatten(0, 1)
     if first == samples:
         return value[part]
     if first == 3 and second == samples and others[:1] == [tokens]:

@@ -163,8 +163,20 @@ class _ChainCheck(Probe):
             return
         self._check_order()
         if self._by_loss:
-            head.logits(batch["input_ids"], self._after, 0, 1)  # says what is missing
+            self._check_head(batch, head)
             self._changes_before = self._seen_future()
+
+    def _check_head(self, batch: Batch, head: OutputHead) -> None:
+        try:
+            head.logits(batch["input_ids"], self._after, 0, 1)
+        except (ValueError, torch.OutOfMemoryError):
+            raise  # it says what is missing
+        except Exception as error:  # of the model's own code, whatever it is
+            told = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(
+                "model: its output head cannot be run by itself on what the last block "
+                f"puts out ({told}), so there is no loss to judge by. {INSTEAD}"
+            ) from error
 
     def _changed(self, before: torch.Tensor) -> torch.Tensor:
         """The same but for the last token."""

@@ -36,7 +36,11 @@ from absorb_plugin.forward.memory import Footprint, footprint
 from absorb_plugin.forward.parts import Parts
 from absorb_plugin.forward.probe import Probe, RunBlock
 from absorb_plugin.forward.resident import release
-from absorb_plugin.language_model import forward_inputs, language_model
+from absorb_plugin.language_model import (
+    WITHOUT_FORWARD,
+    forward_inputs,
+    language_model,
+)
 
 __all__ = ["NonFiniteHiddenState", "run_probes"]
 
@@ -242,6 +246,7 @@ class _BlockHooks:
         self._hooks = ExitStack()
         self._onloaded = ExitStack()
         self._listening = False
+        self._shape = torch.Size()  # of the ids: (batch, tokens)
 
     def __enter__(self) -> "_BlockHooks":
         for index, block in enumerate(self._blocks.modules):
@@ -273,7 +278,7 @@ class _BlockHooks:
         """The whole of a batch."""
         for probe in self._probes:
             probe.start(batch)
-        self._listening = True
+        self._listening, self._shape = True, batch["input_ids"].shape
         try:
             model(**forward_inputs(model, batch))
         finally:
@@ -339,11 +344,12 @@ class _BlockHooks:
 
     def _check(self, index: int, after: torch.Tensor) -> None:
         name = self._blocks.blocks[index].name
-        if after.dim() != 3:
+        if after.dim() != 3 or after.shape[:2] != self._shape:
             raise ValueError(
-                f"block {name} puts out a hidden state of shape "
-                f"{tuple(after.shape)}, not (batch, tokens, hidden): architectures "
-                "with several parallel streams, as Gemma 3n, are not supported"
+                f"model: block {name} puts out a hidden state of shape "
+                f"{tuple(after.shape)}, not (batch, tokens, hidden), of "
+                f"{tuple(self._shape)}: architectures with several parallel streams, "
+                f"as Gemma 3n, or another order are not supported. {WITHOUT_FORWARD}"
             )
         overflows = any(probe.may_overflow for probe in self._probes)
         if not overflows and not torch.isfinite(after).all():

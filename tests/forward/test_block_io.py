@@ -48,9 +48,38 @@ BIASES = {
 }
 
 
+class Biased(Identity):
+    """
+    A block as BLOOM and MPT have them.
+
+    :param heads: of its attention
+    """
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.num_heads = heads
+
+    def forward(
+        self, hidden_states: torch.Tensor, alibi: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        raise NotImplementedError  # no test runs it
+
+
 @pytest.mark.parametrize("heads, expected, shape", BIASES.values(), ids=BIASES)
 def test_a_bias_of_every_head(heads: int, expected: Callable, shape: tuple) -> None:
-    block, bias = Identity(), numbered(*shape)
-    block.num_heads = heads
-    call = BlockCall.of(block, (torch.randn(SAMPLES, TOKENS, 8), bias), {})
-    assert torch.equal(call.of_samples(slice(1, 3), block).args[1], expected(bias))
+    block, bias, hidden = Biased(heads), numbered(*shape), torch.randn(SAMPLES, 5, 8)
+    by_place = BlockCall.of(block, (hidden, bias), {})
+    by_name = BlockCall.of(block, (hidden,), {"alibi": bias})
+    part = slice(1, 3)
+    assert torch.equal(by_place.of_samples(part, block).args[1], expected(bias))
+    assert torch.equal(by_name.of_samples(part, block).kwargs["alibi"], expected(bias))
+
+
+def test_as_many_samples_as_heads() -> None:
+    """What has the shape of MPT's bias then, and is none: it is cut all the same."""
+    block, square = Biased(SAMPLES), torch.randn(SAMPLES, TOKENS, TOKENS)
+    kwargs = {"position_embeddings": (square, square), "per_token": square}
+    part = BlockCall.of(block, (square,), kwargs).of_samples(slice(1, 3), block)
+    assert torch.equal(part.hidden, square[1:3])
+    assert torch.equal(part.kwargs["position_embeddings"][1], square[1:3])
+    assert torch.equal(part.kwargs["per_token"], square[1:3])
