@@ -240,7 +240,7 @@ def _weight(linear: torch.nn.Linear) -> int:
 
 
 def _routers(block: torch.nn.Module) -> list[str]:
-    """Names of the Linears of a block that choose among experts or weigh a shared one."""
+    """Of a block's Linears those that choose among experts or weigh a shared one."""
     linears = _linears(block)
     found = {*_beside_experts(block), *_in_routers(block)}
     return [name for name in linears if name in found]

@@ -16,6 +16,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
@@ -55,10 +56,10 @@ def command(
     :param fields: of recipes, for which this call has options instead
     :param upstream: whether llm-compressor is needed, which takes a second to import
     """
-    stdout = sys.stdout
+    stdout = _opened(sys.stdout)
     replace_unknown(stdout)
     quiet = quiet and not debug
-    silence = io.StringIO() if quiet else sys.stderr
+    silence = io.StringIO() if quiet else _opened(sys.stderr)
     interrupts: list[int] = []
     try:
         with (
@@ -87,6 +88,11 @@ def command(
         if not debug:
             typer.echo(f"error: {one_line(error, fields)}", err=True)
         raise typer.Exit(1) from error
+
+
+def _opened(stream: TextIO | None) -> TextIO:
+    """A daemon may have closed it; what goes there is of interest to nobody then."""
+    return stream if stream is not None else Path(os.devnull).open("w")
 
 
 @contextlib.contextmanager

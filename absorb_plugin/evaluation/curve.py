@@ -101,9 +101,11 @@ def measure_curve(
         for sparsity in tqdm(order, desc="Sparsities", disable=hidden):
             budget = budgets[sparsity]
             allocations = _allocations(method, budget, _near(ours, sparsity))
-            ours[sparsity] = allocations[-1]
-            losses = pruned_loss(method.setting, allocations)
-            points.append(_point(sparsity, losses, dense[0]))
+            sums, counts = pruned_loss(method.setting, allocations)
+            taken = _taken(sums)
+            ours[sparsity] = allocations[taken]
+            sums = np.stack([*sums[:-1], sums[taken]])
+            points.append(_point(sparsity, (sums, counts), dense[0]))
     points.sort(key=lambda point: point.sparsity)
     return Curve(float(dense.sum() / tokens.sum()), int(tokens.sum()), points)
 
@@ -111,13 +113,20 @@ def measure_curve(
 def _allocations(
     method: Method, budget: Budget, near: np.ndarray | None
 ) -> list[np.ndarray]:
-    """Uniform, base, ours."""
+    """Uniform, base, and what the search finds."""
     base = method.base(budget)
     if near is None:
         found = method.search(base, budget).sparsity
     else:
         found = method.refine(near, budget)
     return [budget.uniform(), base.sparsity, found]
+
+
+def _taken(sums: np.ndarray) -> int:
+    """Of uniform, base and found: the last, unless the best of the others is better."""
+    *others, found = sums.sum(axis=1)
+    best = int(np.argmin(others))
+    return len(others) if found <= others[best] else best
 
 
 def _from_the_middle(sparsities: Sequence[float]) -> list[float]:

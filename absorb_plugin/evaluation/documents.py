@@ -10,9 +10,11 @@ import gzip
 import io
 import json
 import lzma
+import shlex
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, repeat
 from pathlib import Path
@@ -179,7 +181,7 @@ def _check_encoding(path: Path, start: bytes) -> None:
         if start.startswith(mark):
             raise ValueError(
                 f"{path} is {encoding} text, and UTF-8 is needed. Convert it: "
-                f"iconv -f {encoding} -t UTF-8 {path} > FILE"
+                f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > FILE"
             )
     if b"\0" in start:
         raise ValueError(
@@ -277,9 +279,10 @@ def _read_table(path: Path, column: str | None) -> Iterator[Document]:
         tabs = _suffix(path) == ".tsv"
         delimiter = "\t" if tabs else max(DELIMITERS, key=header.count)
         names = next(csv.reader([header], delimiter=delimiter))
-        # In many a TSV quotes are letters. One that opens a sentence would reach for
-        # the next, however many rows below, if that were not an error.
-        rows = csv.reader(file, delimiter=delimiter, strict=tabs)
+        _check_header(names, path)
+        # A quote that opens a sentence, or is never closed, would reach for the next,
+        # however many rows below, if that were not an error.
+        rows = csv.reader(file, delimiter=delimiter, strict=True)
         for number, row in enumerate(_rows(rows, path), start=1):
             where = f"{path}, row {number}"
             if any(row[len(names) :]):
@@ -289,6 +292,17 @@ def _read_table(path: Path, column: str | None) -> Iterator[Document]:
                 )
             values: Iterable[str | None] = chain(row, repeat(None))
             yield _document(dict(zip(names, values)), column, where)
+
+
+def _check_header(names: Sequence[str], path: Path) -> None:
+    if not any(name.strip() for name in names):
+        raise ValueError(
+            f"{path} begins with an empty line, where the names of the columns belong: "
+            "delete it"
+        )
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    if any(name in COLUMNS for name in twice):
+        raise ValueError(f"{path} has two columns {twice[0]!r}: rename one")
 
 
 def _rows(rows: Any, path: Path) -> Iterator[list[str]]:

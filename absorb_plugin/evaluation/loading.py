@@ -52,7 +52,8 @@ OTHER_HEAD = re.compile(
 )
 BASE_MODEL = re.compile(r"(?<!LMHead)Model$")
 # Configurations and what tokenizers are made of.
-SMALL_FILES = ("*config.json", "*token*", "vocab*", "merges.txt", "*.model")
+OF_TOKENIZERS = ("*token*", "vocab*", "merges.txt", "*.model")
+SMALL_FILES = ("*config.json", *OF_TOKENIZERS)
 # Share of the first device's free memory that resident weights may take; the rest is
 # for hidden states and logits.
 RESIDENT = 0.5
@@ -169,8 +170,23 @@ def check_length(config: PretrainedConfig, length: int) -> None:
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a directory or hub id, a `PreTrainedTokenizerBase`."""
-    return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    """
+    The tokenizer of a directory or hub id, a `PreTrainedTokenizerBase`.
+
+    :raises FileNotFoundError: if the directory has none
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except Exception:  # whatever transformers raises: it names packages instead
+        folder = Path(model).expanduser()
+        found = (path for kind in OF_TOKENIZERS for path in folder.glob(kind))
+        if folder.is_dir() and next(found, None) is None:
+            raise FileNotFoundError(
+                f"{model} has no tokenizer (tokenizer.json or tokenizer.model, or "
+                "vocab.json and merges.txt): copy the files of the model that it was "
+                "made from"
+            ) from None
+        raise
 
 
 def empty_model(

@@ -32,9 +32,18 @@ def check_output(out: Path, overwrite: bool) -> None:
     :raises NotADirectoryError: if something above it is a file
     :raises FileExistsError: if `out` is a file, holds files and `overwrite` is not set,
         or holds something that is not a model
-    :raises ValueError: if it is a mount point, which cannot be replaced
+    :raises ValueError: if it is a mount point, which cannot be replaced, or its name
+        is none that tokenizers can write to
     """
     out = out.expanduser().resolve()
+    try:
+        str(out).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{ascii(str(out))} is no name in UTF-8, to which a tokenizer could be "
+            "saved: choose another directory (or, if it has letters beyond ASCII, a "
+            "locale with UTF-8)"
+        ) from error
     above = next((folder for folder in out.parents if folder.exists()), out)
     if not above.is_dir():
         raise NotADirectoryError(
@@ -164,19 +173,21 @@ def is_figure(content: bytes) -> bool:
     return content.startswith(b"\x89PNG")
 
 
-def has_fields(*names: str) -> Callable[[bytes], bool]:
-    """Whether something is a JSON object with these fields."""
+def has_fields(*names: str, lacking: str = "") -> Callable[[bytes], bool]:
+    """Whether something is a JSON object with these fields, and without another."""
 
     def test(content: bytes) -> bool:
         try:
-            return json_object(content, "").keys() >= set(names)
+            found = json_object(content, "").keys()
         except ValueError:
             return False
+        return found >= set(names) and lacking not in found
 
     return test
 
 
-is_result = has_fields("model", "sparsity")  # as `save_result` writes it
+# As `save_result` writes it; the last is of a file of ratios.
+is_result = has_fields("model", "sparsity", lacking="linears")
 
 
 def check_space(out: Path, needed: int) -> None:

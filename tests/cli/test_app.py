@@ -4,9 +4,11 @@ import contextlib
 import io
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers.cli import absorb, error_of
@@ -130,3 +132,14 @@ def test_fields_become_options():
     error = ValueError("max_loss_increase=-1, sparsity=0.5; max_sparsity=1, sparsity")
     told = "--max-loss-increase -1, --sparsity 0.5; max_sparsity=1, sparsity"
     assert one_line(error, ["sparsity", "max_loss_increase"]) == told
+
+
+def test_streams_that_are_closed(model_dir: Path, tmp_path: Path) -> None:
+    """As of a daemon: what was done is not called a failure for it."""
+    out = tmp_path / "ratios.json"
+    command = [sys.executable, "-m", "absorb_plugin.cli", "allocate", str(model_dir)]
+    command += ["--allocator", "alpha_pruning", "--sparsity", "0.5"]
+    command += ["--no-correction", "--ratios-out", str(out)]
+    closed = f"{shlex.join(command)} >&- 2>&-"
+    assert subprocess.run(closed, shell=True, check=False).returncode == 0
+    assert out.is_file()

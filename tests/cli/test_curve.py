@@ -4,11 +4,18 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.cli import absorb, error_of, files_in
 
 from absorb_plugin.cli.curve import _print, parse_sparsities
-from absorb_plugin.evaluation.curve import Curve, CurvePoint, as_dict, knee
+from absorb_plugin.evaluation.curve import (
+    Curve,
+    CurvePoint,
+    _taken,
+    as_dict,
+    knee,
+)
 
 
 @pytest.mark.parametrize(
@@ -128,3 +135,12 @@ def test_a_perplexity_beyond_the_largest_float() -> None:
         _print(found, "the knee", "owl", file)
         text = file.getvalue()
     assert "dense inf" in text and text.count(" inf ") == 4
+
+
+def test_what_prune_would_fall_back_to() -> None:
+    """The search's outcome is not what a user gets where it is worse."""
+    losses = np.array([[3.0, 3.0], [2.0, 3.0], [2.0, 2.0]])
+    assert _taken(losses) == 2
+    assert _taken(losses[[0, 1, 0]]) == 1 and _taken(losses[[1, 0, 0]]) == 0
+    losses[2] = np.inf
+    assert _taken(losses) == 1

@@ -324,11 +324,17 @@ def test_a_linear_without_weights(plain: Path) -> None:
     assert any("no weight left" in one and DOWN[:-7] in one for one in problems)
 
 
-def test_a_linear_that_was_left_dense(plain: Path) -> None:
-    change_weights(plain, lambda tensors: tensors[DOWN].fill_(1.0))
+def test_a_small_linear_that_was_left_dense(plain: Path) -> None:
+    name = DOWN.replace("mlp.down_proj", "self_attn.k_proj")
+    change_weights(plain, lambda tensors: tensors[name].fill_(1.0))
     report = check_checkpoint(plain)
     assert not report.problems
-    assert any("left dense" in one and DOWN[:-7] in one for one in report.warnings)
+    assert any("left dense" in one and name[:-7] in one for one in report.warnings)
+
+
+def test_a_block_of_which_a_part_was_not_pruned(plain: Path) -> None:
+    change_weights(plain, lambda tensors: tensors[DOWN].fill_(1.0))
+    expect_problem(plain, "block model.layers.1", "planned are")
 
 
 def test_nothing_was_pruned(saved: Path, tmp_path: Path) -> None:

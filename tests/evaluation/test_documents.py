@@ -242,6 +242,8 @@ def test_commas_and_quotes_in_a_text(
         ("a.csv", "text\nHello, world\n", "row 1 has 2 fields.* header 1. Put quotes"),
         ("a.csv", "id;text\n1;a\n2;b;c\n", "row 2 has 3 fields.* a ';' in it"),
         ("a.tsv", "id\ttext\n1\ta\tb\n", "row 1 has 3 fields.*Put quotes"),
+        ("a.csv", 'text\n"not closed\nnext\n', r"line \d: .*quotes are letters"),
+        ("a.csv", 'text\n"not closed\nbut "here"\n', r"line \d: .*are letters"),
         ("a.tsv", 'text\none\n"yes", he said\n', r"line \d: .*quotes are letters"),
         ("a.tsv", 'text\n"not closed\nnext\n', r"line \d: .*quotes are letters"),
         ("a.tsv", 'text\n"not closed\nbut "here" it is\n', r"line \d: .*are letters"),
@@ -425,3 +427,15 @@ def test_a_stream_without_end_is_read_in_part(
     monkeypatch.setattr(documents, "DATASET_CHARACTERS", 10)
     assert list(read_dataset(str(tmp_path))) == ["four"] * 3
     assert "the first 3 documents of dataset" in logs[0]
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [("", "begins with an empty line"), ("text,text", "two columns 'text'")],
+)
+def test_a_header_that_names_no_column_clearly(
+    tmp_path: Path, header: str, message: str
+) -> None:
+    (tmp_path / "a.csv").write_text(f"{header}\none,two\n")
+    with pytest.raises(ValueError, match=message):
+        list(read_text(tmp_path / "a.csv"))

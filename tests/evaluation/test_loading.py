@@ -33,6 +33,7 @@ from absorb_plugin.evaluation.loading import (
     load_config,
     load_for_pruning,
     load_model,
+    load_tokenizer,
     weight_bytes,
 )
 from absorb_plugin.evaluation.perplexity import linear_sparsity, perplexity
@@ -426,3 +427,9 @@ def test_weights_that_do_not_fit_lie_on_disk(
     del loaded
     gc.collect()
     assert not folder.exists()
+
+
+def test_a_model_without_its_tokenizer(tmp_path: Path, model_dir: Path) -> None:
+    shutil.copy(model_dir / "config.json", tmp_path)
+    with pytest.raises(FileNotFoundError, match="has no tokenizer .*: copy the files"):
+        load_tokenizer(str(tmp_path))

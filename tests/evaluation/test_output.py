@@ -272,8 +272,9 @@ def test_what_is_read_beside_the_model(
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+RATIOS = ['{"model": 1}', "[1]", '{"model": "m", "sparsity": 0.5, "linears": {}}']
 OWN: dict[str, tuple[Callable[[bytes], bool], str, list[str]]] = {
-    "result": (is_result, '{"model": "m", "sparsity": 0.5}', ['{"model": 1}', "[1]"]),
+    "result": (is_result, '{"model": "m", "sparsity": 0.5}', RATIOS),
     "figure": (is_figure, "\x89PNG", ['{"model": "m", "sparsity": 0.5}', "one\ntwo"]),
     "recipe": (
         is_native_recipe,
@@ -307,3 +308,8 @@ def test_what_is_read_is_not_replaced(tmp_path: Path) -> None:
     check_result_file(link, "--out", is_result, [tmp_path / "other"])
     with pytest.raises(FileExistsError, match="--out .*link is only read"):
         check_result_file(link, "--out", is_result, [path])
+
+
+def test_a_name_that_no_tokenizer_could_be_saved_to(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no name in UTF-8.*another directory"):
+        check_output(tmp_path / "out\udcff", overwrite=False)
