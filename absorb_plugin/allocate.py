@@ -81,7 +81,7 @@ def allocate(
     :param settings: the recipe's fields
     """
     check_ids(model, batches)
-    cap = budget_of(blocks, sparsity, settings)
+    cap = budget_of(blocks, sparsity, settings, pruner)
     budget = with_present_zeros(cap, blocks, pruner, {})
     method = Method(model, blocks, batches, pruner=pruner, settings=settings)
     if pruner.keeps_zeros and (seen := method.setting.statistics):
@@ -239,11 +239,15 @@ class Method:
         judge = partial(masked_loss, setting)
         if signal.once:
             measure = partial(measure_direction, setting, signal)
-            return line_search(base.sparsity, budget, measure, judge, rounds=1)
-        stages = self._stages()
-        return descent_search(
-            base.sparsity, budget, stages, judge, groups=setting.groups, start=start
-        )
+            found = line_search(base.sparsity, budget, measure, judge, rounds=1)
+        else:
+            stages, groups = self._stages(), setting.groups
+            found = descent_search(
+                base.sparsity, budget, stages, judge, groups=groups, start=start
+            )
+        if not found.moved:
+            return found
+        return replace(found, sparsity=budget.whole(found.sparsity))
 
     def refine(self, near: np.ndarray, budget: Budget) -> np.ndarray:
         """From the allocation of another budget, by a few short steps."""
@@ -263,7 +267,7 @@ class Method:
         def at(sparsity: float, near: np.ndarray | None) -> np.ndarray:
             there = budget.at(sparsity)
             if near is not None:
-                return self.refine(near, there)
+                return there.whole(self.refine(near, there))
             return self.search(self.base(there), there).sparsity
 
         def increase(allocation: np.ndarray) -> tuple[float, float]:

@@ -1,17 +1,20 @@
 """What the recipe's fields come to for a model, and what to warn of."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 from loguru import logger
 
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch, count_tokens
 from absorb_plugin.forward.inputs import unseen_linears
-from absorb_plugin.groups import linear_sizes
+from absorb_plugin.groups import Groups, linear_sizes
 from absorb_plugin.limits import bounds_of
 from absorb_plugin.pruners import MaskPruner, Pruner
 from absorb_plugin.search.budget import Budget
+from absorb_plugin.search.rows import Rows
 from absorb_plugin.settings import AllocationSettings
 from absorb_plugin.signals import SIGNALS, Signal
 
@@ -69,14 +72,22 @@ def choose_level(settings: AllocationSettings) -> str:
 
 
 def budget_of(
-    blocks: BlockMap, sparsity: float, settings: AllocationSettings
+    blocks: BlockMap, sparsity: float, settings: AllocationSettings, pruner: Pruner
 ) -> Budget:
     """
+    :param pruner: that will prune
     :raises ValueError: if max_sparsity and limits leave it out of reach
     """
     low, high = bounds_of(blocks, settings.limits, settings.max_sparsity)
     cap = Budget.of(linear_sizes(blocks), sparsity, settings.max_sparsity)
-    return cap.within(low, high)
+    budget = cap.within(low, high)
+    # elsewhere Linears stay equal, and a number's step exactly as long as it says
+    fine = settings.strength == "auto" and choose_level(settings) == "linear"
+    if not (fine and pruner.whole_rows):
+        return budget
+    columns = [linear.in_features for linear in blocks.linears().values()]
+    groups = Groups.at("linear", blocks).of
+    return replace(budget, rows=Rows(np.array(columns, dtype=np.float64), groups))
 
 
 def warn_of_few_tokens(

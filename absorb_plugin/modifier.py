@@ -162,7 +162,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         for found in self._pruners:
             if needs_loss(self, choose_signal(self, found.blocks, found.pruner)):
                 check_predicts_tokens(state.model)
-            budget_of(found.blocks, found.sparsity, self)
+            budget_of(found.blocks, found.sparsity, self, found.pruner)
         calib = state.data.calib
         missing = calib is None or (hasattr(calib, "__len__") and not len(calib))
         if all(distributed.gather(missing)):  # one rank may be without samples

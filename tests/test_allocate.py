@@ -189,3 +189,18 @@ def test_where_the_pruner_prefers_another_start_the_search_begins_there(
     assert found.search.start == ("uniform" if better else "base")
     assert found.confirmed.loss == 1.0 and found.confirmed.anew
     np.testing.assert_array_equal(found.sparsity, found.search.sparsity)
+
+
+def test_as_many_weights_go_as_the_budget_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Though Wanda takes int(columns * s) of every row, half a weight too few."""
+    monkeypatch.setattr("absorb_plugin.search.line_search.gain", lambda *a: (1.0, 0.0))
+    model = tiny.make_model("llama")
+    ours = runs.absorption(strength="auto", confirm_samples=0)
+    runs.run(model, [ours, runs.pruner(sparsity=0.5)], tmp_path)
+    weights = [linear.weight for linear in find_blocks(model).linears().values()]
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    share = zeros / sum(weight.numel() for weight in weights)
+    # the rows of one Linear are as many as 48 * 32 of 21,504 weights
+    assert 0.5 - 2e-3 < share <= 0.5

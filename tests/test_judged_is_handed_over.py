@@ -101,6 +101,16 @@ def prefer(self: Any) -> tuple[np.ndarray, np.ndarray]:
     return losses, np.full(len(self._tokens), 10.0)
 
 
+def alike(
+    model: PreTrainedModel, kind: str, one: dict[str, float], other: dict[str, float]
+) -> bool:
+    """The same, but that Wanda takes whole weights of a row: one more or less."""
+    if kind != "wanda":
+        return one == other
+    columns = {name: model.get_submodule(name).in_features for name in one}
+    return all(abs(one[x] - other[x]) <= 1.05 / columns[x] for x in one)
+
+
 @pytest.mark.parametrize("kind", list(PRUNERS))
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("signal", ["gradient", "noise"])
@@ -138,7 +148,7 @@ def test_what_is_judged_is_what_is_handed_over(
             mean = np.dot(sizes, list(one.values())) / sum(sizes)
             assert mean == pytest.approx(BUDGET, abs=1e-9)
     assert any(
-        watch.handed == one
+        alike(model, kind, watch.handed, one)
         for judge, judged in watch.runs
         if judge is JUDGES["masks"]
         for one in vectors(judged)

@@ -11,6 +11,7 @@ from absorb_plugin import AbsorptionAllocationModifier
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.choices import budget_of
 from absorb_plugin.limits import bounds_of
+from absorb_plugin.pruners import SparseGPT
 from absorb_plugin.settings import AllocationSettings
 
 DOWN = "re:.*down_proj"
@@ -126,6 +127,6 @@ def test_a_bound_on_the_loss_goes_no_lower_than_limits_let_it() -> None:
 
 def test_no_limits_change_nothing() -> None:
     blocks = find_blocks(tiny.make_model("llama"))
-    budget = budget_of(blocks, 0.6, AllocationSettings())
+    budget = budget_of(blocks, 0.6, AllocationSettings(), SparseGPT())
     np.testing.assert_array_equal(budget.low, 0)
     np.testing.assert_array_equal(budget.high, 0.95)

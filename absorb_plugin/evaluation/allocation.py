@@ -82,7 +82,7 @@ def _allocate_by_weights(
             "calibration samples, and there are none: give some"
         )
     arithmetic, directory = PRUNERS[pruner](), settings.profile_cache
-    cap = budget_of(blocks, sparsity, settings)
+    cap = budget_of(blocks, sparsity, settings, arithmetic)
     budget = with_present_zeros(cap, blocks, arithmetic, {})
     warn_of_granularity(settings)
     base = base_allocation(

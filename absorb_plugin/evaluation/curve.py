@@ -87,7 +87,10 @@ def measure_curve(
         check_matched(settings.limits, [blocks])
         budgets = {
             sparsity: with_present_zeros(
-                budget_of(blocks, sparsity, settings), blocks, arithmetic, {}
+                budget_of(blocks, sparsity, settings, arithmetic),
+                blocks,
+                arithmetic,
+                {},
             )
             for sparsity in sparsities
         }
@@ -119,7 +122,7 @@ def _allocations(
         found = method.search(base, budget).sparsity
     else:
         found = method.refine(near, budget)
-    return [budget.uniform(), base.sparsity, found]
+    return [budget.uniform(), base.sparsity, budget.whole(found)]
 
 
 def _taken(sums: np.ndarray) -> int:

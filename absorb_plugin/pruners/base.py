@@ -62,6 +62,11 @@ class Pruner:
         return 0
 
     @property
+    def whole_rows(self) -> bool:
+        """Whether of every row it takes so many whole weights, int(columns * s)."""
+        return False
+
+    @property
     def keeps_zeros(self) -> bool:
         """Whether it refuses to leave a Linear with fewer zeros than it has."""
         return False
@@ -139,6 +144,10 @@ class MaskPruner(Pruner):
         :return: at least 0, float32, of the weight's shape; the least go first
         """
         raise NotImplementedError
+
+    @property
+    def whole_rows(self) -> bool:
+        return self.by_row
 
     def observe(self, inputs: torch.Tensor) -> torch.Tensor:
         return square_sum(inputs)

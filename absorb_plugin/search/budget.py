@@ -6,12 +6,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from absorb_plugin.search.present import PresentZeros
+from absorb_plugin.search.rows import Rows
 
 __all__ = ["Budget", "check_budget", "meet_budget"]
 
 # Sparsities are rounded to this many decimals: the pruners take int(columns * s), and
 # 0.4999999999999999 would cost a weight in every row where 0.5 was meant.
 DECIMALS = 10
+# A budget that is missed by no more than this is met, as with rows of 2,500 or longer.
+NEAR = 2e-4
 # Bounds that miss the budget by no more than rounding.
 SLACK = 1e-9
 
@@ -24,6 +27,7 @@ class Budget:
     :param low: least sparsity of every Linear, shape (Linears,)
     :param high: largest sparsity of every Linear, shape (Linears,)
     :param present: zeros that are there already and count; None where there are none
+    :param rows: what the Linears' rows can lose; None where any sparsity can be had
     """
 
     sizes: np.ndarray
@@ -31,6 +35,7 @@ class Budget:
     low: np.ndarray
     high: np.ndarray
     present: PresentZeros | None = None
+    rows: Rows | None = None
 
     @classmethod
     def of(cls, sizes: np.ndarray, sparsity: float, max_sparsity: float) -> "Budget":
@@ -84,6 +89,19 @@ class Budget:
         return meet_budget(
             wished, self.sizes, self.sparsity, self.high, self.low, final
         )
+
+    def whole(self, allocation: np.ndarray) -> np.ndarray:
+        """
+        An allocation that meets the budget, changed so that what whole weights of a row
+        make of it does as well (`search.rows`). Itself, where that misses by no more
+        than NEAR, or zeros are there that count.
+        """
+        rows = self.rows
+        if rows is None or self.present is not None:
+            return allocation
+        if abs(self.mean(rows.taken(allocation)) - self.sparsity) <= NEAR:
+            return allocation
+        return self.meet(rows.rounded(allocation, self.sizes, self.high))
 
     def uniform(self) -> np.ndarray:
         """S for every Linear, as far as the bounds let it."""

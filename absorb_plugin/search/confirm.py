@@ -64,7 +64,7 @@ def confirm(
     loss = ballot.loss("searched")
     if not (np.isfinite(loss) and loss <= ballot.loss(best)):
         middle = budget.meet((ballot.allocations[best] + found) / 2)
-        ballot.ask({"halfway": middle})
+        ballot.ask({"halfway": budget.whole(middle)})
         chosen = "halfway" if ballot.beats("halfway", best) else best
     won, error = ballot.gain(chosen, "base")
     losses = {name: ballot.loss(name) for name in ballot.allocations}

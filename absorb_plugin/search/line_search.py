@@ -86,6 +86,11 @@ class SearchResult:
     judged: dict[int, float] = field(default_factory=dict)
     taken: int = 0
 
+    @property
+    def moved(self) -> bool:
+        """Whether the outcome is another allocation than its start."""
+        return self.taken > 0 or any(one.chosen for one in self.rounds)
+
 
 def line_search(
     base: np.ndarray, budget: Budget, measure: Measure, judge: Judge, *, rounds: int

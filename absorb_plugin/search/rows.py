@@ -1,0 +1,60 @@
+"""
+Whole weights of a row. A pruner that takes so many weights of every row, int(columns *
+s), loses half a weight of each on average, which is nearly 1 % of a row of 64.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Rows"]
+
+# Of a weight: what is no more beyond a whole one is rounding.
+ROUNDING = 1e-6
+# Share of all weights by which the whole ones stay below the budget, so that meeting it
+# takes a shift upwards, and no digit that is rounded away costs a weight in every row.
+SHORT = 1e-7
+
+
+@dataclass(frozen=True)
+class Rows:
+    """
+    :param columns: of every Linear, shape (Linears,)
+    :param groups: index of each Linear's group, whose Linears have equally long rows
+        and stay equal, shape (Linears,)
+    """
+
+    columns: np.ndarray
+    groups: np.ndarray
+
+    def taken(self, allocation: np.ndarray) -> np.ndarray:
+        """Shares of zeros in the end, shape (Linears,)."""
+        return np.floor(self.columns * allocation) / self.columns
+
+    def rounded(
+        self, allocation: np.ndarray, sizes: np.ndarray, high: np.ndarray
+    ) -> np.ndarray:
+        """
+        To whole weights, up or down, so that of all weights nearly as many go: up where
+        most is missing to the next whole one.
+
+        :param allocation: one sparsity per Linear, equal within a group, shape (N,)
+        :param sizes: numbers of weights, shape (N,)
+        :param high: largest sparsities, shape (N,)
+        :return: in all at most what `allocation` is, and less by no more than a weight
+            of the rows of one group, unless `high` is in the way
+        """
+        exact = self.columns * allocation
+        counts = np.floor(exact + ROUNDING)
+        over = exact - counts
+        step = sizes / self.columns  # weights that one more of each row takes
+        missing = float(step @ over) - SHORT * float(sizes.sum())
+        _, first = np.unique(self.groups, return_index=True)
+        for index in sorted(first, key=lambda i: (-over[i], i)):
+            own = self.groups == self.groups[index]
+            within = (counts[own] + 1) / self.columns[own] <= high[own]
+            taken = float(step[own].sum())
+            if over[index] > ROUNDING and taken <= missing and within.all():
+                counts[own] += 1
+                missing -= taken
+        return counts / self.columns
