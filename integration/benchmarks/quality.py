@@ -70,7 +70,7 @@ from transformers import (
 from absorb_plugin import AbsorptionAllocationModifier
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.calibration import samples_of
-from absorb_plugin.choices import widest
+from absorb_plugin.choices import budget_of, widest
 from absorb_plugin.cpu import keep_freed_memory
 from absorb_plugin.evaluation.documents import read_text
 from absorb_plugin.evaluation.oneshot import prune
@@ -84,10 +84,8 @@ from absorb_plugin.evaluation.tasks import (
 from absorb_plugin.evaluation.text import calibration_samples, evaluation_windows
 from absorb_plugin.forward.inputs import InputStatistics
 from absorb_plugin.forward.runner import ProbeRunner
-from absorb_plugin.groups import linear_sizes
 from absorb_plugin.pruners import PRUNERS
 from absorb_plugin.sample_split import SampleSplit
-from absorb_plugin.search.budget import Budget
 from absorb_plugin.settings import AllocationSettings
 from absorb_plugin.signals import SIGNALS
 
@@ -150,7 +148,7 @@ def evolved(
     runner = ProbeRunner(model, blocks, settings.probe_memory)
     watch = InputStatistics(blocks)
     sums = runner.run("Input statistics", split.statistics, watch)
-    budget = Budget.of(linear_sizes(blocks), cell["sparsity"], settings.max_sparsity)
+    budget = budget_of(blocks, cell["sparsity"], settings, pruner)
     found = evolve(
         model,
         blocks,
@@ -160,7 +158,7 @@ def evolved(
         tokens=tokens_of(batches, effort, pruner, widest(blocks)),
         seed=cell["seed"],
     )
-    by_linear = by_name(blocks, found)
+    by_linear = by_name(blocks, budget.whole(found))  # as ours is
     return list(by_linear), list(by_linear.values())
 
 
