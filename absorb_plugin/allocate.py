@@ -239,20 +239,17 @@ class Method:
         judge = partial(masked_loss, setting)
         if signal.once:
             measure = partial(measure_direction, setting, signal)
-            found = line_search(base.sparsity, budget, measure, judge, rounds=1)
-        else:
-            stages, groups = self._stages(), setting.groups
-            found = descent_search(
-                base.sparsity, budget, stages, judge, groups=groups, start=start
-            )
-        if not found.moved:
-            return found
-        return replace(found, sparsity=budget.whole(found.sparsity))
+            return line_search(base.sparsity, budget, measure, judge, rounds=1)
+        stages = self._stages()
+        return descent_search(
+            base.sparsity, budget, stages, judge, groups=setting.groups, start=start
+        )
 
     def refine(self, near: np.ndarray, budget: Budget) -> np.ndarray:
         """From the allocation of another budget, by a few short steps."""
         last = self._stages()[-1]
-        return refined(budget.meet(near), budget, last, self.setting.groups)
+        found = refined(budget.meet(near), budget, last, self.setting.groups)
+        return budget.whole(found)
 
     def _stages(self) -> list[Stage]:
         return same_stages(self.signal.stages(self.setting, self._effort.rounds))
@@ -267,7 +264,7 @@ class Method:
         def at(sparsity: float, near: np.ndarray | None) -> np.ndarray:
             there = budget.at(sparsity)
             if near is not None:
-                return there.whole(self.refine(near, there))
+                return self.refine(near, there)
             return self.search(self.base(there), there).sparsity
 
         def increase(allocation: np.ndarray) -> tuple[float, float]:

@@ -17,7 +17,7 @@ __all__ = ["Block", "BlockMap", "find_blocks", "linear_parameters"]
 
 # Modules that choose among experts, by what models of transformers call them.
 ROUTERS = ("router", "routers")
-ROUTER_CLASS = re.compile(r"Router|TopKGating")
+ROUTER_CLASS = re.compile(r"(Router|TopKGating)(MLP)?$")
 
 
 @dataclass(frozen=True)
@@ -269,12 +269,15 @@ def _beside_experts(block: torch.nn.Module) -> Iterator[str]:
 def _in_routers(block: torch.nn.Module) -> Iterator[str]:
     """
     Routers that name or class say are some: of several layers, with more outputs than
-    experts, of experts that are fused in other ways.
+    experts, of experts that are fused in other ways. What holds most of the block's
+    weights is none, whatever it is called.
     """
+    whole = sum(map(linear_parameters, _linears(block).values()))
     for parent, module in block.named_modules():
         named = parent.rpartition(".")[2] in ROUTERS
-        classed = ROUTER_CLASS.search(type(module).__name__)
-        if parent and (named or classed) and not hasattr(module, "experts"):
+        if not parent or not (named or ROUTER_CLASS.search(type(module).__name__)):
+            continue
+        if sum(map(linear_parameters, _linears(module).values())) <= whole / 2:
             yield from (f"{parent}.{name}".rstrip(".") for name in _linears(module))
 
 

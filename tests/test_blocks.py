@@ -148,6 +148,14 @@ def test_routers_told_by_name_or_class(llama: PreTrainedModel) -> None:
     assert {"mlp.gate_proj", "self_attn.q_proj"} < set(block.linears)
 
 
+def test_what_holds_most_of_a_block_is_no_router(llama: PreTrainedModel) -> None:
+    """A mixture of depths: the block that is routed to lies beside the router."""
+    layer = llama.model.layers[0]
+    inner = type("DepthRouter", (torch.nn.Sequential,), {})
+    layer.router = inner(torch.nn.Linear(32, 512), torch.nn.Linear(512, 32))
+    assert find_blocks(llama).blocks[0].routers == ()
+
+
 def test_routers_of_jetmoe() -> None:
     config = transformers.JetMoeConfig(
         vocab_size=64,

@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from helpers import tiny
+
+from absorb_plugin.evaluation.plan import _has_fused_experts
 
 ROOT = Path(__file__).parents[1]
 REGISTERED = """
@@ -90,3 +94,13 @@ def test_a_check_does_without_llmcompressor() -> None:
         "    pass\n"
         "assert 'llmcompressor' not in sys.modules\n"
     )
+
+
+def test_weights_of_three_dimensions_are_of_experts_or_of_convolutions() -> None:
+    """Only for the first does `absorb check` need llm-compressor."""
+    model = tiny.make_model("llama")
+    model.convolution = torch.nn.Conv1d(4, 4, 3)
+    assert not _has_fused_experts(model)
+    model.experts = torch.nn.Module()
+    model.experts.weight = torch.nn.Parameter(torch.ones(2, 3, 4))
+    assert _has_fused_experts(model)

@@ -30,7 +30,8 @@ def check(
     """Compare the zeros of a saved model with its recipe. Exit code 1 if broken."""
     with command(debug, upstream=False) as stdout:
         # torch and transformers take seconds to import
-        print(f"reading {_described(directory)}", file=sys.stderr, flush=True)
+        if directory.is_dir():
+            print(f"reading {_described(directory)}", file=sys.stderr, flush=True)
         from absorb_plugin.evaluation.check import check_checkpoint
 
         report = check_checkpoint(directory, load)
@@ -43,8 +44,9 @@ def check(
 
 
 def _described(directory: Path) -> str:
-    size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    return f"{directory}: {size / 1e9:.2f} GB of weights"
+    files = [path for path in directory.glob("*.safetensors") if path.is_file()]
+    size = sum(path.stat().st_size for path in files)
+    return f"{directory}: {size / 1e9:.2f} GB in {len(files)} files of weights"
 
 
 def _print(report: "CheckReport", file: TextIO) -> None:

@@ -470,7 +470,8 @@ def _beyond_plan(
     share, planned = zero_share(compared), planned_share(compared)
     if share is None or planned is None:
         return None
-    slack = TOLERANCE + max(1 / one.columns for one in compared)
+    rows = sum(one.count.weights / one.columns for one in compared)
+    slack = TOLERANCE + rows / sum(one.count.weights for one in compared)
     if share < planned - slack:
         return f"block {name} has {share:.4f} zeros, planned are {planned:.4f}"
     if share > planned + slack and report.format is None:  # rounding makes more

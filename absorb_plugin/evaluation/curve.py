@@ -122,7 +122,7 @@ def _allocations(
         found = method.search(base, budget).sparsity
     else:
         found = method.refine(near, budget)
-    return [budget.uniform(), base.sparsity, budget.whole(found)]
+    return [budget.uniform(), base.sparsity, found]
 
 
 def _taken(sums: np.ndarray) -> int:

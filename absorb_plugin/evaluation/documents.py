@@ -13,7 +13,6 @@ import lzma
 import shlex
 import sys
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, repeat
@@ -276,13 +275,16 @@ def _read_table(path: Path, column: str | None) -> Iterator[Document]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # 131,072 characters otherwise
     with _opened(path, newline="") as file:
         header = file.readline()
+        if not header:
+            return
         tabs = _suffix(path) == ".tsv"
         delimiter = "\t" if tabs else max(DELIMITERS, key=header.count)
-        names = next(csv.reader([header], delimiter=delimiter))
-        _check_header(names, path)
         # A quote that opens a sentence, or is never closed, would reach for the next,
         # however many rows below, if that were not an error.
-        rows = csv.reader(file, delimiter=delimiter, strict=True)
+        lines = chain([header], file)
+        rows = csv.reader(lines, delimiter=delimiter, strict=True)
+        names = next(_rows(rows, path), [])
+        _check_header(header, names, column, path)
         for number, row in enumerate(_rows(rows, path), start=1):
             where = f"{path}, row {number}"
             if any(row[len(names) :]):
@@ -294,15 +296,19 @@ def _read_table(path: Path, column: str | None) -> Iterator[Document]:
             yield _document(dict(zip(names, values)), column, where)
 
 
-def _check_header(names: Sequence[str], path: Path) -> None:
-    if not any(name.strip() for name in names):
+def _check_header(
+    header: str, names: Sequence[str], column: str | None, path: Path
+) -> None:
+    if not header.strip():
         raise ValueError(
             f"{path} begins with an empty line, where the names of the columns belong: "
             "delete it"
         )
-    twice = sorted(name for name, count in Counter(names).items() if count > 1)
-    if any(name in COLUMNS for name in twice):
-        raise ValueError(f"{path} has two columns {twice[0]!r}: rename one")
+    for name in COLUMNS if column is None else (column,):
+        if names.count(name) > 1:
+            raise ValueError(f"{path} has two columns {name!r}: rename one")
+        if name in names:  # which is the one that is read
+            return
 
 
 def _rows(rows: Any, path: Path) -> Iterator[list[str]]:
@@ -312,8 +318,9 @@ def _rows(rows: Any, path: Path) -> Iterator[list[str]]:
             row = next(rows, None)
         except csv.Error as error:
             raise ValueError(
-                f"{path}, line {rows.line_num}: {error}. If quotes are letters in this "
-                "file, give it as JSON lines"
+                f"{path}, line {rows.line_num}: {error}: a quote is not closed, or "
+                "something, if only a blank, stands behind a closed one. If quotes are "
+                "letters in this file, give it as JSON lines"
             ) from error
         if row is None:
             return

@@ -1,5 +1,7 @@
 """What recipe.yaml says that every Linear of a saved model should have lost."""
 
+import contextlib
+import io
 import math
 import re
 from collections import Counter
@@ -52,13 +54,25 @@ def make_skeleton(directory: Path) -> PreTrainedModel:
     with FakeTensorMode(), no_init_weights():
         model = model_class(config)._from_config(config)
         model.tie_weights()
-        if any(weight.dim() == 3 for weight in model.parameters()):
+        if _has_fused_experts(model):
             _linearize(model)
     return model
 
 
+def _has_fused_experts(model: PreTrainedModel) -> bool:
+    """Weights of three dimensions are theirs, or of convolutions (Mamba's)."""
+    return any(
+        weight is not None and weight.dim() == 3
+        for module in model.modules()
+        if not isinstance(module, torch.nn.Conv1d)
+        for weight in module._parameters.values()
+    )
+
+
 def _linearize(model: PreTrainedModel) -> None:
     """Fused experts, as llm-compressor does before it prunes them."""
+    with contextlib.redirect_stdout(io.StringIO()):  # there is no accelerator, it says
+        import llmcompressor  # noqa: F401
     from absorb_plugin._llmcompressor import linearize_moe
 
     linearize_moe(model)

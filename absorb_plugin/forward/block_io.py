@@ -85,10 +85,11 @@ class BlockCall:
         :param block: that is called
         """
         samples, tokens = self.hidden.shape[:2]
-        names, heads = [*signature(block.forward).parameters], _heads(block)
+        names, heads = _parameters(block), _heads(block)
 
         def cut(name: object, value: Any) -> Any:
-            if heads and BIAS.search(str(name)) and isinstance(value, torch.Tensor):
+            is_bias = isinstance(value, torch.Tensor) and BIAS.search(str(name))
+            if is_bias and heads and value.dim() > 1:
                 bias = _cut_bias(part, samples, heads, value)
                 if bias is not None:
                     return bias
@@ -98,6 +99,14 @@ class BlockCall:
         args = tuple(map(cut, named, self.args))
         kwargs = {name: cut(name, value) for name, value in self.kwargs.items()}
         return BlockCall(args, kwargs, self.key)
+
+
+def _parameters(block: Module) -> list[str]:
+    """Names of what its forward takes; none where they cannot be read."""
+    try:
+        return [*signature(block.forward).parameters]
+    except (TypeError, ValueError):
+        return []
 
 
 def _cut_bias(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import is_dataclass
-from functools import partial
+from functools import partial, update_wrapper
 from typing import Any
 
 import torch
@@ -44,6 +44,8 @@ class Parts:
         with ExitStack() as stack:
             for block in blocks:
                 forward = partial(self._run, block, block.forward)
+                # its parameters' names tell what an argument is
+                update_wrapper(forward, block.forward)
                 stack.enter_context(replaced_forward(block, forward))
             yield
 

@@ -101,7 +101,7 @@ class Budget:
             return allocation
         if abs(self.mean(rows.taken(allocation)) - self.sparsity) <= NEAR:
             return allocation
-        return self.meet(rows.rounded(allocation, self.sizes, self.high))
+        return self.meet(rows.rounded(allocation, self.sizes, self.low, self.high))
 
     def uniform(self) -> np.ndarray:
         """S for every Linear, as far as the bounds let it."""

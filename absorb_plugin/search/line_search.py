@@ -86,11 +86,6 @@ class SearchResult:
     judged: dict[int, float] = field(default_factory=dict)
     taken: int = 0
 
-    @property
-    def moved(self) -> bool:
-        """Whether the outcome is another allocation than its start."""
-        return self.taken > 0 or any(one.chosen for one in self.rounds)
-
 
 def line_search(
     base: np.ndarray, budget: Budget, measure: Measure, judge: Judge, *, rounds: int
@@ -113,9 +108,8 @@ def line_search(
     for number in range(rounds):
         direction = measure(current)
         strengths = [beta * scale for beta in STRENGTHS if beta > 0 or number == 0]
-        candidates = [
-            budget.meet(corrected(current, direction, beta)) for beta in strengths
-        ]
+        wished = [corrected(current, direction, beta) for beta in strengths]
+        candidates = [budget.whole(budget.meet(one)) for one in wished]
         sums, tokens = judge(candidates)
         best = _choose(own, sums, tokens, strengths)
         taken = 0.0 if best is None else strengths[best]
@@ -157,10 +151,11 @@ def descent_search(
     made = [step for descent in descents for step in descent.steps]
     found = replace(found, direction=descents[0].direction, steps=made)
     if len(stages) == 1:
-        return _best_of_path(found, descents[0].path, own, tokens, judge)
+        path = [budget.whole(one) for one in descents[0].path]
+        return _best_of_path(found, path, own, tokens, judge)
     return replace(
         found,
-        sparsity=current,
+        sparsity=budget.whole(current),
         loss=float("nan"),
         judged={0: found.loss},
         taken=len(made),

@@ -32,29 +32,35 @@ class Rows:
         return np.floor(self.columns * allocation) / self.columns
 
     def rounded(
-        self, allocation: np.ndarray, sizes: np.ndarray, high: np.ndarray
+        self,
+        allocation: np.ndarray,
+        sizes: np.ndarray,
+        low: np.ndarray,
+        high: np.ndarray,
     ) -> np.ndarray:
         """
         To whole weights, up or down, so that of all weights nearly as many go: up where
-        most is missing to the next whole one.
+        most is missing to the next whole one. None goes below `low` or above `high`.
 
         :param allocation: one sparsity per Linear, equal within a group, shape (N,)
         :param sizes: numbers of weights, shape (N,)
+        :param low: least sparsities, shape (N,)
         :param high: largest sparsities, shape (N,)
         :return: in all at most what `allocation` is, and less by no more than a weight
-            of the rows of one group, unless `high` is in the way
+            of the rows of one group, unless the bounds are in the way
         """
         exact = self.columns * allocation
         counts = np.floor(exact + ROUNDING)
+        found = np.maximum(counts / self.columns, low)
+        more = (counts + 1) / self.columns
         over = exact - counts
-        step = sizes / self.columns  # weights that one more of each row takes
-        missing = float(step @ over) - SHORT * float(sizes.sum())
+        missing = float(sizes @ (allocation - found)) - SHORT * float(sizes.sum())
         _, first = np.unique(self.groups, return_index=True)
         for index in sorted(first, key=lambda i: (-over[i], i)):
             own = self.groups == self.groups[index]
-            within = (counts[own] + 1) / self.columns[own] <= high[own]
-            taken = float(step[own].sum())
-            if over[index] > ROUNDING and taken <= missing and within.all():
-                counts[own] += 1
+            taken = float(sizes[own] @ (more - found)[own])
+            within = (more <= high)[own].all()
+            if over[index] > ROUNDING and taken <= missing and within:
+                found[own] = more[own]
                 missing -= taken
-        return counts / self.columns
+        return found

@@ -227,6 +227,8 @@ def test_tables_with_other_delimiters_and_long_fields(tmp_path: Path) -> None:
         ("a.csv", "id,text,\n1,one,,\n", ["one"]),
         ("a.csv", 'text\n"one, two"\nlate; she left\n', ["one, two", "late; she left"]),
         ("a.csv", "text\tid\nOne, two\t1\n", ["One, two"]),
+        ("a.csv", "id,id,text\n1,2,one\n", ["one"]),
+        ("a.csv", '"text","a\nb"\none,1\n', ["one"]),
     ],
 )
 def test_commas_and_quotes_in_a_text(
@@ -243,6 +245,7 @@ def test_commas_and_quotes_in_a_text(
         ("a.csv", "id;text\n1;a\n2;b;c\n", "row 2 has 3 fields.* a ';' in it"),
         ("a.tsv", "id\ttext\n1\ta\tb\n", "row 1 has 3 fields.*Put quotes"),
         ("a.csv", 'text\n"not closed\nnext\n', r"line \d: .*quotes are letters"),
+        ("a.csv", 'text\none\n"two" \n', r"line 3: .*if only a blank"),
         ("a.csv", 'text\n"not closed\nbut "here"\n', r"line \d: .*are letters"),
         ("a.tsv", 'text\none\n"yes", he said\n', r"line \d: .*quotes are letters"),
         ("a.tsv", 'text\n"not closed\nnext\n', r"line \d: .*quotes are letters"),

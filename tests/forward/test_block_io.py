@@ -7,6 +7,7 @@ import torch
 from torch.nn import Identity
 
 from absorb_plugin.forward.block_io import BlockCall
+from absorb_plugin.forward.parts import Parts
 
 SAMPLES, TOKENS = 4, 5
 
@@ -73,6 +74,30 @@ def test_a_bias_of_every_head(heads: int, expected: Callable, shape: tuple) -> N
     part = slice(1, 3)
     assert torch.equal(by_place.of_samples(part, block).args[1], expected(bias))
     assert torch.equal(by_name.of_samples(part, block).kwargs["alibi"], expected(bias))
+
+
+def test_names_are_known_where_blocks_run_in_parts() -> None:
+    """Their forward is another one then."""
+    seen = []
+
+    class Block(Biased):
+        def forward(
+            self, hidden_states: torch.Tensor, alibi: torch.Tensor | None = None
+        ) -> torch.Tensor:
+            assert alibi is not None
+            seen.append(alibi)
+            return hidden_states
+
+    block, bias = Block(SAMPLES), numbered(SAMPLES, 1, TOKENS)
+    with Parts(1).applied([block]):
+        block(torch.randn(SAMPLES, TOKENS, 8), bias)
+    assert len(seen) == SAMPLES and all(torch.equal(one, bias) for one in seen)
+
+
+def test_a_bias_that_is_a_number() -> None:
+    block = Biased(2)
+    call = BlockCall.of(block, (torch.randn(SAMPLES, 5, 8), torch.tensor(1.0)), {})
+    assert call.of_samples(slice(1, 3), block).args[1] == 1.0
 
 
 def test_as_many_samples_as_heads() -> None:
