@@ -50,15 +50,21 @@ def losses_of(
         )
         run(model, [batch], judge)
         found.append(judge.result())
-    np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-3)
+    assert_alike(found[1][0], found[0][0])
     return found[0]
 
 
-def assert_close(losses: np.ndarray, expected: np.ndarray) -> None:
-    # upstream's factor of the inverse is another in the last digits, so of two weights
-    # with equal scores the other may go
+def assert_alike(losses: np.ndarray, expected: np.ndarray) -> None:
+    """
+    Factors that are made in another order differ in the last digits, so of two weights
+    with equal scores the other may go. On which CPU that happens differs.
+    """
     apart = np.abs(losses / np.array(expected) - 1)
     assert np.median(apart) < 1e-5 and apart.max() < 2e-2
+
+
+def assert_close(losses: np.ndarray, expected: np.ndarray) -> None:
+    assert_alike(losses, expected)
     assert np.ptp(losses, axis=0).max() > 5e-3 * losses.max()
 
 
