@@ -151,8 +151,7 @@ def descent_search(
     made = [step for descent in descents for step in descent.steps]
     found = replace(found, direction=descents[0].direction, steps=made)
     if len(stages) == 1:
-        path = [budget.whole(one) for one in descents[0].path]
-        return _best_of_path(found, path, own, tokens, judge)
+        return _best_of_path(found, descents[0].path, budget, own, tokens, judge)
     return replace(
         found,
         sparsity=budget.whole(current),
@@ -165,6 +164,7 @@ def descent_search(
 def _best_of_path(
     found: SearchResult,
     path: Sequence[np.ndarray],
+    budget: Budget,
     own: np.ndarray,
     tokens: np.ndarray,
     judge: Judge,
@@ -177,7 +177,8 @@ def _best_of_path(
     points = sorted({made * part // PARTS for part in range(1, PARTS + 1)} - {0})
     if not points:
         return replace(found, judged={0: found.loss})
-    sums, tokens = judge([path[point] for point in points])
+    candidates = [budget.whole(path[point]) for point in points]
+    sums, tokens = judge(candidates)
     means = _means(sums, tokens)
     judged = {0: found.loss} | dict(zip(points, means, strict=True))
     least = int(np.argmin(means))
@@ -186,7 +187,7 @@ def _best_of_path(
         return replace(found, judged=judged)
     return replace(
         found,
-        sparsity=path[points[least]],
+        sparsity=candidates[least],
         loss=means[least],
         judged=judged,
         taken=points[least],

@@ -50,7 +50,10 @@ def losses_of(
         )
         run(model, [batch], judge)
         found.append(judge.result())
-    assert_alike(found[1][0], found[0][0])
+    if pruner.hessians:
+        assert_alike(found[1][0], found[0][0])
+    else:
+        np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-3)
     return found[0]
 
 
