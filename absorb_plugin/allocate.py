@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from loguru import logger
 from torch.nn import Module
 
 from absorb_plugin import distributed
@@ -260,6 +261,12 @@ class Method:
         :param bound: on the increase of the loss over the dense model, nats per token
         """
         dense, tokens = dense_loss(self.setting)
+        if len(tokens) < 2:
+            raise ValueError(
+                f"max_loss_increase={bound:g} is held with a margin of one standard "
+                "error, and there is but one sample to judge by, which has none: give "
+                "8 calibration samples or more"
+            )
 
         def at(sparsity: float, near: np.ndarray | None) -> np.ndarray:
             there = budget.at(sparsity)
@@ -269,7 +276,12 @@ class Method:
 
         def increase(allocation: np.ndarray) -> tuple[float, float]:
             sums, _ = pruned_loss(self.setting, [allocation])
-            return gain(sums[0], dense[0], tokens)
+            found, error = gain(sums[0], dense[0], tokens)
+            logger.info(
+                f"Sparsity {budget.achieved(allocation):.4f} costs {found:.4f} ± "
+                f"{error:.4f} nats per token; max_loss_increase is {bound:g}"
+            )
+            return found, error
 
         def scan(sparsities: Sequence[float]) -> list[float]:
             uniform = [budget.at(sparsity).uniform() for sparsity in sparsities]

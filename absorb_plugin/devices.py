@@ -12,6 +12,7 @@ from compressed_tensors.offload import (
 from compressed_tensors.offload.cache import OffloadCache
 from compressed_tensors.offload.convert import from_accelerate
 from llmcompressor.utils.dev import get_main_device
+from loguru import logger
 from torch.nn import Module
 from transformers import PreTrainedModel
 
@@ -21,7 +22,11 @@ __all__ = [
     "empty_cache",
     "free_memory",
     "is_offloaded",
+    "page_locked",
 ]
+
+# A smaller tensor is there before it would have been copied.
+PAGE_LOCKED_FROM = 2**20
 
 
 @contextmanager
@@ -80,6 +85,30 @@ def is_offloaded(module: Module) -> bool:
     if not isinstance(tensors, OffloadCache):
         return False
     return str(tensors.offload_device) != str(tensors.onload_device)
+
+
+def page_locked(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """
+    A copy of a large tensor of the host in page-locked memory, for an accelerator to
+    fetch it from: there it reads at the speed of the bus, while from elsewhere the
+    driver copies piece by piece on one thread. All of PyTorch's threads make this copy,
+    and its memory is used again for the next. Any other tensor is returned as it is.
+
+    :param device: where the tensor is to go
+    """
+    large = tensor.device.type == "cpu" and tensor.nbytes >= PAGE_LOCKED_FROM
+    if not large or device.type == "cpu" or device in _without_page_locked:
+        return tensor
+    try:
+        return tensor.detach().pin_memory()
+    except (RuntimeError, NotImplementedError) as error:
+        # a limit of the system on such memory, or an accelerator that has none
+        _without_page_locked.add(device)
+        logger.info(f"{device}: weights come from pageable memory ({error})")
+        return tensor
+
+
+_without_page_locked: set[torch.device] = set()
 
 
 def _compute_devices(model: Module) -> set[torch.device]:

@@ -70,8 +70,9 @@ def model_digest(model: PreTrainedModel) -> str:
     """
     Everything about the model and the software that a measurement's result depends on:
     all weights and buffers, configuration, how attention is computed, whether experts
-    see all tokens, name of the device, what it may round, versions, and the code here
-    that measures. Neither the model's path nor the number of threads is part of it.
+    see all tokens, numbers and flags of modules of others (a LoRA's scaling), name of
+    the device, what it may round, versions, and the code here that measures. Neither
+    the model's path nor the number of threads is part of it.
     """
     config = model.config.to_dict()
     config.pop("_name_or_path", None)
@@ -82,6 +83,7 @@ def model_digest(model: PreTrainedModel) -> str:
             "config": repr(sorted(config.items())),
             "attention": getattr(model.config, "_attn_implementation", None),
             "all experts": get_calibrate_all_experts_flag(),
+            "modules": _numbers_of_others(model),
             "device": device_name(torch.device(get_execution_device(model))),
             "precision": reduced_precision(),
             "weights": weights_digest(model),
@@ -183,6 +185,31 @@ def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                     "compressed_tensors.offload, or leave profile_cache out"
                 )
             yield f"{prefix}.{name}", tensor
+
+
+def _numbers_of_others(model: torch.nn.Module) -> dict[str, dict[str, object]]:
+    """
+    Plain attributes of modules that are neither torch's nor transformers', by name:
+    theirs follow from the configuration.
+    """
+    known = vars(torch.nn.Module()).keys()
+    return {
+        prefix: {
+            name: value
+            for name, value in vars(module).items()
+            if name not in known and _is_plain(value)
+        }
+        for prefix, module in model.named_modules()
+        if type(module).__module__.split(".")[0] not in ("torch", "transformers")
+    }
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, [*value.keys(), *value.values()]))
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def _sources() -> list[Path]:

@@ -63,10 +63,12 @@ def bounds_of(
         matched = np.array([match_name(name, pattern) for name in names], dtype=bool)
         low[matched] = np.maximum(low[matched], least)
         high[matched] = np.minimum(high[matched], most)
-    wrong = [name for name, a, b in zip(names, low, high, strict=True) if a > b]
-    if wrong:
-        raise ValueError(
-            f"limits (and max_sparsity={max_sparsity}) leave no sparsity for "
-            f"{wrong[0]}: its least is above its largest"
-        )
+    for name, least, most in zip(names, low, high, strict=True):
+        if least > most:
+            own = {k: list(v) for k, v in limits.items() if match_name(name, k)}
+            raise ValueError(
+                f"limits leave no sparsity for {name}, which {own} match: its least "
+                f"would be {least}, and with max_sparsity={max_sparsity} its largest "
+                f"{most}. Change one of them, or have patterns match fewer Linears"
+            )
     return low, high

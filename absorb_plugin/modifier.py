@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import absorb_plugin._llmcompressor  # noqa: F401  isort: skip  first
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier, ModifierFactory
-from loguru import logger
 from pydantic import PrivateAttr
 
 from absorb_plugin import distributed
@@ -135,6 +134,10 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         """As `profile_cache`, for what is gone after the run: no report quotes it."""
         self._lent = directory
 
+    def profiles(self) -> list[dict[str, Any]]:
+        """After a run: what profile.json has, per pruning modifier."""
+        return [report.profile() for report in self._reports]
+
     def cache_directory(self) -> str | None:
         return self._lent or self.profile_cache
 
@@ -227,7 +230,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         from absorb_plugin.pruners import ranks
-        from absorb_plugin.pruners.recipe import leave_recipe
+        from absorb_plugin.pruners.recipe import leave_recipe, say_whether_it_replays
         from absorb_plugin.pruners.zeros import at_the_end
 
         for found in self._pruners:
@@ -236,7 +239,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         if all(found.modifier.ended_ for found in self._pruners):
             at_the_end(self, self._measure_realised)
             leave_recipe(self, state.model)
-            logger.info("Sparsities are set; recipe.yaml replays without absorb_plugin")
+            say_whether_it_replays()
         return True
 
     def _count_reports_before(self) -> None:

@@ -1,6 +1,8 @@
 """Find allocators, build them from recipe arguments, and call them with care."""
 
+import hashlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -11,6 +13,7 @@ from importlib.metadata import (
     distribution,
     entry_points,
 )
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -40,6 +43,7 @@ __all__ = [
     "owner_of",
     "run_allocator",
     "run_measure",
+    "version_of",
 ]
 
 BUILTIN = "absorb_plugin"
@@ -369,13 +373,30 @@ def owner_of(allocator: Allocator) -> str:
     return f"allocator {kind.name!r} ({kind.__module__}, not registered by any plugin)"
 
 
+def version_of(allocator: Allocator) -> str:
+    """
+    What tells it from an allocator of the same name and arguments: its plugin, that
+    plugin's version, and, for one that is being worked on, the file it is written in.
+    """
+    module = sys.modules.get(type(allocator).__module__)
+    file = getattr(module, "__file__", None)
+    try:
+        source = b"" if file is None else Path(file).read_bytes()
+    except OSError:  # within an archive, say
+        source = b""
+    return f"{owner_of(allocator)}, {hashlib.sha256(source).hexdigest()}"
+
+
 def _vector(
     owner: str, groups: Sequence[LinearGroup], what: str, values: object
 ) -> np.ndarray:
     try:
         vector = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError, OverflowError) as error:
-        raise PluginError(f"{owner} returned a {what} of no numbers") from error
+        raise PluginError(
+            f"{owner} returned a {what} that is no array of numbers ({error}): give "
+            "one of numpy, or of Python's floats"
+        ) from error
     if vector.shape != (len(groups),):
         raise PluginError(
             f"{owner} returned a {what} of shape {vector.shape} for {len(groups)} "

@@ -112,6 +112,10 @@ class AllocationSettings(BaseModel):
             return None
         if not isinstance(value, str | Path):
             raise ValueError(f"{value!r} is no path: write it in quotes if it is one")
+        if not str(value).strip():
+            raise ValueError(
+                f"{value!r} is no path: name a directory, as ./report, or leave it out"
+            )
         return expanded(value)
 
     @field_validator(

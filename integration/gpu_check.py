@@ -241,7 +241,7 @@ def fields(result: Any, name: str = "") -> dict[str, np.ndarray]:
     dictionary, a place in a tuple, or one below the other, as "kept.0.q_proj".
     """
     if isinstance(result, PrunedSlopes):
-        result = result.identity()[0]
+        result = result.made()
     if isinstance(result, torch.Tensor):
         return {name: result.detach().cpu().double().numpy()}
     if isinstance(result, np.ndarray | float | int):

@@ -1,7 +1,9 @@
 """Measurements kept on disk: the same bits, never a wrong one, never half a file."""
 
+import importlib
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 from compressed_tensors import offload
 from helpers import probes, runs, tiny
+from helpers.plugins import registered
 from llmcompressor.core import reset_session
 from llmcompressor.modeling.moe.context import moe_calibration_context
 from transformers import PreTrainedModel
@@ -472,6 +475,89 @@ def test_digests_tell_values_apart() -> None:
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
     with pytest.raises(TypeError, match="what makes two Linear equal"):
         digest({"a": torch.nn.Linear(1, 1)})
+
+
+class Adapter(torch.nn.Module):
+    """As those of peft: what it computes hangs on plain attributes."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = linear
+        self.scaling = {"default": 2.0}
+        self._disable_adapters = False
+        self.active_adapter = ["default"]
+        self.notes = object()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("scaling", {"default": 3.0}),
+        ("_disable_adapters", True),
+        ("active_adapter", []),
+        ("new", 1),
+    ],
+)
+def test_numbers_of_an_adapter_are_part_of_the_model(name: str, value: object) -> None:
+    model = tiny.small()
+    plain = model_digest(model)
+    block = model.model.layers[0].mlp
+    block.up_proj = Adapter(block.up_proj)
+    before = model_digest(model)
+    assert before != plain and model_digest(model) == before
+    block.up_proj.notes = object()
+    assert model_digest(model) == before
+    setattr(block.up_proj, name, value)
+    assert model_digest(model) != before
+
+
+def test_attributes_of_a_model_itself_follow_from_its_configuration() -> None:
+    model = tiny.small()
+    before = model_digest(model)
+    model.name_or_path, model.warnings_issued = "elsewhere", {"estimate_tokens": True}
+    model.train()
+    assert model_digest(model) == before
+
+
+ALLOCATOR = """
+from typing import ClassVar
+import numpy as np
+from absorb_plugin.allocators import Allocator, BaseAllocation
+
+class Moving(Allocator):
+    name: ClassVar = "moving"
+    needs: ClassVar = "gram"
+
+    def measure(self, weight, gram):
+        return SIGN * float(gram.diagonal().sum())
+
+    def allocate(self, groups, sparsity):
+        metric = np.array([
+            sum(x.measured for x in group.linears.values()) for group in groups
+        ])
+        low, high = metric.min(), metric.max()
+        return BaseAllocation(metric, 0.4 + 0.2 * (metric - low) / (high - low))
+"""
+
+
+def test_an_allocator_that_was_changed_measures_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    found = []
+    for sign in (1, -1, 1):
+        (tmp_path / "moving.py").write_text(ALLOCATOR.replace("SIGN", str(sign)))
+        sys.modules.pop("moving", None)
+        importlib.invalidate_caches()
+        kind = importlib.import_module("moving").Moving
+        with registered(kind):
+            cached = allocate(tmp_path / "kept", allocator="moving", strength=0)
+            fresh = allocate(None, allocator="moving", strength=0)
+        np.testing.assert_array_equal(cached.base.metric, fresh.base.metric)
+        found.append(cached.base.metric)
+    np.testing.assert_array_equal(found[0], -found[1])
+    np.testing.assert_array_equal(found[0], found[2])
 
 
 def test_offloaded_weights_hash_alike_and_where_they_lie(tmp_path: Path) -> None:

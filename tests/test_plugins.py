@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ import pytest
 import torch
 from helpers import runs, tiny
 from helpers.cli import absorb
+from helpers.plugins import registered
 from pydantic import Field, field_validator
 
 from absorb_plugin import plugins
@@ -26,6 +26,9 @@ from absorb_plugin.allocators import (
     LinearGroup,
     LinearStatistics,
 )
+from absorb_plugin.allocators.grams import GramProbe
+from absorb_plugin.blocks import find_blocks
+from absorb_plugin.forward.run import run_probes
 from absorb_plugin.hookspecs import hookimpl
 from absorb_plugin.plugins import (
     PluginError,
@@ -54,20 +57,6 @@ class Demanding(Allocator):
     name: ClassVar[str] = "demanding"
     floor: float
     parts: list[int] = Field(default_factory=list)
-
-
-@contextmanager
-def registered(*classes: Any, name: str = "throwaway") -> Iterator[None]:
-    class Plugin:
-        @hookimpl
-        def register_allocators(self) -> list[Any]:
-            return list(classes)
-
-    manager().register(Plugin(), name=name)
-    try:
-        yield
-    finally:
-        manager().unregister(name=name)
 
 
 def groups(count: int = 2) -> list[LinearGroup]:
@@ -330,7 +319,7 @@ def raising() -> None:
         (answer(metric=(float("inf"), 1.0)), "metric=inf for layers.0"),
         (answer(sparsity=(-0.1, 0.6)), r"outside \[0, 1\] for layers.0: -0.1"),
         (answer(sparsity=(0.1, 1.1)), r"outside \[0, 1\] for layers.1: 1.1"),
-        (answer(sparsity=("a", "b")), "sparsity of no numbers"),
+        (answer(sparsity=("a", "b")), "sparsity that is no array of numbers"),
         (answer(linear_metrics=({"up": 1.0},)), "linear_metrics of length 1"),
         (answer(linear_metrics=({"up": 1.0}, {"q": 1.0})), "q=1.0 for layers.1"),
         (
@@ -338,7 +327,7 @@ def raising() -> None:
             "up=nan for layers.0",
         ),
         (answer(linear_metrics=({"up": 10**400}, {"up": 1.0})), "up=10+ for layers.0"),
-        (answer(metric=(10**400, 1.0)), "metric of no numbers"),
+        (answer(metric=(10**400, 1.0)), "metric that is no array of numbers"),
         (answer(linear_metrics=({"up": None}, {"up": 1.0})), "up=None for layers.0"),
         (answer(linear_metrics=({"up": "a"}, {"up": 1.0})), "up=a for layers.0"),
         (answer(linear_metrics=None), "linear_metrics=None: give a list"),
@@ -385,6 +374,25 @@ def test_a_measure_that_breaks_names_allocator_plugin_and_linear(
     with registered(Measuring), pytest.raises(PluginError, match=message) as caught:
         run_measure(Measuring(answer=number), *asked)
     assert str(caught.value).startswith("allocator 'outsider' of plugin 'throwaway'")
+
+
+def test_every_linear_gets_its_own_moments() -> None:
+    """Queries, keys and values have one input; what is done to it stays with one."""
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    class Dampening(Measuring):
+        def measure(self, weight: torch.Tensor, gram: torch.Tensor) -> float:
+            seen.setdefault(str(len(gram)), []).append(gram.clone())
+            gram.diagonal().add_(gram.diagonal().mean())
+            return float(gram.trace())
+
+    model = tiny.small()
+    blocks = find_blocks(model)
+    probe = GramProbe(blocks, Dampening())
+    run_probes(model, blocks, [tiny.make_batch(4)], [probe])
+    first, second, third = seen["32"][:3]  # q, k, v
+    assert torch.equal(first, second) and torch.equal(first, third)
+    assert not torch.equal(first, seen["32"][3])  # o has another input
 
 
 def test_numbers_that_are_measured() -> None:

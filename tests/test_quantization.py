@@ -171,6 +171,37 @@ def test_what_destroys_zeros_is_warned_of(
     assert all(message.startswith(f"{name} stands after") for message in told)
 
 
+@pytest.mark.parametrize("stands", ["before", "between"])
+@pytest.mark.parametrize("written", ["default", "written out"])
+def test_smoothquant_beside_us(
+    stands: str, written: str, warnings: list[str], logs: list[str], tmp_path: Path
+) -> None:
+    """What it has worked out by then are modules, which no recipe can hold."""
+    mappings = [[["re:.*q_proj", "re:.*k_proj", "re:.*v_proj"], "re:.*input_layernorm"]]
+    fields = {"mappings": mappings} if written != "default" else {}
+    smooth = SmoothQuantModifier(smoothing_strength=0.5, **fields)
+    ours, pruner = runs.absorption(report_dir=str(tmp_path / "report")), runs.pruner()
+    order = [smooth, ours, pruner] if stands == "before" else [ours, smooth, pruner]
+    model = make_model()
+    runs.run(model, order, tmp_path, output_dir=str(tmp_path / "out"))
+    assert share(zeros_of(model)) == pytest.approx(0.5, abs=0.01)
+    profile = json.loads((tmp_path / "report" / "profile.json").read_text())
+    (groups,) = yaml.safe_load(profile["recipe"]).values()
+    (kept,) = [g["SmoothQuantModifier"] for g in groups.values() if len(g) == 3]
+    assert kept["smoothing_strength"] == 0.5 and "resolved_mappings_" not in kept
+    # as llm-compressor writes the default mappings, it cannot read them
+    unreadable = [line for line in warnings if "does not load again" in line]
+    replays = [line for line in logs if "replays without" in line]
+    assert len(unreadable) == (written == "default")
+    assert len(replays) == (written != "default")
+    recipe = (tmp_path / "out" / "recipe.yaml").read_text()
+    if written == "default":
+        with pytest.raises(yaml.YAMLError):
+            yaml.safe_load(recipe)
+    else:
+        yaml.safe_load(recipe)
+
+
 def test_no_warning_where_gptq_stands_before(
     warnings: list[str], tmp_path: Path
 ) -> None:

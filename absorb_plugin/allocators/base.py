@@ -49,7 +49,10 @@ class LinearStatistics:
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight, shape (out_features, in_features), in the model's dtype."""
+        """
+        The weight, shape (out_features, in_features), in the model's dtype. It is the
+        model's own, where that is not offloaded: do not write to it.
+        """
         weight = self.module.weight
         assert isinstance(weight, torch.Tensor)
         return weight.detach()
@@ -119,9 +122,10 @@ class Allocator(BaseModel):
         For those that need "gram": one number of a Linear, as soon as its inputs are
         known. Neither argument is kept, so one block's are in memory at a time.
 
-        :param weight: (out_features, in_features), in the model's dtype
+        :param weight: (out_features, in_features), in the model's dtype. It is the
+            model's own: do not write to it
         :param gram: mean over calibration samples of Σ_tokens x xᵀ, float32 of shape
-            (in_features, in_features), on the weight's device
+            (in_features, in_features), on the weight's device; yours to write to
         :return: `LinearStatistics.measured`
         """
         raise NotImplementedError

@@ -17,7 +17,7 @@ from absorb_plugin.allocators.base import (
 from absorb_plugin.blocks import BlockMap, linear_parameters
 from absorb_plugin.cache import ProfileCache
 from absorb_plugin.groups import linear_names
-from absorb_plugin.plugins import owner_of, run_allocator
+from absorb_plugin.plugins import run_allocator, version_of
 from absorb_plugin.search.budget import Budget
 
 __all__ = ["Base", "base_allocation", "groups_of"]
@@ -56,7 +56,7 @@ def base_allocation(
     """
     if allocator.needs == "weights":
         _check_finite(blocks)  # else the forward pass of the statistics tells
-    remember = None if cache is None else cache.numbers_for(owner_of(allocator))
+    remember = None if cache is None else cache.numbers_for(version_of(allocator))
     groups = groups_of(blocks, statistics, granularity, remember, measured)
     answer = run_allocator(allocator, groups, budget.sparsity)
     found = distributed.from_first(answer)

@@ -9,7 +9,7 @@ from absorb_plugin.allocators.base import Allocator
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch, token_mask
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
-from absorb_plugin.plugins import run_measure
+from absorb_plugin.plugins import run_measure, version_of
 from absorb_plugin.pruners.sparsegpt import SparseGPT
 from absorb_plugin.pruners.weights import ObservedInputs
 
@@ -30,6 +30,7 @@ class GramProbe(Probe):
 
     def __init__(self, blocks: BlockMap, allocator: Allocator) -> None:
         self._blocks, self._allocator = blocks, allocator
+        self._version = version_of(allocator)
         self._numbers: dict[str, float] = {}
         self._in_force = ExitStack()
 
@@ -56,7 +57,9 @@ class GramProbe(Probe):
             for name in names:
                 weight = block.linears[name].weight.detach()
                 full = block.full_name(name)
-                self._numbers[full] = run_measure(self._allocator, full, weight, gram)
+                # its own copy: others have the same inputs, and may be told after it
+                own = gram.clone() if len(names) > 1 else gram
+                self._numbers[full] = run_measure(self._allocator, full, weight, own)
         del self._observed
 
     def close(self) -> None:

@@ -33,11 +33,11 @@ def compare(
     """Perplexity, accuracies and realised sparsity of runs, side by side."""
     with command(debug) as stdout:
         from absorb_plugin.evaluation.compare import as_dict, read_runs
-        from absorb_plugin.evaluation.output import check_result_file, is_figure
+        from absorb_plugin.evaluation.output import check_figure
         from absorb_plugin.report.compare_figure import compare_charts
         from absorb_plugin.report.figure import save_figure
 
-        check_result_file(figure, "--figure", is_figure)
+        check_figure(figure)
         found = read_runs(runs)
         if figure is not None:
             charts = compare_charts(as_dict(found)["runs"])

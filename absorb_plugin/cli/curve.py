@@ -59,7 +59,7 @@ def curve(
     with command(debug, fields=("allocator", "effort")) as stdout:
         from absorb_plugin.evaluation.curve import as_dict, measure_curve
         from absorb_plugin.evaluation.loading import load_model
-        from absorb_plugin.evaluation.output import check_result_file, is_figure
+        from absorb_plugin.evaluation.output import check_figure
         from absorb_plugin.evaluation.text import calibration_samples
         from absorb_plugin.files import check_writable
         from absorb_plugin.report.curve_figure import curve_charts
@@ -78,7 +78,7 @@ def curve(
         check_samples(samples)
         if settings.profile_cache is not None:
             check_writable("--profile-cache", settings.profile_cache)
-        check_result_file(figure, "--figure", is_figure)
+        check_figure(figure)
         documents = Source(text, dataset, split, text_column).documents()
         _, tokenizer = read_model(model, dtype, trust_remote_code, seq_len)
         data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
@@ -148,11 +148,12 @@ def _print(found: "Curve", knee: str, allocator: str, file: TextIO) -> None:
         error = point.errors["ours"]
         known = "" if math.isnan(error) else f" ± {error:.3f}"
         table.add_row(
-            f"{point.sparsity:.3g}",
+            f"{point.sparsity:g}",
             *perplexities,
             f"{point.increases['ours']:+.3f}{known}",
         )
-    table.caption = f"{knee} ({found.tokens:,} held-out tokens)"
+    which = "tokens that the search saw too" if found.chosen_by else "held-out tokens"
+    table.caption = f"{knee} ({found.tokens:,} {which})"
     Console(file=file).print(table)
 
 

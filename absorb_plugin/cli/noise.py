@@ -57,14 +57,14 @@ def noise(
     """Measure how MODEL absorbs or amplifies noise, over depth and over η."""
     with command(debug) as stdout:
         from absorb_plugin.evaluation.loading import load_model
-        from absorb_plugin.evaluation.output import check_result_file, is_figure
+        from absorb_plugin.evaluation.output import check_figure
         from absorb_plugin.evaluation.text import calibration_samples
         from absorb_plugin.report.figure import save_figure
         from absorb_plugin.report.noise_figure import noise_charts
         from absorb_plugin.signals.noise_scan import as_dict, scan_noise
 
         magnitudes = _parse_magnitudes(eta)
-        check_result_file(figure, "--figure", is_figure)
+        check_figure(figure)
         documents = Source(text, dataset, split, text_column).documents()
         _, tokenizer = read_model(model, dtype, trust_remote_code, seq_len)
         data = calibration_samples(documents, tokenizer, samples, seq_len, seed)

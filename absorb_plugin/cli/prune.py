@@ -106,6 +106,7 @@ def prune(
         )
         from absorb_plugin.evaluation.perplexity import linear_sparsity
         from absorb_plugin.evaluation.text import calibration_samples
+        from absorb_plugin.report.words import quality_found, quality_sentence
 
         start = time.perf_counter()
         # All that can be wrong with the arguments comes before the model is loaded.
@@ -137,6 +138,7 @@ def prune(
         output.check_space(out, weight_bytes(empty, dtype.value))
         check_saving(model, empty, tokenizer)
         data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
+        modifiers = oneshot.ours(parsed)
         with output.staged_directory(out) as staging:
             oneshot.stage_reports(parsed, out, staging)
             pruned = oneshot.prune(
@@ -160,13 +162,16 @@ def prune(
                 "seq_len": seq_len,
                 "seconds": round(time.perf_counter() - start, 1),
             }
-            show(
-                stdout,
-                result,
-                as_json,
+            line = (
                 "Saved to {out}: {sparsity:.4f} of the Linear weights are zero "
-                "({samples} x {seq_len} tokens, {seconds} s)",
+                "({samples} x {seq_len} tokens, {seconds} s)"
             )
+            profiles = [one for modifier in modifiers for one in modifier.profiles()]
+            qualities = [found for one in profiles if (found := quality_found(one))]
+            if qualities:
+                result["quality"] = qualities
+                line += "".join(f"\n{quality_sentence(one)}" for one in profiles)
+            show(stdout, result, as_json, line)
 
 
 def _read_recipe(recipe: Path | None, given: dict[str, Any]) -> "Recipe | None":

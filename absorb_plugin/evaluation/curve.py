@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from absorb_plugin import distributed
 from absorb_plugin._llmcompressor import linearize_moe
 from absorb_plugin.allocate import Method
+from absorb_plugin.allocators.base_allocation import Base
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.calibration import samples_of
 from absorb_plugin.choices import budget_of
@@ -24,6 +25,7 @@ from absorb_plugin.overflow import exp, expm1
 from absorb_plugin.pruners import PRUNERS
 from absorb_plugin.pruners.present import with_present_zeros
 from absorb_plugin.search.budget import Budget
+from absorb_plugin.search.confirm import confirm
 from absorb_plugin.search.line_search import Losses, gain
 from absorb_plugin.settings import AllocationSettings
 from absorb_plugin.torch_state import plain_torch
@@ -57,11 +59,14 @@ class Curve:
     :param dense: loss of the dense model, nats per token
     :param tokens: predicted tokens that it was judged on
     :param points: ascending in sparsity
+    :param chosen_by: whether the search went by the samples that it was judged on, of
+        which there are so few
     """
 
     dense: float
     tokens: int
     points: Sequence[CurvePoint]
+    chosen_by: bool = False
 
 
 @plain_torch()
@@ -102,34 +107,47 @@ def measure_curve(
         order = _from_the_middle(sparsities)
         hidden = not distributed.is_first()
         for sparsity in tqdm(order, desc="Sparsities", disable=hidden):
-            budget = budgets[sparsity]
-            allocations = _allocations(method, budget, _near(ours, sparsity))
-            sums, counts = pruned_loss(method.setting, allocations)
-            taken = _taken(sums)
-            ours[sparsity] = allocations[taken]
-            sums = np.stack([*sums[:-1], sums[taken]])
-            points.append(_point(sparsity, (sums, counts), dense[0]))
+            budget, judge = budgets[sparsity], _Judge(method)
+            base = method.base(budget)
+            found = _found(method, base, budget, _near(ours, sparsity))
+            taken = confirm(found, base.sparsity, budget, judge).sparsity
+            ours[sparsity] = taken
+            sums = [judge.sums(x) for x in (budget.uniform(), base.sparsity, taken)]
+            points.append(_point(sparsity, (np.stack(sums), tokens), dense[0]))
     points.sort(key=lambda point: point.sparsity)
-    return Curve(float(dense.sum() / tokens.sum()), int(tokens.sum()), points)
+    return Curve(
+        float(dense.sum() / tokens.sum()),
+        int(tokens.sum()),
+        points,
+        chosen_by=method.setting.samples.confirm is method.setting.samples.search,
+    )
 
 
-def _allocations(
-    method: Method, budget: Budget, near: np.ndarray | None
-) -> list[np.ndarray]:
-    """Uniform, base, and what the search finds."""
-    base = method.base(budget)
+class _Judge:
+    """The pruner's arithmetic; what it found of every allocation is noted."""
+
+    def __init__(self, method: Method) -> None:
+        self._setting = method.setting
+        self._sums: dict[bytes, np.ndarray] = {}
+
+    def __call__(self, candidates: Sequence[np.ndarray]) -> Losses:
+        sums, tokens = pruned_loss(self._setting, candidates)
+        names = [one.tobytes() for one in candidates]
+        self._sums |= dict(zip(names, sums, strict=True))
+        return sums, tokens
+
+    def sums(self, allocation: np.ndarray) -> np.ndarray:
+        """Sums of losses over the tokens of every sample."""
+        return self._sums[allocation.tobytes()]
+
+
+def _found(
+    method: Method, base: Base, budget: Budget, near: np.ndarray | None
+) -> np.ndarray:
+    """What the search finds, or a few steps from the allocation of another budget."""
     if near is None:
-        found = method.search(base, budget).sparsity
-    else:
-        found = method.refine(near, budget)
-    return [budget.uniform(), base.sparsity, found]
-
-
-def _taken(sums: np.ndarray) -> int:
-    """Of uniform, base and found: the last, unless the best of the others is better."""
-    *others, found = sums.sum(axis=1)
-    best = int(np.argmin(others))
-    return len(others) if found <= others[best] else best
+        return method.search(base, budget).sparsity
+    return method.refine(near, budget)
 
 
 def _from_the_middle(sparsities: Sequence[float]) -> list[float]:
@@ -181,6 +199,7 @@ def as_dict(curve: Curve, pruner: str, allocator: str) -> dict[str, Any]:
         "pruner": pruner,
         "allocator": allocator,
         "tokens": curve.tokens,
+        "chosen_by_the_same": curve.chosen_by,
         "dense_loss": curve.dense,
         "knee": knee(curve),
         "points": [

@@ -23,6 +23,7 @@ __all__ = [
     "check_caches",
     "keep_profiles",
     "load_recipe",
+    "ours",
     "parse_recipe",
     "prune",
     "stage_reports",
@@ -73,7 +74,7 @@ def parse_recipe(text: str) -> Recipe:
             patterns = getattr(modifier, field, None)
             if isinstance(patterns, list):
                 check_patterns(f"{type(modifier).__name__}: {field}", patterns)
-    for modifier in _ours(recipe):
+    for modifier in ours(recipe):
         modifier.base_allocator()
     return recipe
 
@@ -189,12 +190,12 @@ def keep_profiles(recipe: Recipe, directory: Path) -> None:
 
     :raises ValueError: if no modifier of the recipe has it
     """
-    if not _ours(recipe):
+    if not ours(recipe):
         raise ValueError(
             f"profile_cache={str(directory)!r} is for recipes with an "
             "AbsorptionAllocationModifier, and this one has none: leave it out"
         )
-    for modifier in _ours(recipe):
+    for modifier in ours(recipe):
         modifier.profile_cache = expanded(directory)
 
 
@@ -203,7 +204,7 @@ def check_caches(recipe: Recipe, out: Path) -> None:
     :raises ValueError: if a `profile_cache` lies in `out`, which is replaced as a
         whole, or cannot be written to
     """
-    for cache in {modifier.profile_cache for modifier in _ours(recipe)}:
+    for cache in {modifier.profile_cache for modifier in ours(recipe)}:
         if cache is None:
             continue
         if _inside(out, cache) is not None:
@@ -219,13 +220,14 @@ def stage_reports(recipe: Recipe, out: Path, staging: Path) -> None:
     Have reports whose `report_dir` lies in `out` written into `staging`, which is to
     take its place.
     """
-    for modifier in _ours(recipe):
+    for modifier in ours(recipe):
         given = modifier.report_dir
         if given is not None and (inside := _inside(out, given)) is not None:
             modifier.stage_reports(str(staging / inside))
 
 
-def _ours(recipe: Recipe) -> list[absorb_plugin.AbsorptionAllocationModifier]:
+def ours(recipe: Recipe) -> list[absorb_plugin.AbsorptionAllocationModifier]:
+    """The modifiers of this package, which leave the recipe in the end."""
     kind = absorb_plugin.AbsorptionAllocationModifier
     return [modifier for modifier in recipe.modifiers if isinstance(modifier, kind)]
 

@@ -17,6 +17,7 @@ __all__ = [
     "check_apart",
     "check_inputs_apart",
     "check_output",
+    "check_figure",
     "check_result_file",
     "check_space",
     "has_fields",
@@ -166,6 +167,20 @@ def check_result_file(
         raise FileExistsError(
             f"{option} {path} exists and is no result of an earlier run: it will not "
             "be overwritten. Choose another name"
+        )
+
+
+def check_figure(path: Path | None) -> None:
+    """
+    To be asked before minutes are spent: of `--figure`.
+
+    :raises OSError: as `check_result_file`
+    :raises ValueError: if its name says that it is no PNG
+    """
+    check_result_file(path, "--figure", is_figure)
+    if path is not None and path.suffix.lower() not in ("", ".png"):
+        raise ValueError(
+            f"--figure {path}: the figure is a PNG, so let the name end in .png"
         )
 
 

@@ -245,8 +245,8 @@ def _pruning(shapes: _Shapes, element: int, need: Needs) -> int:
     pruning = copies * element * shapes.linear + scores
     if need.single_batch:
         pruning += _at_once(need) * element * shapes.block
-    elif need.backward and need.kept_weights:  # of the block that runs backward
-        pruning += element * shapes.block
+    elif need.backward and need.kept_weights:  # packed, of the block that runs
+        pruning += need.kept_weights * element * shapes.block
     return pruning + (_hessians(shapes, element, need) if need.hessians else 0)
 
 

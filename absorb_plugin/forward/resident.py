@@ -1,9 +1,10 @@
 """
-Offloaded blocks that stay on the accelerator from one forward to the next.
+Offloaded weights that stay on the accelerator from one forward to the next.
 
 An allocation runs dozens of forwards of few tokens, and offloaded weights are onloaded
 in every one of them, for most of its time (docs/scaling.md). So as many blocks as the
-device has room for beside a probe are onloaded once. The room is given back for a probe
+device has room for beside a probe are onloaded once, and what is outside of them with
+them; the others come through page-locked memory. The room is given back for a probe
 that passes its limit, and where a batch does not fit.
 """
 
@@ -13,11 +14,12 @@ from contextlib import ExitStack, contextmanager
 import torch
 from compressed_tensors.offload import get_execution_device
 from compressed_tensors.offload.cache import OffloadCache
+from compressed_tensors.offload.utils import to_tensor
 from loguru import logger
 from torch.nn import Module
 from transformers import PreTrainedModel
 
-from absorb_plugin.devices import free_memory, is_offloaded
+from absorb_plugin.devices import free_memory, is_offloaded, page_locked
 from absorb_plugin.torch_state import stored
 
 __all__ = ["kept_onloaded", "release", "room", "spare"]
@@ -31,24 +33,42 @@ class Kept(OffloadCache):
     Parameters or buffers of a module, onloaded at first use and kept until `release`.
 
     :param cache: as the module had them
+    :param onloaded: what is on the device, by what lies elsewhere; of all modules, for
+        weights may be tied
+    :param keeps: whether they stay
     """
 
     offload_device: torch.device | str
 
-    def __init__(self, cache: OffloadCache) -> None:
+    def __init__(
+        self,
+        cache: OffloadCache,
+        onloaded: dict[torch.Tensor, torch.Tensor],
+        keeps: bool,
+    ) -> None:
         super().__init__(cache.onload_device)
         self.offload_device = cache.offload_device
         self.offloaded_values = cache.offloaded_values
         self.cache = cache
-        self._keeps = True
-        self._onloaded: dict[torch.Tensor, torch.Tensor] = {}
+        self.keeps = keeps
+        self._onloaded = onloaded
 
     def onload(self, offloaded: torch.Tensor | None) -> torch.Tensor | None:
-        if offloaded is None or not self._keeps:
-            return self.cache.onload(offloaded)
+        if offloaded is None:
+            return None
+        if not self.keeps:
+            return self._fetched(offloaded)
         if offloaded not in self._onloaded:
-            self._onloaded[offloaded] = self.cache.onload(offloaded)
+            self._onloaded[offloaded] = self._fetched(offloaded)
         return self._onloaded[offloaded]
+
+    def _fetched(self, offloaded: torch.Tensor) -> torch.Tensor:
+        locked = page_locked(offloaded, torch.device(self.onload_device))
+        if locked is not offloaded:
+            to_tensor(locked, offloaded)  # a parameter, if it was one
+        onloaded = self.cache.onload(locked)
+        assert onloaded is not None
+        return onloaded
 
     def offload(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
         return self.cache.offload(tensor)
@@ -65,7 +85,7 @@ class Kept(OffloadCache):
 
     def missing(self) -> int:
         """Bytes that it will keep and has not been asked for."""
-        tensors = self.offloaded_values.values() if self._keeps else ()
+        tensors = self.offloaded_values.values() if self.keeps else ()
         return sum(
             tensor.nbytes
             for tensor in tensors
@@ -74,7 +94,7 @@ class Kept(OffloadCache):
 
     def release(self) -> bool:
         """From here on as if nothing was kept; whether anything was until now."""
-        held, self._keeps = bool(self._onloaded), False
+        held, self.keeps = self.keeps and bool(self._onloaded), False
         self._onloaded.clear()
         return held
 
@@ -85,23 +105,27 @@ def kept_onloaded(
 ) -> Iterator[int]:
     """
     Within the context the first blocks are onloaded once, as many as there is room for:
-    the number that is yielded. For a model that is not offloaded it is none.
+    the number that is yielded. If any are, so is what is outside the blocks. For a
+    model that is not offloaded it is none.
 
     :param memory: bytes that a probe may take beside the model
     """
     offloaded = [_offloaded(block) for block in blocks]
     sizes = [sum(map(_size, modules)) for modules in offloaded]
-    left, chosen = _room_on_device(model, sizes, memory), 0
+    left, chosen = _room_on_device(model, blocks, memory), 0
+    for size in sizes:
+        left -= size
+        if left < 0:
+            break
+        chosen += size > 0
+    away = {module for modules in offloaded[chosen:] for module in modules}
+    onloaded: dict[torch.Tensor, torch.Tensor] = {}
     with ExitStack() as stack:
-        for modules, size in zip(offloaded, sizes, strict=True):
-            left -= size
-            if left < 0:
-                break
-            for module in modules:
-                stack.callback(_give_back, module)
-                module._parameters = Kept(module._parameters)
-                module._buffers = Kept(module._buffers)
-            chosen += bool(modules)
+        for module in _offloaded(model):
+            keeps = chosen > 0 and module not in away
+            stack.callback(_give_back, module)
+            module._parameters = Kept(module._parameters, onloaded, keeps)
+            module._buffers = Kept(module._buffers, onloaded, keeps)
         if chosen:
             logger.info(
                 f"{chosen} of {len(blocks)} blocks stay on "
@@ -110,33 +134,20 @@ def kept_onloaded(
         yield chosen
 
 
-def release(blocks: Sequence[Module]) -> bool:
+def release(model: Module) -> bool:
     """Give the room back; whether there was any to give."""
-    held = [
-        tensors.release()
-        for block in blocks
-        for module in block.modules()
-        for tensors in (module._parameters, module._buffers)
-        if isinstance(tensors, Kept)
-    ]
-    return any(held)
+    return any([tensors.release() for tensors in _kept(model)])
 
 
 def spare(model: PreTrainedModel, blocks: Sequence[Module], memory: int) -> int:
     """
     Bytes that are left on the device of an offloaded model beside a probe and the
-    blocks that stay.
+    weights that stay.
 
     :param memory: bytes that a probe may take beside the model
     """
-    sizes = [sum(map(_size, _offloaded(block))) for block in blocks]
-    missing = sum(
-        tensors.missing()
-        for module in model.modules()
-        for tensors in (module._parameters, module._buffers)
-        if isinstance(tensors, Kept)
-    )
-    return max(0, _room_on_device(model, sizes, memory) - missing)
+    missing = sum(tensors.missing() for tensors in _kept(model))
+    return max(0, _room_on_device(model, blocks, memory) - missing)
 
 
 def room(free: int, memory: int, block: int, outside: int) -> int:
@@ -150,14 +161,35 @@ def room(free: int, memory: int, block: int, outside: int) -> int:
     return max(0, int(free * (1 - RESERVE)) - memory - 2 * block - outside)
 
 
-def _room_on_device(model: PreTrainedModel, sizes: Sequence[int], memory: int) -> int:
-    """:param sizes: bytes of every block that are offloaded"""
+def _room_on_device(
+    model: PreTrainedModel, blocks: Sequence[Module], memory: int
+) -> int:
     device = torch.device(get_execution_device(model))
     free = None if device.type == "cpu" else free_memory(device)
     if free is None:
         return 0
-    outside = sum(map(_size, _offloaded(model))) - sum(sizes)
-    return room(free, memory, max(sizes, default=0), outside)
+    inside = [_offloaded(block) for block in blocks]
+    within = {module for modules in inside for module in modules}
+    outside = sum(
+        _size(module)
+        for module in _offloaded(model)
+        if module not in within and not _stays(module)
+    )
+    largest = max((sum(map(_size, modules)) for modules in inside), default=0)
+    return room(free, memory, largest, outside)
+
+
+def _kept(model: Module) -> list[Kept]:
+    return [
+        tensors
+        for module in model.modules()
+        for tensors in (module._parameters, module._buffers)
+        if isinstance(tensors, Kept)
+    ]
+
+
+def _stays(module: Module) -> bool:
+    return isinstance(module._parameters, Kept) and module._parameters.keeps
 
 
 def _offloaded(module: Module) -> list[Module]:

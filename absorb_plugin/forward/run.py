@@ -87,7 +87,7 @@ def run_probes(
         need = footprint(model, blocks.modules, needs, memory)
         head.chunk_bytes = need.chunk
         if memory is not None and need.fixed > memory:
-            release(blocks.modules)  # it needs the room of blocks that are kept
+            release(model)  # it needs the room of blocks that are kept
         stack.enter_context(parts.applied(blocks.modules))
         if any(one.single_batch for one in needs):
             batches = _whole(batches, need, memory, parts)
@@ -125,7 +125,7 @@ def _run_all(
                 bar.update()
                 continue
             waiting.appendleft(batch)
-            if hooks.release():
+            if hooks.release(model):
                 continue
             samples = len(batch["input_ids"])
             at_a_time = 1 if parts is None else min(parts.size or samples, samples)
@@ -286,9 +286,9 @@ class _BlockHooks:
         for probe in self._probes:
             probe.finish(batch, self._head)
 
-    def release(self) -> bool:
+    def release(self, model: Module) -> bool:
         """Of all that is kept on the device, give the room back; if there is any."""
-        held = [release(self._blocks.modules)]
+        held = [release(model)]
         held += [probe.release() for probe in self._probes]
         return any(held)
 

@@ -9,9 +9,16 @@ from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.transformers.utils.helpers import infer_recipe_from_model_path
 from loguru import logger
+from pydantic_core import to_jsonable_python
 from torch.nn import Module
 
-__all__ = ["leave_recipe", "modifiers_before", "recipe_text", "user_fields"]
+__all__ = [
+    "leave_recipe",
+    "modifiers_before",
+    "recipe_text",
+    "say_whether_it_replays",
+    "user_fields",
+]
 
 # Fields that llm-compressor fills in by itself.
 HOUSEKEEPING = {"index", "group", "start", "end", "update"}
@@ -23,8 +30,9 @@ def user_fields(modifier: Modifier, **options: Any) -> dict[str, Any]:
 
     :param options: of pydantic's `model_dump`
     """
-    fields = modifier.model_dump(exclude=HOUSEKEEPING, **options)
-    return {key: value for key, value in fields.items() if not key.endswith("_")}
+    # what a modifier has worked out by itself may be a module
+    own = {name for name in type(modifier).model_fields if name.endswith("_")}
+    return modifier.model_dump(exclude=HOUSEKEEPING | own, **options)
 
 
 def modifiers_before(modifier: Modifier) -> list[Modifier]:
@@ -45,7 +53,8 @@ def recipe_text() -> str:
     modifiers = active_session().lifecycle.recipe.modifiers
     names = _apart([("prune", modifier) for modifier in modifiers])
     for group, modifier in zip(names, modifiers, strict=True):
-        fields = user_fields(modifier, mode="json", exclude_unset=True)
+        fields = user_fields(modifier, exclude_unset=True)
+        fields = to_jsonable_python(fields, fallback=str)
         groups.setdefault(f"{group}_modifiers", {})[type(modifier).__name__] = fields
     return yaml.safe_dump({"prune_stage": groups}, sort_keys=False, allow_unicode=True)
 
@@ -69,6 +78,21 @@ def leave_recipe(modifier: Modifier, model: Module) -> None:
         if name != was:
             other.group = name
     recipe.stage = _free(recipe.stage, _stages_of(model), "_stage")
+
+
+def say_whether_it_replays() -> None:
+    """Of the active recipe, once this plugin has left it."""
+    try:
+        yaml.safe_load(active_session().lifecycle.recipe.yaml())
+    except yaml.YAMLError as error:
+        said = " ".join(str(error).split())
+        logger.warning(
+            f"Sparsities are set, but recipe.yaml does not load again: {said}. "
+            "llm-compressor writes the defaults of some modifiers so, as the mappings "
+            "of SmoothQuantModifier: write them out in the recipe, as lists"
+        )
+    else:
+        logger.info("Sparsities are set; recipe.yaml replays without absorb_plugin")
 
 
 def _apart(modifiers: Sequence[tuple[str, Modifier]]) -> list[str]:

@@ -53,6 +53,11 @@ class SparseGPT(Pruner):
     @classmethod
     def of(cls, modifier: SparsityModifierBase) -> "SparseGPT":
         assert isinstance(modifier, SparseGPTModifier)
+        if modifier.block_size < 1:
+            raise ValueError(
+                f"SparseGPTModifier has block_size={modifier.block_size}: it prunes so "
+                "many columns at a time, 128 by default"
+            )
         return cls(
             modifier.block_size,
             modifier.dampening_frac or 0.0,

@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from compressed_tensors.offload import get_execution_device
 from torch.nn import Linear, Module
 
 from absorb_plugin.blocks import BlockMap
@@ -18,6 +19,7 @@ from absorb_plugin.forward.linears import Weights
 from absorb_plugin.forward.parts import current_part
 from absorb_plugin.groups import named
 from absorb_plugin.pruners.base import MaskPruner, Pruner
+from absorb_plugin.pruners.packed import Packed, unpacked
 from absorb_plugin.torch_state import stored
 
 __all__ = [
@@ -227,12 +229,13 @@ class MaskedSlopes:
 class PrunedSlopes:
     """
     The same of weights that the pruner has made, kept where the model's weights lie,
-    or on the device while there is room.
+    or, packed, on the device while there is room.
     Between the sparsities that it made they are interpolated, so that a few steps need
     no new ones.
 
     :param blocks: all blocks
-    :param kept: index of a block -> name -> weights at s, s − δ and s + δ
+    :param kept: index of a block -> name -> weights at s, s − δ and s + δ, packed where
+        the model is offloaded
     :param made_at: the allocation of s, one sparsity per prunable Linear
     :param allocation: the one under which the network runs
     :param step: δ
@@ -245,7 +248,7 @@ class PrunedSlopes:
     def __init__(
         self,
         blocks: BlockMap,
-        kept: Mapping[int, Mapping[str, list[torch.Tensor]]],
+        kept: Mapping[int, Mapping[str, list[torch.Tensor | Packed]]],
         made_at: np.ndarray,
         allocation: np.ndarray,
         *,
@@ -257,6 +260,8 @@ class PrunedSlopes:
         self._shares = {} if shares is None else shares
         self._made = block_sparsities(blocks, made_at)
         self._wanted = block_sparsities(blocks, allocation)
+        # packed weights of the block that ran last, where it runs
+        self._fetched: dict[tuple[int, str, int], Packed] = {}
 
     def at(self, allocation: np.ndarray) -> "PrunedSlopes":
         """The weights of another allocation, near the one that they were made of."""
@@ -271,7 +276,20 @@ class PrunedSlopes:
 
     def identity(self) -> list[object]:
         """What makes two of them equal (`fingerprint.digest`)."""
-        return [self._kept, self._made, self._wanted, self._step]
+        kept = {
+            index: {name: list(map(_Made, weights)) for name, weights in made.items()}
+            for index, made in self._kept.items()
+        }
+        return [kept, self._made, self._wanted, self._step]
+
+    def made(self) -> dict[int, dict[str, list[torch.Tensor]]]:
+        """Index of a block -> name -> weights at s, s − δ and s + δ, where they are."""
+        return {
+            index: {
+                name: list(map(unpacked, weights)) for name, weights in linears.items()
+            }
+            for index, linears in self._kept.items()
+        }
 
     def release(self) -> bool:
         """Where some lie on the device of an offloaded model, bring them home."""
@@ -295,20 +313,50 @@ class PrunedSlopes:
 
     def _weight(self, index: int, name: str) -> torch.Tensor:
         made, wanted = self._made[index][name], self._wanted[index][name]
-        own, less, more = self._kept[index][name]
         low, high = band(made, self._step)
-        other, way = (less, low - made) if wanted < made else (more, high - made)
+        other, way = (1, low - made) if wanted < made else (2, high - made)
         share = min(FARTHEST, (wanted - made) / way) if way else 0.0
-        return own if share == 0.0 else torch.lerp(own, other, share)
+        own = self._at_hand(index, name, 0)
+        if share == 0.0:
+            return own
+        return torch.lerp(own, self._at_hand(index, name, other), share)
 
     def change(self, index: int, name: str) -> Change | None:
         """As of `MaskedSlopes`."""
-        _, less, more = self._kept[index][name]
+        less, more = (self._at_hand(index, name, which) for which in (1, 2))
         if (index, name) not in self._shares:
             fewer = less.count_nonzero() - more.count_nonzero()
             self._shares[index, name] = fewer.item() / less.numel()
         share = self._shares[index, name]
         return Change(more - less, 1 / share) if share > 0 else None
+
+    def _at_hand(self, index: int, name: str, which: int) -> torch.Tensor:
+        """One of the weights that were made, packed ones where the model computes."""
+        kept = self._kept[index][name][which]
+        if isinstance(kept, torch.Tensor):
+            return kept
+        linear = self._blocks.blocks[index].linears[name]
+        device = torch.device(get_execution_device(linear))
+        if kept.device == device:
+            return kept.weight()
+        key = (index, name, which)
+        if key not in self._fetched:
+            # a block runs forward, or forward and backward, before another does
+            others = [one for one in self._fetched if one[0] != index]
+            for other in others:
+                del self._fetched[other]
+            self._fetched[key] = kept.to(device)
+        return self._fetched[key].weight()
+
+
+class _Made:
+    """One such weight; its identity does not depend on how and where it is kept."""
+
+    def __init__(self, weight: torch.Tensor | Packed) -> None:
+        self._weight = weight
+
+    def identity(self) -> torch.Tensor:
+        return unpacked(self._weight)
 
 
 def home_of(linear: Linear) -> torch.device:

@@ -2,11 +2,13 @@
 What a chart shows, as plain data. svg.py draws it for the page, figure.py as a PNG.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 __all__ = ["Band", "BarChart", "Cell", "Chart", "HeatMap", "Line", "LineChart"]
-__all__ += ["four_digits", "number", "rule"]
+__all__ += ["four_digits", "number", "numbers", "rule"]
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class HeatMap:
     :param cells: one list per row; None where there is nothing
     :param middle: the value without a colour
     :param middle_name: what that value is
+    :param least, most: values that there can be
     """
 
     title: str
@@ -116,6 +119,15 @@ class HeatMap:
     middle: float
     middle_name: str
     caption: str = ""
+    least: float = -math.inf
+    most: float = math.inf
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Of the colour scale."""
+        reach = self.reach or 1.0
+        low, high = self.middle - reach, self.middle + reach
+        return max(low, self.least), min(high, self.most)
 
     @property
     def reach(self) -> float:
@@ -137,12 +149,25 @@ def four_digits(value: float) -> str:
     return f"{value:#.4g}".rstrip(".")
 
 
-def number(value: float) -> str:
-    """Three digits, and no more zeros than needed."""
+def numbers(values: Sequence[float]) -> list[str]:
+    """Of ticks at even distances: three digits, or as many as tell them apart."""
+    if not values:
+        return []
+    step = min((b - a for a, b in pairwise(sorted(values))), default=math.inf)
+    for digits in range(3, 10):
+        texts = [f"{value:.{digits}g}" for value in values]
+        off = max(abs(float(t) - v) for t, v in zip(texts, values, strict=True))
+        if off < step / 20:
+            break
+    return [number(value, digits) for value in values]
+
+
+def number(value: float, digits: int = 3) -> str:
+    """So many digits, and no more zeros than needed."""
     if abs(value) < 1e-12:
         return "0"
-    text = f"{value:.3g}"
+    text = f"{value:.{digits}g}"
     if abs(value) < 1e-3:
-        mantissa, exponent = f"{value:.2e}".split("e")
-        text = f"{float(mantissa):g}e{int(exponent)}"
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        text = f"{float(mantissa):.{digits}g}e{int(exponent)}"
     return text.replace("-", "−")

@@ -63,7 +63,7 @@ def draw(charts: Sequence[Chart], title: str, columns: int = 1) -> bytes:
         len(rows), columns, squeeze=False, height_ratios=heights
     ).flatten()
     for ax, chart in zip(axes, charts):
-        _chart(ax, chart)
+        _chart(ax, chart, columns > 1)
     for ax in axes[len(charts) :]:
         ax.remove()
     figure.suptitle(title, parse_math=False)
@@ -80,19 +80,20 @@ def _height(chart: Chart) -> float:
     return 3.2
 
 
-def _chart(ax: Axes, chart: Chart) -> None:
+def _chart(ax: Axes, chart: Chart, narrow: bool) -> None:
     if isinstance(chart, LineChart):
-        _lines(ax, chart)
+        _lines(ax, chart, narrow)
     elif isinstance(chart, BarChart):
         _bars(ax, chart)
     else:
         _heat_map(ax, chart)
-    ax.set_title(chart.title, parse_math=False)
+    size = "medium" if narrow else "large"
+    ax.set_title(chart.title, parse_math=False, fontsize=size)
     ax.set_xlabel(chart.x_label, parse_math=False)
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _lines(ax: Axes, chart: LineChart) -> None:
+def _lines(ax: Axes, chart: LineChart, narrow: bool) -> None:
     for line in chart.lines:
         _line(ax, line)
     if chart.band is not None:
@@ -115,7 +116,7 @@ def _lines(ax: Axes, chart: LineChart) -> None:
         box = ax.legend(
             loc="upper left",
             bbox_to_anchor=LEGEND,
-            ncols=4,
+            ncols=2 if narrow else 4,  # wider than its axes it would press them
             edgecolor="none",
             fontsize="small",
         )
@@ -131,7 +132,8 @@ def _numbers_between_decades(axis: Axis) -> None:
     low, high = axis.get_view_interval()
     if high < 100 * low:
         digits = (1, 2, 5) if high > 10 * low else range(1, 10)
-        axis.set_major_locator(LogLocator(subs=digits))
+        several = LogLocator(subs=digits) if high > 3 * low else MaxNLocator(5)
+        axis.set_major_locator(several)
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(NullFormatter())
 
@@ -207,6 +209,7 @@ def _heat_map(ax: Axes, chart: HeatMap) -> None:
     shown = range(0, len(chart.columns), step)
     ax.set_xticks(shown, [chart.columns[i] for i in shown], parse_math=False)
     bar = ax.figure.colorbar(image, ax=ax, pad=0.01)
+    bar.ax.set_ylim(*chart.ends)
     bar.ax.set_title(f"{chart.middle_name} white", fontsize="small", parse_math=False)
 
 

@@ -27,8 +27,9 @@ def noise_charts(scan: Scan) -> list[Chart]:
 def _drift_limits(scan: Scan) -> tuple[float, float]:
     """The same for every η, so that panels can be compared."""
     drifts = [x for entry in scan["eta"] for row in entry["drift"] for x in row if x]
-    small = [x for x in scan["floor"] if x > 0] + [e["eta"] for e in scan["eta"]]
-    return min(small) / 2, 2 * max(drifts, default=1.0)
+    small = [x for x in [*drifts, *scan["floor"]] if x > 0]
+    least = min([*small, *(entry["eta"] for entry in scan["eta"])])
+    return least / 2, 2 * max(drifts, default=1.0)
 
 
 def _ratio(scan: Scan) -> LineChart:

@@ -85,6 +85,8 @@ def _linears(profile: Profile) -> Iterator[Chart]:
         profile["budget"],
         "budget",
         "Below the budget a Linear is protected, above it is pruned more.",
+        least=0.0,
+        most=1.0,
     )
 
 

@@ -14,6 +14,7 @@ from absorb_plugin.report.charts import (
     LineChart,
     four_digits,
     number,
+    numbers,
 )
 
 __all__ = ["draw", "legend"]
@@ -166,10 +167,11 @@ def _band(band: Band, x: _Scale) -> str:
 
 
 def _y_axis(y: _Scale, label: str) -> Iterator[str]:
-    for tick in y.ticks():
+    ticks = y.ticks()
+    for tick, name in zip(ticks, numbers(ticks), strict=True):
         at = y(tick)
         yield f'<path d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>'
-        yield _text(LEFT - 6, at + 4, number(tick), "end")
+        yield _text(LEFT - 6, at + 4, name, "end")
     middle = (TOP + HEIGHT - BOTTOM) / 2
     yield (
         f'<text transform="translate(15 {middle}) rotate(-90)" text-anchor="middle">'
@@ -179,8 +181,9 @@ def _y_axis(y: _Scale, label: str) -> Iterator[str]:
 
 def _x_axis(x: _Scale, y: float, label: str, left: float) -> Iterator[str]:
     """:param y: where the axis lies"""
-    for tick in x.ticks():
-        yield _text(x(tick), y + 16, number(tick))
+    ticks = x.ticks()
+    for tick, name in zip(ticks, numbers(ticks), strict=True):
+        yield _text(x(tick), y + 16, name)
     yield _text((left + WIDTH - RIGHT) / 2, y + BOTTOM - 6, label)
 
 
@@ -334,12 +337,17 @@ def _column_names(
 
 def _colour_scale(chart: HeatMap, left: float, top: float) -> Iterator[str]:
     """A strip from full colour to full colour, with its ends and middle named."""
-    right = WIDTH - RIGHT
+    right, (low, high) = WIDTH - RIGHT, chart.ends
     width = (right - left) / (SCALE_STEPS + 1)
     for step in range(SCALE_STEPS + 1):
-        value = chart.middle + chart.reach * (2 * step / SCALE_STEPS - 1)
+        value = low + (high - low) * step / SCALE_STEPS
         yield _cell(chart, value, _box(left + step * width, top, width, 10))
     y = top + 26
-    yield _text(left, y, number(chart.middle - chart.reach), "start")
-    yield _text((left + right) / 2, y, f"{chart.middle_name} {number(chart.middle)}")
-    yield _text(right, y, number(chart.middle + chart.reach), "end")
+    middle = left + (right - left) * (chart.middle - low) / (high - low)
+    name = f"{chart.middle_name} {number(chart.middle)}"
+    # between the names of the ends, and beside them where the middle is not
+    half = CHARACTER * len(name) / 2
+    aside = min(max(middle, left + 40 + half), right - 40 - half)
+    yield _text(left, y, number(low), "start")
+    yield _text(aside, y, name)
+    yield _text(right, y, number(high), "end")

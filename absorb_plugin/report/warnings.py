@@ -190,7 +190,7 @@ def _dense(profile: Profile) -> str:
     known = set(profile["unseen_linears"] or ())
     dense = _linears(
         profile["blocks"],
-        lambda linear: linear["realised_sparsity"] == 0 and linear["sparsity"] > 0,
+        lambda x: x["realised_sparsity"] == 0 and x["sparsity"] > TOLERANCE,
     )
     dense = [name for name in dense if name not in known]
     if not dense:

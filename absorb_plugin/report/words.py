@@ -8,8 +8,8 @@ from typing import Any
 from absorb_plugin.overflow import expm1
 
 __all__ = ["allocation_name", "confirming", "counted", "gain_sentence", "judge_name"]
-__all__ += ["model_name", "outcome_name", "plus_minus", "quality_sentence", "run_title"]
-__all__ += ["start_was_kept"]
+__all__ += ["model_name", "outcome_name", "plus_minus", "quality_found"]
+__all__ += ["quality_sentence", "run_title", "start_was_kept"]
 
 # Sparsities that differ by less are the same.
 SAME = 1e-9
@@ -90,33 +90,47 @@ def gain_sentence(profile: Mapping[str, Any]) -> str:
 
 def quality_sentence(profile: Mapping[str, Any]) -> str:
     """What the sparsity found costs; "" where no quality was asked for."""
+    found = quality_found(profile)
+    if found is None:
+        return ""
+    bound = f"max_loss_increase is {found['max_loss_increase']:g}"
+    increase, error = found["loss_increase"], found["standard_error"]
+    if increase is None:
+        return f"Sparsity {found['sparsity']:.1%} was found: {bound}."
+    unit = "nats per token over the dense model"
+    if error is not None:
+        cost = f"{plus_minus(increase, error)} {unit}"
+    else:
+        cost = f"{increase:.3f} {unit}, by the allocation that the last comparison took"
+    return f"Sparsity {found['sparsity']:.1%} was found. It costs {cost}; {bound}."
+
+
+def quality_found(profile: Mapping[str, Any]) -> dict[str, float | None] | None:
+    """
+    What `max_loss_increase` came to; None where no quality was asked for.
+
+    :return: "max_loss_increase", "sparsity", and in nats per token over the dense model
+        "loss_increase" and its "standard_error", each None where it is not known: the
+        last comparison, by the same judge, may have taken another allocation
+    """
     quality = profile["quality"]
     if quality is None:
-        return ""
-    bound = f"max_loss_increase is {quality['max_loss_increase']:g}"
+        return None
+    found = {
+        "max_loss_increase": quality["max_loss_increase"],
+        "sparsity": quality["found"],
+    }
     points = {point["sparsity"]: point for point in quality["curve"]}
     point = points.get(quality["found"])
-    cost = "" if point is None else _cost(point, profile["confirmed"])
-    if not cost:
-        return f"Sparsity {quality['found']:.1%} was found: {bound}."
-    return f"Sparsity {quality['found']:.1%} was found. It costs {cost}; {bound}."
-
-
-def _cost(point: Mapping[str, Any], confirmed: Mapping[str, Any] | None) -> str:
-    """
-    :param point: the sparsity found, with the cost of the allocation found for it
-    :param confirmed: the last comparison, which may have taken another; its judge is
-        the one that measured the cost
-    """
-    unit = "nats per token over the dense model"
-    if confirmed is None or confirmed["chosen"] == "searched":
-        return f"{plus_minus(point['loss_increase'], point['standard_error'])} {unit}"
-    losses = confirmed["losses"]
-    found, taken = losses["searched"], losses[confirmed["chosen"]]
-    if found is None or taken is None:
-        return ""
-    cost = point["loss_increase"] + taken - found
-    return f"{cost:.3f} {unit}, by the allocation that the last comparison took"
+    confirmed, increase, error = profile["confirmed"], None, None
+    if point is not None:
+        increase, error = point["loss_increase"], point["standard_error"]
+    if confirmed is not None and confirmed["chosen"] != "searched":
+        losses = confirmed["losses"]
+        searched, taken = losses["searched"], losses[confirmed["chosen"]]
+        known = None not in (increase, searched, taken)
+        increase, error = (increase + taken - searched if known else None), None
+    return found | {"loss_increase": increase, "standard_error": error}
 
 
 def model_name(profile: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ is its standard error.
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -134,11 +134,6 @@ class GradientProbe(Probe):
         """Gradient before the block; the slopes of its Linears are added on the way."""
         linears = self._blocks.blocks[index].linears
         weights = self._source.weights(index)
-        if self._source.kept_weights:  # forward and backward by one copy to the device
-            weights = {
-                name: cache(partial(_fetched, weight, before.device))
-                for name, weight in weights.items()
-            }
         sinks = {name: partial(self._add_slope, index, name) for name in weights}
         with differentiated(linears, weights, sinks), torch.enable_grad():
             source = before.detach().requires_grad_()
@@ -162,10 +157,6 @@ class GradientProbe(Probe):
         else:
             self._current[:, row] += float(by_token.sum()) / samples
             self._mixed.add(row)
-
-
-def _fetched(weight: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
-    return weight().to(device)
 
 
 @dataclass(frozen=True)

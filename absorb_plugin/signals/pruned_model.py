@@ -13,6 +13,7 @@ from absorb_plugin.calibration import Batch, token_mask
 from absorb_plugin.forward.linears import given, replaced_weights
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.pruners.base import Pruner
+from absorb_plugin.pruners.packed import Packed
 from absorb_plugin.pruners.weights import (
     ObservedInputs,
     PrunedSlopes,
@@ -49,7 +50,7 @@ class PrunedModel(Probe):
         self._allocation = allocation
         self._sparsities = block_sparsities(blocks, allocation)
         self._in_force = ExitStack()
-        self._kept: dict[int, dict[str, list[torch.Tensor]]] = {}
+        self._kept: dict[int, dict[str, list[torch.Tensor | Packed]]] = {}
 
     @property
     def needs(self) -> Needs:
@@ -102,11 +103,13 @@ class PrunedModel(Probe):
 
     def _placed(
         self, linear: Linear, weights: Sequence[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        home, size = home_of(linear), sum(weight.nbytes for weight in weights)
+    ) -> list[torch.Tensor | Packed]:
+        home = home_of(linear)
         if all(weight.device == home for weight in weights):
             return list(weights)
+        packed = list(map(Packed.of, weights))
+        size = sum(one.nbytes for one in packed)
         if size <= self.room:
             self.room -= size
-            return list(weights)
-        return [weight.to(home) for weight in weights]
+            return [*packed]
+        return [one.to(home) for one in packed]

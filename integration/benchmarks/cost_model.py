@@ -40,15 +40,21 @@ from absorb_plugin.forward.run import run_probes
 from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.judges import MaskedLoss, PrunedLoss
 from absorb_plugin.pruners import PRUNERS, Pruner, sparsegpt
+from absorb_plugin.pruners.packed import Packed
 from absorb_plugin.pruners.thresholds import LEVELS
 from absorb_plugin.pruners.weights import (
     MaskedSlopes,
     MaskedWeights,
     PrunedSlopes,
+    band,
 )
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.settings import AllocationSettings
-from absorb_plugin.signals.gradient import GradientProbe, LinearSlopes
+from absorb_plugin.signals.gradient import (
+    GradientProbe,
+    LinearSlopes,
+    PrunerGradient,
+)
 from absorb_plugin.signals.pruned_model import PrunedModel
 
 GIB = 2**30
@@ -241,7 +247,7 @@ def pruned_slopes(blocks: BlockMap) -> PrunedSlopes:
     """Weights that the pruner has made, a step away from where they are wanted."""
     kept = {
         index: {
-            name: [torch.empty_like(linear.weight) for _ in range(3)]
+            name: [_packed(linear.weight, left) for left in (1 - S,) * 3]
             for name, linear in blocks.blocks[index].linears.items()
         }
         for index in blocks.prunable
@@ -249,6 +255,13 @@ def pruned_slopes(blocks: BlockMap) -> PrunedSlopes:
     count = len(blocks.linears())
     made, wanted = np.full(count, S), np.full(count, S + 0.02)
     return PrunedSlopes(blocks, kept, made, wanted, step=0.1)
+
+
+def _packed(weight: torch.Tensor, left: float) -> Packed:
+    """Of a share of the weights, without data."""
+    bits = weight.new_empty(math.ceil(weight.numel() / 8), dtype=torch.uint8)
+    values = weight.new_empty(round(weight.numel() * left))
+    return Packed(bits, values.detach(), weight.shape)
 
 
 def traced(
@@ -334,11 +347,18 @@ def kept_share(name: str) -> float:
 def copied_share(name: str) -> float:
     """Of what the pruner has made, that stays beside them (`resident.spare`)."""
     size = shape(name)
-    own = 2 * size["block"] * size["layers"]
+    own = size["block"] * size["layers"]
     # of a model that does not stay as a whole nothing is left
-    free = FREE - round(kept_share(name) * own)
+    free = FREE - round(kept_share(name) * 2 * own)
     left = room(free, memory_limit() // 2, 2 * size["block"], 2 * 2 * size["head"])
-    return min(1.0, left / (3 * own)) if kept_share(name) == 1.0 else 0.0
+    made = own * sum(packed_bytes())
+    return min(1.0, left / made) if kept_share(name) == 1.0 else 0.0
+
+
+def packed_bytes() -> list[float]:
+    """Per weight of each copy that is made: a bit, and the share that is left."""
+    sparsities = (S, *band(S, PrunerGradient().step))
+    return [1 / 8 + 2 * (1 - sparsity) for sparsity in sparsities]
 
 
 def judging(station: Station, candidates: int) -> Station:
@@ -386,7 +406,7 @@ def station_cost(
         "tokens": station.tokens,
         "batches": batches,
         "moved": station.runs * moved,
-        "bus seconds": station.runs * moved / RATES.bus,
+        "bus seconds": _bus_seconds(station.name, station.runs * moved),
         "statement": took,
         **_scaled(cost, station.runs),
     }
@@ -414,15 +434,27 @@ def _along(found: dict[int, Cost], layers: int) -> Cost:
 def _moved(name: str, station: Station, batches: int) -> int:
     """Bytes over the bus where the model is offloaded: blocks, embedding, head."""
     size = shape(name)
-    heads = 2 if station.probe == "InputStatistics" else 3
+    weights, heads = size["layers"] * size["block"], 3 * size["head"]
     visits = 2.0 if station.needs.backward else 1.0
-    if station.probe != "InputStatistics":  # which comes first
+    if station.probe == "InputStatistics":  # which comes first
+        heads = 2 * size["head"]
+    else:
         visits *= 1 - kept_share(name)
-    if station.needs.kept_weights:  # of three; forward, backward, and their difference
-        copies = 3 * (1 - copied_share(name))
-        visits = copies if station.needs.backward else visits + copies
-    blocks = round(visits * size["layers"] * size["block"])
-    return 2 * batches * (blocks + heads * size["head"])
+        heads *= not kept_share(name)  # they stay with the first block
+    copies = 0.0
+    if station.needs.kept_weights:
+        own, less, more = packed_bytes()
+        # forward two of three, backward all; or all of them, once they are made
+        copies = own + less + more
+        if station.needs.backward:
+            visits, copies = 0.0, copies + own + (less + more) / 2
+        copies *= 1 - copied_share(name)
+    return round(batches * (2 * (visits * weights + heads) + copies * weights))
+
+
+def _bus_seconds(station: str, moved: int) -> float:
+    """Once the statistics are there, weights come through page-locked memory."""
+    return moved / (RATES.bus if station == "Input statistics" else RATES.locked)
 
 
 @cache
@@ -461,7 +493,7 @@ def allocator_cost(name: str) -> dict[str, Any]:
         "tokens": 0,
         "batches": 0,
         "moved": moved,
-        "bus seconds": moved / RATES.bus,
+        "bus seconds": _bus_seconds("OWL", moved),
         "statement": 0,
         **_scaled(_along(costs, size["layers"]), 1),
     }

@@ -3,19 +3,25 @@
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import tiny
 from helpers.cli import absorb, error_of, files_in
 
+from absorb_plugin.allocate import Method
 from absorb_plugin.cli.curve import _print, parse_sparsities
+from absorb_plugin.evaluation import curve
 from absorb_plugin.evaluation.curve import (
     Curve,
     CurvePoint,
-    _taken,
     as_dict,
     knee,
+    measure_curve,
 )
+from absorb_plugin.search.budget import Budget
+from absorb_plugin.settings import AllocationSettings
 
 
 @pytest.mark.parametrize(
@@ -137,10 +143,54 @@ def test_a_perplexity_beyond_the_largest_float() -> None:
     assert "dense inf" in text and text.count(" inf ") == 4
 
 
-def test_what_prune_would_fall_back_to() -> None:
+@pytest.mark.parametrize("search", ["bad", "good"])
+def test_what_prune_would_fall_back_to(
+    search: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The search's outcome is not what a user gets where it is worse."""
-    losses = np.array([[3.0, 3.0], [2.0, 3.0], [2.0, 2.0]])
-    assert _taken(losses) == 2
-    assert _taken(losses[[0, 1, 0]]) == 1 and _taken(losses[[1, 0, 0]]) == 0
-    losses[2] = np.inf
-    assert _taken(losses) == 1
+    asked: list[int] = []
+
+    def judged(setting: object, candidates: list[np.ndarray]) -> tuple:
+        """The first Linear is the dearest; of an outcome that is bad even halfway."""
+        asked.append(len(candidates))
+        side = 1 if search == "good" else -1
+        sums = [np.full(4, 3 - side * (0.5 - one[0])) for one in candidates]
+        return np.stack(sums), np.ones(4)
+
+    def found(self: Method, near: np.ndarray, budget: Budget) -> np.ndarray:
+        return budget.meet(budget.uniform() - 0.1 * (np.arange(len(near)) == 0))
+
+    monkeypatch.setattr(curve, "pruned_loss", judged)
+    monkeypatch.setattr(curve, "dense_loss", lambda _: (np.ones((1, 4)), np.ones(4)))
+    monkeypatch.setattr(
+        Method, "search", lambda self, base, budget: SimpleNamespace(
+            sparsity=found(self, base.sparsity, budget)
+        ),
+    )  # fmt: skip
+    monkeypatch.setattr(Method, "refine", found)
+    settings = AllocationSettings(allocator="uniform", effort="quick")
+    model, data = tiny.small(), tiny.make_dataset(8)
+    drawn = measure_curve(model, data, [0.4, 0.5], settings, pruner="wanda")
+    for point in drawn.points:
+        better = point.increases["uniform"] - point.increases["ours"]
+        assert (better > 0.09) == (search == "good") and better >= 0
+    # of two that are equal one is asked for, and halfway where the outcome is worse
+    assert asked == ([2, 2] if search == "good" else [2, 1, 2, 1])
+
+
+def test_of_few_samples_it_is_said_that_the_search_saw_them(
+    model_dir: Path, text_file: Path
+) -> None:
+    options = ["--text", text_file, "--seq-len", 16, "--effort", "quick"]
+    options += ["--sparsities", "0.5", "--samples"]
+    few, more = (absorb("curve", model_dir, *options, n) for n in (3, 8))
+    assert few.exit_code == more.exit_code == 0, few.output + more.output
+    assert "tokens that the search saw too" in " ".join(few.stdout.split())
+    assert "held-out tokens" in " ".join(more.stdout.split())
+    shown = absorb("curve", model_dir, *options, 3, "--json")
+    assert json.loads(shown.stdout)["chosen_by_the_same"] is True
+
+
+def test_a_figure_is_a_png(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    options = ["--text", text_file, "--figure", tmp_path / "curve.jpg"]
+    assert "let the name end in .png" in error_of("curve", model_dir, *options)

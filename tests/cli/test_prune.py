@@ -1,6 +1,7 @@
 """`absorb prune`."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -239,6 +240,28 @@ def test_a_quality_is_a_recipe(prune, tmp_path):
     modifiers = made["prune_stage"]["prune_modifiers"]
     assert modifiers["AbsorptionAllocationModifier"]["max_loss_increase"] == 2.0
     assert modifiers["WandaPruningModifier"]["sparsity"] == 0.9
+    assert "was found. It costs" in result.stdout
+    assert "max_loss_increase is 2" in result.stdout
+
+
+def test_what_a_quality_came_to(prune):
+    options = ["--max-loss-increase", 2.0, "--pruner", "wanda", "--effort", "quick"]
+    result = absorb(*prune(*options, "--json"))
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    (quality,) = found["quality"]
+    assert quality["max_loss_increase"] == 2.0
+    assert quality["sparsity"] == pytest.approx(found["sparsity"], abs=0.03)
+    assert quality["loss_increase"] + (quality["standard_error"] or 0) <= 2.0
+    assert re.search(
+        r"Sparsity 0\.\d+ costs .* ± .* nats per token; max_loss_increase is 2",
+        result.stderr,
+    )
+
+
+def test_one_sample_tells_no_quality(prune):
+    options = ["--max-loss-increase", 2.0, "--effort", "quick", "--samples", 2]
+    assert "but one sample to judge by" in error_of(*prune(*options))
 
 
 @pytest.mark.parametrize("quantize", ["w8a8", "w4a16", "fp8"])

@@ -14,6 +14,7 @@ from helpers.probes import PROBES, numbers, place
 from torch.nn import Module
 from transformers import PreTrainedModel
 
+from absorb_plugin import devices
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.devices import is_offloaded
 from absorb_plugin.evaluation.allocation import allocate_model
@@ -29,6 +30,7 @@ from absorb_plugin.forward.resident import (
 from absorb_plugin.forward.run import run_probes
 from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.pruners import SparseGPT
+from absorb_plugin.pruners.packed import Packed
 from absorb_plugin.pruners.weights import PrunedSlopes
 from absorb_plugin.settings import AllocationSettings
 from absorb_plugin.signals.gradient import GradientProbe
@@ -102,9 +104,80 @@ def test_blocks_are_onloaded_once(
             second = slopes(offloaded, where)
     np.testing.assert_array_equal(first, expected)
     np.testing.assert_array_equal(second, expected)
-    # a round visits every block twice
-    saved = 2 * sum(bytes_of(block) for block in modules[:blocks])
-    assert before["bytes"] - after["bytes"] == pytest.approx(saved, rel=0.02)
+    # a round visits every block twice, and so it does what is outside
+    kept = [*modules[:blocks], *outside(offloaded)] if blocks else []
+    saved = 2 * sum(map(bytes_of, kept))
+    # and the frequencies of the rotary embedding
+    assert saved <= before["bytes"] - after["bytes"] <= saved + 64
+
+
+def outside(model: PreTrainedModel) -> list[Module]:
+    """What has weights and is not within the blocks."""
+    decoder = model.model
+    return [decoder.embed_tokens, decoder.norm, model.lm_head]
+
+
+def test_tied_weights_are_onloaded_once(
+    device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.make_model("llama", tie_word_embeddings=True)
+    set_onload_device(model, torch.device("fake:0"))
+    set_room(model, 3, monkeypatch)
+    where = place(model, tiny.make_batch())
+    with kept_onloaded(model, where.blocks.modules, MEMORY), counted(device) as log:
+        slopes(model, where)
+    assert log["bytes"] < bytes_of(model) + 2_000  # the batch, and what was measured
+
+
+# --- page-locked memory ----------------------------------------------------------
+
+
+@pytest.fixture
+def large(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> PreTrainedModel:
+    """Offloaded, with weights that are worth the detour."""
+    monkeypatch.setattr(devices, "PAGE_LOCKED_FROM", 1)
+    monkeypatch.setattr(devices, "_without_page_locked", set())
+    return set_onload_device(tiny.make_model("llama"), torch.device("fake:0"))
+
+
+def test_weights_come_through_page_locked_memory(
+    large: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, locked = place(large, tiny.make_batch()), []
+    expected = slopes(large, where)
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        assert tensor.device.type == "cpu" and not tensor.requires_grad
+        locked.append(tensor.nbytes)
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    set_room(large, 1, monkeypatch)
+    with kept_onloaded(large, where.blocks.modules, MEMORY):
+        weight = where.blocks.modules[-1].mlp.down_proj.weight
+        assert isinstance(weight, torch.nn.Parameter)
+        np.testing.assert_array_equal(slopes(large, where), expected)
+        once = sum(locked)
+        np.testing.assert_array_equal(slopes(large, where), expected)
+    # of the second round what does not stay, twice
+    away = sum(map(bytes_of, where.blocks.modules[1:]))
+    assert sum(locked) - once == 2 * away
+
+
+def test_without_such_memory_they_come_all_the_same(
+    large: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, asked = place(large, tiny.make_batch()), []
+    expected = slopes(large, where)
+
+    def refuse(tensor: torch.Tensor) -> torch.Tensor:
+        asked.append(tensor)
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
+    with kept_onloaded(large, where.blocks.modules, MEMORY):
+        np.testing.assert_array_equal(slopes(large, where), expected)
+    assert len(asked) == 1
 
 
 def test_the_model_is_as_before(
@@ -155,7 +228,7 @@ def test_room_is_given_back_before_a_batch_is_halved(
     hook = modules[-1].mlp.register_forward_pre_hook(full)
     with kept_onloaded(offloaded, modules, MEMORY):
         np.testing.assert_array_equal(slopes(offloaded, where), expected)
-        assert not release(modules)
+        assert not release(offloaded)
     hook.remove()
     assert set(seen) == {3}
     assert not any("does not fit" in message for message in warnings)
@@ -170,7 +243,7 @@ def test_what_passes_the_limit_takes_the_room(
     with kept_onloaded(offloaded, where.blocks.modules, MEMORY):
         slopes(offloaded, where)
         run_probes(offloaded, where.blocks, [tiny.make_batch(3)], [probe], memory=1)
-        assert not release(where.blocks.modules)
+        assert not release(offloaded)
 
 
 def test_without_offload_nothing_is_kept(device: FakeDevice) -> None:
@@ -214,16 +287,26 @@ def test_an_allocation_keeps_blocks_and_is_the_same(
 # --- what the pruner has made ----------------------------------------------------
 
 
+def packed_weights(made: PrunedSlopes) -> list[list[Packed]]:
+    """Of every Linear the three that were made."""
+    kept = vars(made)["_kept"].values()
+    return [weights for linears in kept for weights in linears.values()]
+
+
 def on_device(made: PrunedSlopes) -> list[bool]:
     """Of every Linear, whether its pruned weights are on the device."""
-    kept, *_ = made.identity()
     found = []
-    for linears in kept.values():
-        for weights in linears.values():
-            kinds = {weight.device.type for weight in weights}
-            assert len(kinds) == 1
-            found.append(kinds == {"fake"})
+    for weights in packed_weights(made):
+        assert all(isinstance(weight, Packed) for weight in weights)
+        kinds = {weight.device.type for weight in weights}
+        assert len(kinds) == 1
+        found.append(kinds == {"fake"})
     return found
+
+
+def size_of(weight: torch.Tensor) -> int:
+    """Bytes of it when it is packed."""
+    return -(-weight.numel() // 8) + 4 * int(weight.count_nonzero())
 
 
 def made_weights(where: Any, room: int) -> tuple[PrunedModel, PrunedSlopes]:
@@ -239,13 +322,13 @@ def test_pruned_weights_stay_while_there_is_room(
 ) -> None:
     host = tiny.make_model("llama")
     expected = made_weights(place(host, tiny.make_batch()), 0)[1]
+    # in memory of the host itself they are as they come
+    assert all(isinstance(x, torch.Tensor) for w in packed_weights(expected) for x in w)
     where = place(offloaded, tiny.make_batch())
-    first = list(where.blocks.blocks[0].linears.values())[:linears]
-    room = sum(3 * 4 * x.in_features * x.out_features for x in first)
-    room = 2**30 if linears == 100 else room
-    _, made = made_weights(where, room)
+    sizes = [sum(size_of(x) for x in w) for w in packed_weights(expected)]
+    _, made = made_weights(where, sum(sizes[:linears]))
     stays = on_device(made)
-    assert sum(stays) == (len(stays) if linears == 100 else linears)
+    assert sum(stays) == min(linears, len(sizes)) and all(stays[:linears])
     results, moved = [], []
     for model, source in ((host, expected), (offloaded, made)):
         blocks = find_blocks(model)
@@ -255,11 +338,13 @@ def test_pruned_weights_stay_while_there_is_room(
         results.append(numbers(probe))
         moved.append(log["bytes"])
     np.testing.assert_allclose(*results, rtol=1e-4, atol=1e-6)
-    # forward, backward, and the difference; beside them what is no Linear's
-    away = list(where.blocks.linears().values())
-    away = away[linears:] if linears < 100 else []
-    size = 4 * sum(x.in_features * x.out_features for x in away)
-    assert 3 * size <= moved[1] < 3 * size + 60_000 and moved[0] == 0
+    # forward two of three, backward all; the last block does both in one visit
+    away = packed_weights(expected)[linears:]
+    last = len(where.blocks.blocks[-1].linears)
+    own, less, more = (sum(size_of(w[which]) for w in away) for which in range(3))
+    at_hand = sum(size_of(w[0]) + size_of(w[2]) for w in away[-last:])
+    size = 2 * own + less + 2 * more - at_hand
+    assert size <= moved[1] < size + 60_000 and moved[0] == 0
     assert made.release() == (linears > 0) and not any(on_device(made))
     assert not made.release()
     again = GradientProbe(where.blocks, made.at(where.flat(0.52)))
@@ -318,5 +403,6 @@ def test_what_is_left_for_them(
         assert kept == 3 and spare(offloaded, blocks.modules, MEMORY) <= 2
         run_probes(offloaded, blocks, [tiny.make_batch()], [InputStatistics(blocks)])
         # the fake device does not count what is on it
-        assert spare(offloaded, blocks.modules, MEMORY) == before
+        there = sum(map(bytes_of, outside(offloaded)))
+        assert abs(spare(offloaded, blocks.modules, MEMORY) - before - there) <= 34
     assert spare(tiny.make_model("llama"), blocks.modules, MEMORY) == 0

@@ -22,6 +22,7 @@ from unittest.mock import patch
 
 import torch
 from torch.utils import backend_registration
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
@@ -264,6 +265,8 @@ def _set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
 
 
 _SET_DATA = torch.Tensor.data.__set__
+# Torch notes its factories once; those of the context below would stay noted.
+_device_constructors()
 
 
 def _by_copy(factory: Callable) -> Callable:

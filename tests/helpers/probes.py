@@ -143,10 +143,9 @@ def _vector(result: Any) -> np.ndarray:
     if isinstance(result, Response):
         return result.response
     if isinstance(result, PrunedSlopes):
-        blocks, *_ = result.identity()
         result = {
             f"{index}.{name}": torch.stack(weights).float()
-            for index, linears in blocks.items()
+            for index, linears in result.made().items()
             for name, weights in linears.items()
         }
     if isinstance(result, dict):

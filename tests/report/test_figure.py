@@ -64,6 +64,7 @@ def test_a_heat_map_has_both_colours() -> None:
     ("high", "expected"),
     [
         (1.4, {"0.6", "0.8", "1"}),
+        (1.2, {"0.6", "0.8", "1"}),
         (7, {"0.5", "1", "2"}),
         (1e4, {"$\\mathdefault{10^{2}}$"}),
     ],
@@ -81,11 +82,40 @@ def test_a_short_logarithmic_axis_has_numbers(
     assert expected <= {tick.get_text() for tick in ax.get_yticklabels()}
 
 
+def test_a_legend_does_not_press_axes_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(
+        figure, "Figure", lambda **f: drawn.append(Figure(**f)) or drawn[0]
+    )
+    names = ("the rounding floor", "after the first block", "after the last")
+    lines = [Line(name, "final", [0, 1], [0.1, 0.2]) for name in names]
+    chart = LineChart("realignment: mean cosine to the clean run", "x", "y", lines)
+    draw([chart] * 6, "", columns=3)
+    assert all(ax.get_position().width > 0.24 for ax in drawn[0].axes)
+    titles = [ax.title.get_window_extent() for ax in drawn[0].axes]
+    whole = drawn[0].bbox
+    assert all(box.x0 >= whole.x0 and box.x1 <= whole.x1 for box in titles)
+
+
+def test_the_colour_scale_ends_where_values_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(
+        figure, "Figure", lambda **f: drawn.append(Figure(**f)) or drawn[0]
+    )
+    cells = [[Cell(0.0, ""), Cell(0.3, "")]]
+    draw([HeatMap("", "", ["q"], ["0", "1"], cells, 0.1, "budget", least=0.0)], "")
+    assert drawn[0].axes[1].get_ylim() == pytest.approx((0.0, 0.3))
+
+
 @pytest.mark.parametrize("blocks", [1, 2, 12])
 def test_blocks_are_counted_in_whole_numbers(blocks: int) -> None:
     axes = Figure().subplots()
     line = Line("", "final", range(blocks), [0.5] * blocks)
-    figure._chart(axes, LineChart("", "block", "y", [line]))
+    figure._chart(axes, LineChart("", "block", "y", [line]), narrow=False)
     low, high = axes.get_xlim()
     ticks = [x for x in axes.get_xticks() if low <= x <= high]
     assert 0 in ticks and all(x == int(x) for x in ticks)

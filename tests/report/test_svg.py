@@ -1,6 +1,7 @@
 """Charts as SVG."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from helpers.pages import parse
@@ -14,6 +15,7 @@ from absorb_plugin.report.charts import (
     Line,
     LineChart,
     number,
+    numbers,
 )
 
 
@@ -101,6 +103,32 @@ def test_numbers() -> None:
     assert [number(x) for x in (0, 1e-17, -0.05, 1e-7, 2e-5, 0.0123456, 30)] == [
         "0", "0", "−0.05", "1e−7", "2e−5", "0.0123", "30",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ((1.771, 1.772, 1.773), ["1.771", "1.772", "1.773"]),
+        ((2.05, 2.055, 2.06), ["2.05", "2.055", "2.06"]),
+        ((0.2, 0.4, 0.6), ["0.2", "0.4", "0.6"]),
+        ((-0.0001, 0.0, 0.0001), ["−1e−4", "0", "1e−4"]),
+        ((123456.0, 123457.0), ["123456", "123457"]),
+        ((1e-5, 1e-3, 0.1, 10.0), ["1e−5", "0.001", "0.1", "10"]),
+        ((7.0,), ["7"]),
+        ((), []),
+    ],
+)
+def test_ticks_are_told_apart(values: tuple[float, ...], names: list[str]) -> None:
+    assert numbers(values) == names
+
+
+def test_the_colour_scale_ends_where_values_do() -> None:
+    chart = replace(heat_map([[0.0, 0.3]], middle=0.1), least=0.0, most=1.0)
+    drawn = svg.draw(chart)
+    text = parse(drawn).text
+    assert "budget 0.1" in text and "0.3" in text and "−" not in text
+    strip = re.findall(r'class="cell (\w+)"[^>]*height="10"', drawn)
+    assert strip.count("above") == pytest.approx(2 * strip.count("below"), abs=2)
 
 
 @pytest.mark.parametrize("points", [False, True])

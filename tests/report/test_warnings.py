@@ -131,6 +131,15 @@ def test_the_search_may_have_stayed_at_uniform() -> None:
     assert find_warnings(make_profile(confirmed=confirmed)) == []
 
 
+@pytest.mark.parametrize(("target", "told"), [(1e-5, False), (0.1, True)])
+def test_what_was_to_stay_dense_is_no_trouble(target: float, told: bool) -> None:
+    profile = make_linear_profile(blocks=4)
+    linear = next(iter(profile["blocks"][0]["linears"].values()))
+    linear |= {"sparsity": target, "realised_sparsity": 0.0}
+    found = any("Left dense" in warning for warning in find_warnings(profile))
+    assert found == told
+
+
 def test_linears_at_the_cap_are_named() -> None:
     profile = make_linear_profile(blocks=4)
     profile["settings"]["max_sparsity"] = 0.5
