@@ -46,6 +46,7 @@ from transformers import (
 
 from absorb_plugin import AbsorptionAllocationModifier
 from absorb_plugin.blocks import BlockMap, find_blocks
+from absorb_plugin.devices import page_locked
 from absorb_plugin.evaluation.allocation import allocate_model
 from absorb_plugin.fingerprint import device_name
 from absorb_plugin.forward.inputs import InputStatistics
@@ -313,6 +314,24 @@ def primitives(device: torch.device, size: str) -> list[Row]:
     return rows
 
 
+def onloading(device: torch.device, size: str) -> list[Row]:
+    """From the host as weights come, and through page-locked memory (devices.py)."""
+    if device.type == "cpu":
+        return []
+    weight = torch.rand(2**18 if size == "tiny" else 2**27, dtype=torch.float32)
+    rows: list[Row] = []
+    for name, work in {
+        "pageable": lambda: weight.to(device),
+        "page-locked": lambda: page_locked(weight, device).to(device),
+    }.items():
+        work()
+        took = min(seconds(device, work) for _ in range(3))
+        rows.append({"memory": name, "GB/s": round(weight.nbytes / took / 1e9, 2)})
+    if page_locked(weight, device) is weight:  # there is none
+        rows.pop()
+    return rows
+
+
 def against_cpu(device: torch.device) -> list[Row]:
     """
     In float32, offloaded, two blocks. Not in bfloat16, whose rounding alone changes a
@@ -550,6 +569,7 @@ def run_checks(device: torch.device, size: str, folder: str | None) -> dict[str,
     return {
         "versions": versions(device),
         "sorting and selecting": primitives(device, size),
+        "from the host": onloading(device, size),
         "against the CPU": against_cpu(device),
         "time and memory": stations(device, size),
         "oneshot": pruned(size, folder),

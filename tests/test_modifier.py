@@ -57,6 +57,10 @@ REFUSED: dict[str, tuple[Recipe, str]] = {
         "sparsity_profile='owl'.*`allocator`",
     ),
     "2:4": (pruned_by(mask_structure="2:4"), "mask_structure='2:4'"),
+    "no columns at a time": (
+        lambda: [runs.absorption(), runs.pruner("sparsegpt", block_size=0)],
+        "SparseGPTModifier has block_size=0",
+    ),
     "budget over the cap": (
         lambda: [runs.absorption(max_sparsity=0.4), runs.pruner()],
         r"WandaPruningModifier: sparsity=0\.5 cannot be met with max_sparsity=0\.4",

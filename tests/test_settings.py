@@ -184,6 +184,13 @@ def test_a_directory_is_no_number(value: object) -> None:
             AllocationSettings(**{field: value})
 
 
+@pytest.mark.parametrize("value", ["", "  "])
+def test_a_directory_has_a_name(value: str) -> None:
+    for field in ("report_dir", "profile_cache"):
+        with pytest.raises(ValidationError, match=f"{field}\n.* is no path: name a"):
+            AllocationSettings(**{field: value})
+
+
 NUMBERS = [
     *("strength", "max_loss_increase", "rounds", "statistics_samples"),
     *("signal_samples", "search_samples", "confirm_samples", "probe_tokens"),

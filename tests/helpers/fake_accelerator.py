@@ -282,6 +282,7 @@ def _by_copy(factory: Callable) -> Callable:
 
 _FACTORIES = {name: _by_copy(getattr(torch, name)) for name in ("tensor", "as_tensor")}
 _METHODS: dict[str, Any] = {
+    "pin_memory": lambda x: x.clone(),
     "data": property(torch.Tensor.data.__get__, _set_data),
     "data_ptr": lambda x, f=torch.Tensor.data_ptr: f(on_host(x)),
     "tolist": lambda x, f=torch.Tensor.tolist: f(x.cpu() if _is_fake(x) else x),
