@@ -106,6 +106,7 @@ def allocate(
             search, confirmed = method.confirmed(final, base, budget, search)
             final = confirmed.sparsity
             direction = direction if search is None else search.direction
+        noise = report_noise(settings, method.setting, method.signal)
     signal = method.signal
     return Allocation(
         blocks=blocks,
@@ -115,7 +116,7 @@ def allocate(
         base=base,
         sparsity=distributed.from_first(final),
         direction=direction,
-        noise=report_noise(settings, method.setting, signal),
+        noise=noise,
         noise_settings=signal if isinstance(signal, Noise) else Noise(),
         search=search,
         confirmed=confirmed,

@@ -21,6 +21,7 @@ __all__ = [
     "dtype_of",
     "empty_cache",
     "free_memory",
+    "give_back_page_locked",
     "is_offloaded",
     "page_locked",
 ]
@@ -91,24 +92,41 @@ def page_locked(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """
     A copy of a large tensor of the host in page-locked memory, for an accelerator to
     fetch it from: there it reads at the speed of the bus, while from elsewhere the
-    driver copies piece by piece on one thread. All of PyTorch's threads make this copy,
-    and its memory is used again for the next. Any other tensor is returned as it is.
+    driver copies piece by piece on one thread. All of PyTorch's threads make this copy;
+    where there is but one, nothing would be won. Its memory is used again for the next,
+    until `give_back_page_locked`. Any other tensor is returned as it is.
 
     :param device: where the tensor is to go
     """
-    large = tensor.device.type == "cpu" and tensor.nbytes >= PAGE_LOCKED_FROM
-    if not large or device.type == "cpu" or device in _without_page_locked:
+    size = tensor.nbytes
+    if tensor.device.type != "cpu" or device.type == "cpu" or size < PAGE_LOCKED_FROM:
+        return tensor
+    if torch.get_num_threads() == 1 or size >= _refused.get(device, size + 1):
         return tensor
     try:
-        return tensor.detach().pin_memory()
+        locked = tensor.detach().pin_memory()
+        _locked.add(device)
+        return locked
     except (RuntimeError, NotImplementedError) as error:
         # a limit of the system on such memory, or an accelerator that has none
-        _without_page_locked.add(device)
-        logger.info(f"{device}: weights come from pageable memory ({error})")
+        _refused[device] = size
+        logger.info(
+            f"{device}: weights of {size / 2**20:.0f} MiB and more come from pageable "
+            f"memory ({error})"
+        )
         return tensor
 
 
-_without_page_locked: set[torch.device] = set()
+# device -> the smallest size that was refused, in bytes; and devices that had some
+_refused: dict[torch.device, int] = {}
+_locked: set[torch.device] = set()
+
+
+def give_back_page_locked() -> None:
+    """What torch holds of such memory without using it."""
+    if _locked and hasattr(torch.accelerator, "empty_host_cache"):
+        torch.accelerator.empty_host_cache()
+    _locked.clear()
 
 
 def _compute_devices(model: Module) -> set[torch.device]:

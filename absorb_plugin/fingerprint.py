@@ -11,6 +11,7 @@ from dataclasses import is_dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -154,7 +155,7 @@ def _parts(value: object) -> Iterator[bytes | memoryview]:
     elif isinstance(value, Mapping):
         yield from _all([k, value[k]] for k in sorted(value, key=repr))
     elif isinstance(value, set | frozenset):
-        yield from _all(sorted(value, key=repr))
+        yield from _all(sorted(value, key=digest))
     elif isinstance(value, list | tuple):
         yield from _all(value)
     else:
@@ -194,22 +195,33 @@ def _numbers_of_others(model: torch.nn.Module) -> dict[str, dict[str, object]]:
     """
     known = vars(torch.nn.Module()).keys()
     return {
-        prefix: {
-            name: value
-            for name, value in vars(module).items()
-            if name not in known and _is_plain(value)
-        }
+        prefix: _plain({k: v for k, v in vars(module).items() if k not in known})
         for prefix, module in model.named_modules()
         if type(module).__module__.split(".")[0] not in ("torch", "transformers")
+        # a model, of code of its own too, has its path among them
+        and not isinstance(module, PreTrainedModel)
     }
 
 
-def _is_plain(value: object) -> bool:
+def _plain(value: Any) -> Any:
+    """What of it can be told apart; in place of anything else its type."""
     if isinstance(value, Mapping):
-        return all(map(_is_plain, [*value.keys(), *value.values()]))
-    if isinstance(value, list | tuple | set | frozenset):
-        return all(map(_is_plain, value))
-    return value is None or type(value) in (bool, int, float, str)
+        return {repr(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return list(map(_plain, value))
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, value))
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, torch.Tensor | np.ndarray) and not _is_on_meta(value):
+        return value
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return type(value).__qualname__
+
+
+def _is_on_meta(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_meta
 
 
 def _sources() -> list[Path]:

@@ -376,15 +376,23 @@ def owner_of(allocator: Allocator) -> str:
 def version_of(allocator: Allocator) -> str:
     """
     What tells it from an allocator of the same name and arguments: its plugin, that
-    plugin's version, and, for one that is being worked on, the file it is written in.
+    plugin's version, and, for one that is being worked on, the files that it and the
+    classes that it builds on are written in.
     """
-    module = sys.modules.get(type(allocator).__module__)
-    file = getattr(module, "__file__", None)
-    try:
-        source = b"" if file is None else Path(file).read_bytes()
-    except OSError:  # within an archive, say
-        source = b""
-    return f"{owner_of(allocator)}, {hashlib.sha256(source).hexdigest()}"
+    return f"{owner_of(allocator)}, {_source_digest(type(allocator))}"
+
+
+@cache  # what is changed later is not what runs
+def _source_digest(kind: type[Allocator]) -> str:
+    hasher = hashlib.sha256()
+    for one in kind.__mro__[: kind.__mro__.index(Allocator)]:
+        file = getattr(sys.modules.get(one.__module__), "__file__", None)
+        try:
+            source = b"" if file is None else Path(file).read_bytes()
+        except OSError:  # within an archive, say
+            source = b""
+        hasher.update(hashlib.sha256(source).digest())
+    return hasher.hexdigest()
 
 
 def _vector(

@@ -2,7 +2,9 @@
 
 import importlib
 import math
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -475,6 +477,19 @@ def test_digests_tell_values_apart() -> None:
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
     with pytest.raises(TypeError, match="what makes two Linear equal"):
         digest({"a": torch.nn.Linear(1, 1)})
+    sets = [frozenset("abc"), frozenset("def"), frozenset("ghi")]
+    code = f"from absorb_plugin.fingerprint import digest; print(digest({set(sets)}))"
+    seeds = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()[-1]
+        for seed in ("1", "2")
+    ]
+    assert seeds[0] == seeds[1] == digest(set(sets))
 
 
 class Adapter(torch.nn.Module):
@@ -496,6 +511,8 @@ class Adapter(torch.nn.Module):
         ("_disable_adapters", True),
         ("active_adapter", []),
         ("new", 1),
+        ("scaling", {"default": np.float64(3.0), "other": object()}),
+        ("scaling", torch.tensor(3.0)),
     ],
 )
 def test_numbers_of_an_adapter_are_part_of_the_model(name: str, value: object) -> None:
@@ -511,10 +528,17 @@ def test_numbers_of_an_adapter_are_part_of_the_model(name: str, value: object) -
     assert model_digest(model) != before
 
 
-def test_attributes_of_a_model_itself_follow_from_its_configuration() -> None:
+@pytest.mark.parametrize("remote", [False, True])
+def test_attributes_of_a_model_itself_follow_from_its_configuration(
+    remote: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny.small()
+    if remote:  # as of code that comes with the weights
+        kind = type("Remote", (type(model),), {"__module__": "transformers_modules.x"})
+        model.__class__ = kind
     before = model_digest(model)
     model.name_or_path, model.warnings_issued = "elsewhere", {"estimate_tokens": True}
+    model.hf_device_map = {"": 0}
     model.train()
     assert model_digest(model) == before
 

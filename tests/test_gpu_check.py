@@ -32,8 +32,12 @@ def gpu_check() -> ModuleType:
 
 
 def test_on_a_fake_accelerator(
-    gpu_check: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
+    gpu_check: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     result = tmp_path / "result.json"
     with fake_accelerator() as device:
         code = gpu_check.main(

@@ -170,7 +170,8 @@ def prune(
             qualities = [found for one in profiles if (found := quality_found(one))]
             if qualities:
                 result["quality"] = qualities
-                line += "".join(f"\n{quality_sentence(one)}" for one in profiles)
+                sentences = filter(None, map(quality_sentence, profiles))
+                line = "\n".join([line, *sentences])
             show(stdout, result, as_json, line)
 
 

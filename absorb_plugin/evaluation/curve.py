@@ -101,19 +101,20 @@ def measure_curve(
         }
         batches = samples_of(samples)
         method = Method(model, blocks, batches, pruner=arithmetic, settings=settings)
-        dense, tokens = dense_loss(method.setting)
-        ours: dict[float, np.ndarray] = {}
-        points = []
-        order = _from_the_middle(sparsities)
-        hidden = not distributed.is_first()
-        for sparsity in tqdm(order, desc="Sparsities", disable=hidden):
-            budget, judge = budgets[sparsity], _Judge(method)
-            base = method.base(budget)
-            found = _found(method, base, budget, _near(ours, sparsity))
-            taken = confirm(found, base.sparsity, budget, judge).sparsity
-            ours[sparsity] = taken
-            sums = [judge.sums(x) for x in (budget.uniform(), base.sparsity, taken)]
-            points.append(_point(sparsity, (np.stack(sums), tokens), dense[0]))
+        with method.setting.runner.kept_onloaded():
+            dense, tokens = dense_loss(method.setting)
+            ours: dict[float, np.ndarray] = {}
+            points = []
+            order = _from_the_middle(sparsities)
+            hidden = not distributed.is_first()
+            for sparsity in tqdm(order, desc="Sparsities", disable=hidden):
+                budget, judge = budgets[sparsity], _Judge(method)
+                base = method.base(budget)
+                found = _found(method, base, budget, _near(ours, sparsity))
+                taken = confirm(found, base.sparsity, budget, judge).sparsity
+                ours[sparsity] = taken
+                sums = [judge.sums(x) for x in (budget.uniform(), base.sparsity, taken)]
+                points.append(_point(sparsity, (np.stack(sums), tokens), dense[0]))
     points.sort(key=lambda point: point.sparsity)
     return Curve(
         float(dense.sum() / tokens.sum()),
@@ -132,13 +133,18 @@ class _Judge:
 
     def __call__(self, candidates: Sequence[np.ndarray]) -> Losses:
         sums, tokens = pruned_loss(self._setting, candidates)
-        names = [one.tobytes() for one in candidates]
+        names = map(_key, candidates)
         self._sums |= dict(zip(names, sums, strict=True))
         return sums, tokens
 
     def sums(self, allocation: np.ndarray) -> np.ndarray:
         """Sums of losses over the tokens of every sample."""
-        return self._sums[allocation.tobytes()]
+        return self._sums[_key(allocation)]
+
+
+def _key(allocation: np.ndarray) -> bytes:
+    """The same for two that are equal: of two kinds of zero the positive."""
+    return (allocation + 0.0).tobytes()
 
 
 def _found(

@@ -15,7 +15,7 @@ from operator import or_
 
 import psutil
 import torch
-from compressed_tensors.offload import get_execution_device, get_offloaded_device
+from compressed_tensors.offload import get_execution_device
 from torch.nn import Linear, Module
 from transformers import PreTrainedModel
 
@@ -185,7 +185,7 @@ def footprint(
         max(_pruning(shapes, element, need), CHUNK_COPIES * chunk)
         + _thresholds(shapes, need)
         + (4 * shapes.columns if need.sums else 0)
-        + _kept(model, blocks, shapes, element, need)
+        + _kept(model, shapes, element, need)
         + _float32_block(shapes, element, need)
         + _float32_copies(model, shapes, need)
     )
@@ -274,21 +274,9 @@ def _thresholds(shapes: _Shapes, need: Needs) -> int:
     return 0 if need.single_batch else 4 * need.pruned * shapes.rows
 
 
-def _kept(
-    model: PreTrainedModel,
-    blocks: Sequence[Module],
-    shapes: _Shapes,
-    element: int,
-    need: Needs,
-) -> int:
-    """Pruned copies of the model lie where its weights do."""
-    homes = {
-        get_offloaded_device(module)
-        for block in blocks
-        for module in block.modules()
-        if isinstance(module, Linear)
-    }
-    if get_execution_device(model) not in homes:
+def _kept(model: PreTrainedModel, shapes: _Shapes, element: int, need: Needs) -> int:
+    """Pruned copies of the model lie on the host; on a device only in what is spare."""
+    if torch.device(get_execution_device(model)).type != "cpu":
         return 0
     return need.kept_weights * element * shapes.total
 

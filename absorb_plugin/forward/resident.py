@@ -19,7 +19,12 @@ from loguru import logger
 from torch.nn import Module
 from transformers import PreTrainedModel
 
-from absorb_plugin.devices import free_memory, is_offloaded, page_locked
+from absorb_plugin.devices import (
+    free_memory,
+    give_back_page_locked,
+    is_offloaded,
+    page_locked,
+)
 from absorb_plugin.torch_state import stored
 
 __all__ = ["kept_onloaded", "release", "room", "spare"]
@@ -92,11 +97,14 @@ class Kept(OffloadCache):
             if tensor is not None and tensor not in self._onloaded
         )
 
-    def release(self) -> bool:
-        """From here on as if nothing was kept; whether anything was until now."""
-        held, self.keeps = self.keeps and bool(self._onloaded), False
+    def holds(self) -> bool:
+        """Whether anything is kept at the moment."""
+        return self.keeps and bool(self._onloaded)
+
+    def release(self) -> None:
+        """From here on as if nothing was kept."""
+        self.keeps = False
         self._onloaded.clear()
-        return held
 
 
 @contextmanager
@@ -110,19 +118,23 @@ def kept_onloaded(
 
     :param memory: bytes that a probe may take beside the model
     """
-    offloaded = [_offloaded(block) for block in blocks]
-    sizes = [sum(map(_size, modules)) for modules in offloaded]
+    inside = [_offloaded(block) for block in blocks]
     left, chosen = _room_on_device(model, blocks, memory), 0
-    for size in sizes:
-        left -= size
+    keep: set[Module] = set()
+    for modules in filter(None, inside):  # others are on the device as it is
+        left -= sum(map(_size, modules))
         if left < 0:
             break
-        chosen += size > 0
-    away = {module for modules in offloaded[chosen:] for module in modules}
+        keep |= set(modules)
+        chosen += 1
+    if chosen:
+        within = {module for modules in inside for module in modules}
+        keep |= {module for module in _offloaded(model) if module not in within}
     onloaded: dict[torch.Tensor, torch.Tensor] = {}
     with ExitStack() as stack:
+        stack.callback(give_back_page_locked)
         for module in _offloaded(model):
-            keeps = chosen > 0 and module not in away
+            keeps = module in keep
             stack.callback(_give_back, module)
             module._parameters = Kept(module._parameters, onloaded, keeps)
             module._buffers = Kept(module._buffers, onloaded, keeps)
@@ -136,7 +148,12 @@ def kept_onloaded(
 
 def release(model: Module) -> bool:
     """Give the room back; whether there was any to give."""
-    return any([tensors.release() for tensors in _kept(model)])
+    kept = _kept(model)
+    # asked first: what one lets go is let go for all, for weights may be tied
+    held = any(tensors.holds() for tensors in kept)
+    for tensors in kept:
+        tensors.release()
+    return held
 
 
 def spare(model: PreTrainedModel, blocks: Sequence[Module], memory: int) -> int:

@@ -1,14 +1,19 @@
 """Pruned weights that wait to be used: a zero takes a bit."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
 from absorb_plugin.devices import page_locked
 
-__all__ = ["Packed", "unpacked"]
+__all__ = ["HOST", "Packed", "unpacked"]
 
+HOST = torch.device("cpu")
 BITS = 8
+# Weights at a time, a multiple of BITS: what picking them out takes is several times as
+# large, and a whole Linear's would pass what is stated for pruning (forward/memory.py).
+CHUNK = 2**24
 
 
 @dataclass(frozen=True)
@@ -28,11 +33,13 @@ class Packed:
     def of(cls, weight: torch.Tensor) -> "Packed":
         """Where the weight is."""
         flat = weight.detach().flatten()
-        there = flat != 0
-        padded = torch.nn.functional.pad(there, (0, -len(there) % BITS))
-        places = 2 ** torch.arange(BITS, dtype=torch.uint8, device=flat.device)
-        bits = (padded.view(-1, BITS) * places).sum(dim=1, dtype=torch.uint8)
-        return cls(bits, flat[there], weight.shape)
+        bits = flat.new_empty(-(-len(flat) // BITS), dtype=torch.uint8)
+        values = []
+        for part, its_bits in zip(flat.split(CHUNK), bits.split(CHUNK // BITS)):
+            there = part != 0
+            its_bits.copy_(_to_bits(there))
+            values.append(part[there])
+        return cls(bits, torch.cat(values), weight.shape)
 
     @property
     def device(self) -> torch.device:
@@ -51,12 +58,36 @@ class Packed:
 
     def weight(self) -> torch.Tensor:
         """As it was, where its parts are; of two kinds of zero it has the positive."""
-        places = 2 ** torch.arange(BITS, dtype=torch.uint8, device=self.device)
-        there = (self.bits[:, None] & places).flatten()[: self.shape.numel()] != 0
         flat = self.values.new_zeros(self.shape.numel())
-        return flat.masked_scatter_(there, self.values).view(self.shape)
+        for part, values in zip(flat.split(CHUNK), self._values_of_parts()):
+            part.masked_scatter_(values[0], values[1])
+        return flat.view(self.shape)
+
+    def _values_of_parts(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Per part of the weight which are not zero, and these."""
+        taken = 0
+        for start in range(0, self.shape.numel(), CHUNK):
+            length = min(CHUNK, self.shape.numel() - start)
+            bits = self.bits[start // BITS : -(-(start + length) // BITS)]
+            there = _from_bits(bits)[:length]
+            count = int(there.count_nonzero())
+            yield there, self.values[taken : taken + count]
+            taken += count
 
 
 def unpacked(weight: torch.Tensor | Packed) -> torch.Tensor:
     """Of a weight that may be packed, where it is."""
     return weight.weight() if isinstance(weight, Packed) else weight
+
+
+def _places(device: torch.device) -> torch.Tensor:
+    return 2 ** torch.arange(BITS, dtype=torch.uint8, device=device)
+
+
+def _to_bits(flags: torch.Tensor) -> torch.Tensor:
+    padded = torch.nn.functional.pad(flags, (0, -len(flags) % BITS)).view(-1, BITS)
+    return (padded * _places(flags.device)).sum(dim=1, dtype=torch.uint8)
+
+
+def _from_bits(bits: torch.Tensor) -> torch.Tensor:
+    return (bits[:, None] & _places(bits.device)).flatten() != 0

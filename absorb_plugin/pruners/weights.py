@@ -19,8 +19,7 @@ from absorb_plugin.forward.linears import Weights
 from absorb_plugin.forward.parts import current_part
 from absorb_plugin.groups import named
 from absorb_plugin.pruners.base import MaskPruner, Pruner
-from absorb_plugin.pruners.packed import Packed, unpacked
-from absorb_plugin.torch_state import stored
+from absorb_plugin.pruners.packed import HOST, Packed, unpacked
 
 __all__ = [
     "Change",
@@ -31,7 +30,6 @@ __all__ = [
     "PrunedSlopes",
     "band",
     "block_sparsities",
-    "home_of",
     "prune_observed",
 ]
 
@@ -228,14 +226,14 @@ class MaskedSlopes:
 
 class PrunedSlopes:
     """
-    The same of weights that the pruner has made, kept where the model's weights lie,
-    or, packed, on the device while there is room.
+    The same of weights that the pruner has made, kept on the host, or on an accelerator
+    while there is room.
     Between the sparsities that it made they are interpolated, so that a few steps need
     no new ones.
 
     :param blocks: all blocks
     :param kept: index of a block -> name -> weights at s, s − δ and s + δ, packed where
-        the model is offloaded
+        the model computes on an accelerator
     :param made_at: the allocation of s, one sparsity per prunable Linear
     :param allocation: the one under which the network runs
     :param step: δ
@@ -292,13 +290,12 @@ class PrunedSlopes:
         }
 
     def release(self) -> bool:
-        """Where some lie on the device of an offloaded model, bring them home."""
+        """Where some lie on an accelerator, bring them to the host."""
         held = False
-        for index, linears in self._kept.items():
-            for name, weights in linears.items():
-                home = home_of(self._blocks.blocks[index].linears[name])
-                held |= any(weight.device != home for weight in weights)
-                weights[:] = [weight.to(home) for weight in weights]
+        for linears in self._kept.values():
+            for weights in linears.values():
+                held |= any(weight.device != HOST for weight in weights)
+                weights[:] = [weight.to(HOST) for weight in weights]
         return held
 
     def weights(self, index: int) -> Weights:
@@ -356,13 +353,7 @@ class _Made:
         self._weight = weight
 
     def identity(self) -> torch.Tensor:
-        return unpacked(self._weight)
-
-
-def home_of(linear: Linear) -> torch.device:
-    """Where the weight lies while it is not in use; not on disk."""
-    home = stored(linear._parameters)["weight"].device
-    return torch.device("cpu") if home.type == "meta" else home
+        return unpacked(self._weight) + 0.0  # of two kinds of zero the positive
 
 
 class Observed:

@@ -6,20 +6,19 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch.nn import Linear, Module
+from torch.nn import Module
 
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch, token_mask
 from absorb_plugin.forward.linears import given, replaced_weights
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.pruners.base import Pruner
-from absorb_plugin.pruners.packed import Packed
+from absorb_plugin.pruners.packed import HOST, Packed
 from absorb_plugin.pruners.weights import (
     ObservedInputs,
     PrunedSlopes,
     band,
     block_sparsities,
-    home_of,
     prune_observed,
 )
 
@@ -38,8 +37,7 @@ class PrunedModel(Probe):
     :param step: δ
 
     Attributes:
-        room: bytes of pruned weights that may still stay on the device of an offloaded
-            model
+        room: bytes of pruned weights that may still stay on an accelerator
     """
 
     def __init__(
@@ -82,8 +80,7 @@ class PrunedModel(Probe):
         found = prune_observed(self._pruner, linears, [self._observed], [wanted])
         (pruned,) = found
         self._kept[index] = {
-            name: self._placed(linears[name], weights)
-            for name, weights in pruned.items()
+            name: self._placed(weights) for name, weights in pruned.items()
         }
         weights = {name: partial(given, found[0]) for name, found in pruned.items()}
         with replaced_weights(linears, weights):
@@ -97,19 +94,16 @@ class PrunedModel(Probe):
         self._in_force.close()
 
     def result(self) -> PrunedSlopes:
-        """The pruned weights, where the model's own lie or where they were made."""
+        """The pruned weights: on the host, or while there is room on the device."""
         made_at = self._allocation
         return PrunedSlopes(self._blocks, self._kept, made_at, made_at, step=self._step)
 
-    def _placed(
-        self, linear: Linear, weights: Sequence[torch.Tensor]
-    ) -> list[torch.Tensor | Packed]:
-        home = home_of(linear)
-        if all(weight.device == home for weight in weights):
+    def _placed(self, weights: Sequence[torch.Tensor]) -> list[torch.Tensor | Packed]:
+        if all(weight.device.type == "cpu" for weight in weights):
             return list(weights)
         packed = list(map(Packed.of, weights))
         size = sum(one.nbytes for one in packed)
         if size <= self.room:
             self.room -= size
             return [*packed]
-        return [one.to(home) for one in packed]
+        return [one.to(HOST) for one in packed]

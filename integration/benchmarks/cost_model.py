@@ -370,9 +370,14 @@ def judging(station: Station, candidates: int) -> Station:
 
 
 def station_cost(
-    name: str, station: Station, pruner: Pruner, gpus: int
+    name: str, station: Station, pruner: Pruner, gpus: int, stay: bool
 ) -> dict[str, Any]:
-    """Of all runs of a station on one of the GPUs."""
+    """
+    Of all runs of a station on one of the GPUs.
+
+    :param stay: whether blocks stay on the device, as they do until a probe passes its
+        limit by itself
+    """
     model = build(name, CONFIGS[name]["num_hidden_layers"])
     blocks = find_blocks(model)
     limit = station_limit(station)
@@ -383,10 +388,7 @@ def station_cost(
     if station.needs.sets > 1 and most > limit:  # `ProbeRunner.has_room`
         station = replace(station, needs=replace(station.needs, sets=1))
         need = footprint(model, blocks.modules, [station.needs], limit)
-    # what the pruner has made is kept where the weights are, on the host
-    size = shape(name)
-    kept = 2 * station.needs.kept_weights * size["layers"] * size["block"]
-    need = replace(need, fixed=need.fixed - kept)
+    stay = stay and need.fixed <= limit
     whole = station.needs.single_batch
     mine = station.samples if whole else math.ceil(station.samples / gpus)
     fits = need.kept_samples if station.in_parts else need.samples
@@ -397,7 +399,7 @@ def station_cost(
     if station.by_part:
         part = need.part(together, station.tokens, limit)
     cost = _extrapolated(name, station, pruner, together, batches)
-    moved = _moved(name, station, batches)
+    moved = _moved(name, station, batches, stay)
     took = need.whole(together, station.tokens, part)
     return {
         "station": station.name,
@@ -406,8 +408,9 @@ def station_cost(
         "tokens": station.tokens,
         "batches": batches,
         "moved": station.runs * moved,
-        "bus seconds": _bus_seconds(station.name, station.runs * moved),
+        "bus seconds": _bus_seconds(station.name, station.runs * moved, gpus),
         "statement": took,
+        "stay": stay,
         **_scaled(cost, station.runs),
     }
 
@@ -431,16 +434,15 @@ def _along(found: dict[int, Cost], layers: int) -> Cost:
     return found[1].plus(found[2].plus(found[1], -1), layers - 1)
 
 
-def _moved(name: str, station: Station, batches: int) -> int:
+def _moved(name: str, station: Station, batches: int, stay: bool) -> int:
     """Bytes over the bus where the model is offloaded: blocks, embedding, head."""
     size = shape(name)
     weights, heads = size["layers"] * size["block"], 3 * size["head"]
     visits = 2.0 if station.needs.backward else 1.0
     if station.probe == "InputStatistics":  # which comes first
         heads = 2 * size["head"]
-    else:
-        visits *= 1 - kept_share(name)
-        heads *= not kept_share(name)  # they stay with the first block
+    elif stay and (kept := kept_share(name)):
+        visits, heads = visits * (1 - kept), 0  # they stay with the first block
     copies = 0.0
     if station.needs.kept_weights:
         own, less, more = packed_bytes()
@@ -452,9 +454,13 @@ def _moved(name: str, station: Station, batches: int) -> int:
     return round(batches * (2 * (visits * weights + heads) + copies * weights))
 
 
-def _bus_seconds(station: str, moved: int) -> float:
-    """Once the statistics are there, weights come through page-locked memory."""
-    return moved / (RATES.bus if station == "Input statistics" else RATES.locked)
+def _bus_seconds(station: str, moved: int, gpus: int) -> float:
+    """
+    Once the statistics are there, weights come through page-locked memory, but not
+    where each rank has one thread, as torchrun gives them.
+    """
+    pageable = station == "Input statistics" or gpus > 1
+    return moved / (RATES.bus if pageable else RATES.locked)
 
 
 @cache
@@ -469,7 +475,7 @@ def shape(name: str) -> dict[str, int]:
     }
 
 
-def allocator_cost(name: str) -> dict[str, Any]:
+def allocator_cost(name: str, gpus: int) -> dict[str, Any]:
     """OWL, which reads every weight twice."""
     costs = {}
     for layers in (1, 2):
@@ -493,7 +499,7 @@ def allocator_cost(name: str) -> dict[str, Any]:
         "tokens": 0,
         "batches": 0,
         "moved": moved,
-        "bus seconds": _bus_seconds("OWL", moved),
+        "bus seconds": _bus_seconds("OWL", moved, gpus),
         "statement": 0,
         **_scaled(_along(costs, size["layers"]), 1),
     }
@@ -588,8 +594,11 @@ def model_rows(
 ) -> list[dict[str, Any]]:
     kind = PRUNERS[pruner]()
     stations = schedule(kind, shape(name)["widest"], samples, tokens)
-    rows = [station_cost(name, station, kind, gpus) for station in stations]
-    rows[1:1] = [allocator_cost(name), ranking_cost(name, kind)]
+    rows: list[dict[str, Any]] = []
+    for station in stations:
+        stay = all(row["stay"] for row in rows[1:])  # statistics come before them
+        rows.append(station_cost(name, station, kind, gpus, stay))
+    rows[1:1] = [allocator_cost(name, gpus), ranking_cost(name, kind)]
     for row in rows:
         row |= {"model": name, "pruner": pruner, "gpus": gpus}
     return rows

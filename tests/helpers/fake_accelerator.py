@@ -294,6 +294,7 @@ _ACCELERATOR: dict[str, Callable] = {
     "memory_reserved": lambda *_: 0,
     "reset_peak_memory_stats": lambda *_: None,
     "empty_cache": lambda *_: None,
+    "empty_host_cache": lambda: None,
     "synchronize": lambda *_: None,
     "current_device_index": lambda *_: 0,
 }

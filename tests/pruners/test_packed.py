@@ -6,6 +6,7 @@ from helpers.fake_accelerator import fake_accelerator, on_host
 from hypothesis import given
 from hypothesis import strategies as st
 
+from absorb_plugin.pruners import packed as packed_module
 from absorb_plugin.pruners.packed import Packed, unpacked
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -17,15 +18,23 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
     sparsity=st.floats(0, 1),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
+    chunk=st.sampled_from((8, 64, 2**24)),
 )
 def test_there_and_back(
-    rows: int, columns: int, sparsity: float, dtype: torch.dtype, seed: int
+    rows: int,
+    columns: int,
+    sparsity: float,
+    dtype: torch.dtype,
+    seed: int,
+    chunk: int,
 ) -> None:
     torch.manual_seed(seed)
     weight = torch.randn(rows, columns).to(dtype)
     weight[torch.rand(rows, columns) < sparsity] = 0
-    packed = Packed.of(weight)
-    found = packed.weight()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed_module, "CHUNK", chunk)
+        packed = Packed.of(weight)
+        found = packed.weight()
     assert found.dtype == dtype and torch.equal(found, weight)
     left = int(weight.count_nonzero())
     assert packed.nbytes == -(-weight.numel() // 8) + left * weight.element_size()
