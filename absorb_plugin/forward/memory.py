@@ -245,8 +245,6 @@ def _pruning(shapes: _Shapes, element: int, need: Needs) -> int:
     pruning = copies * element * shapes.linear + scores
     if need.single_batch:
         pruning += _at_once(need) * element * shapes.block
-    elif need.backward and need.kept_weights:  # packed, of the block that runs
-        pruning += need.kept_weights * element * shapes.block
     return pruning + (_hessians(shapes, element, need) if need.hessians else 0)
 
 
@@ -275,10 +273,15 @@ def _thresholds(shapes: _Shapes, need: Needs) -> int:
 
 
 def _kept(model: PreTrainedModel, shapes: _Shapes, element: int, need: Needs) -> int:
-    """Pruned copies of the model lie on the host; on a device only in what is spare."""
-    if torch.device(get_execution_device(model)).type != "cpu":
-        return 0
-    return need.kept_weights * element * shapes.total
+    """
+    Pruned copies of the model: on a CPU all; on an accelerator those of the block that
+    runs, packed, for the others lie on the host or in what is spare.
+    """
+    if torch.device(get_execution_device(model)).type == "cpu":
+        weights = shapes.total
+    else:
+        weights = shapes.block if need.backward else 0
+    return need.kept_weights * element * weights
 
 
 def _float32_block(shapes: _Shapes, element: int, need: Needs) -> int:
