@@ -166,7 +166,14 @@ class Method:
                 check_differentiable(model)
             with distributed.fail_together():
                 shortest = samples.shortest()
-                check_forward(model, blocks, shortest, by_loss=by_loss, by_part=prunes)
+                check_forward(
+                    model,
+                    blocks,
+                    shortest,
+                    by_loss=by_loss,
+                    by_slope=self.signal.differentiates,
+                    by_part=prunes,
+                )
         self._allocator = settings.base_allocator()
         statistics: Mapping[str, torch.Tensor] = {}
         if by_loss or self._allocator.needs == "activations":

@@ -10,13 +10,16 @@ __all__ = ["as_tensors"]
 
 # Names of what is made of ids, and of a mask of them.
 IDS, MASK = "input_ids", "attention_mask"
+# Made by a trainer or a generation loop: of all tokens, whichever samples they are of.
+OF_NO_SAMPLE = ("cache_position", "num_items_in_batch")
 
 
 def as_tensors(batch: object) -> dict[str, torch.Tensor]:
     """
     Token ids of any integer type as int64, lists and numpy arrays as tensors, one
-    sample without a batch dimension as a batch of one. What is no number, such as the
-    text itself, is left out.
+    sample without a batch dimension as a batch of one; positions that all samples share
+    are repeated. What is no number, such as the text itself, and single numbers, which
+    are of no sample, are left out.
 
     :return: "input_ids" of shape (batch, tokens) and whatever else there is
     :raises ValueError: naming the field and the remedy
@@ -31,12 +34,20 @@ def as_tensors(batch: object) -> dict[str, torch.Tensor]:
     ids = _ids(batch[IDS])
     found = {IDS: ids if ids.dim() == 2 else ids[None]}
     for name, value in batch.items():
-        tensor = _tensor(value) if name != IDS else None
-        if tensor is not None:
-            found[name] = tensor[None] if ids.dim() == 1 == tensor.dim() else tensor
+        tensor = _tensor(value) if name not in (IDS, *OF_NO_SAMPLE) else None
+        if tensor is not None and tensor.dim():
+            tensor = tensor[None] if ids.dim() == 1 == tensor.dim() else tensor
+            found[name] = _of_every_sample(tensor, found[IDS])
     if MASK in found and found[MASK].dim() == 2:
         found[MASK] = _mask(found[MASK], found[IDS])
     return found
+
+
+def _of_every_sample(tensor: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """One row per token that serves all samples of a batch, once for each."""
+    if len(tensor) == 1 < len(ids) and tensor.shape[1:] == ids.shape[1:]:
+        return tensor.expand_as(ids).clone()
+    return tensor
 
 
 def _without_ids(batch: Mapping[str, Any]) -> str:

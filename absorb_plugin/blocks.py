@@ -218,6 +218,14 @@ def _blocks(
             elif name not in routers:
                 linears[name] = linear
         blocks.append(Block(names[block], block, linears, tuple(routers)))
+    made = [name for block in stack for name in _made(block, names[block])]
+    if made:
+        logger.warning(
+            f"{len(made)} Linears have no own weight ({made[0]} …): it is made of "
+            "others, by weight_norm or another parametrization. They stay dense. "
+            "Fold it first: torch.nn.utils.parametrize.remove_parametrizations, or "
+            "remove_weight_norm"
+        )
     if shared:
         logger.warning(
             f"{len(shared)} Linears share their weight with another and stay dense, "
@@ -230,8 +238,19 @@ def _linears(block: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     return {
         name: module
         for name, module in block.named_modules()
-        if isinstance(module, torch.nn.Linear)
+        if isinstance(module, torch.nn.Linear) and _has_own_weight(module)
     }
+
+
+def _made(block: torch.nn.Module, prefix: str) -> Iterator[str]:
+    """Full names of Linears whose weight is computed of other parameters."""
+    for name, module in block.named_modules():
+        if isinstance(module, torch.nn.Linear) and not _has_own_weight(module):
+            yield f"{prefix}.{name}"
+
+
+def _has_own_weight(linear: torch.nn.Linear) -> bool:
+    return "weight" in stored(linear._parameters)
 
 
 def _weight(linear: torch.nn.Linear) -> int:

@@ -97,6 +97,14 @@ def _caps_attention(model: torch.nn.Module) -> bool:
     return capped is not None
 
 
+def is_empty(loader: object) -> bool:
+    """Whether a loader says that it holds nothing; one of a stream does not say."""
+    try:
+        return not len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+
+
 @plain_torch()
 def read_batches(loader: DataLoader | Iterable[Batch] | None) -> list[dict]:
     """

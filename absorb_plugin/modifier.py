@@ -123,6 +123,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
     _recipe: str = PrivateAttr(default="")
     _first_report: int = PrivateAttr(default=0)
     _run: str = PrivateAttr(default="")
+    _start: Path = PrivateAttr(default=Path())
     _staging: str | None = PrivateAttr(default=None)
     _lent: str | None = PrivateAttr(default=None)
 
@@ -139,11 +140,11 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         return [report.profile() for report in self._reports]
 
     def cache_directory(self) -> str | None:
-        return self._lent or self.profile_cache
+        return self._from_start(self._lent or self.profile_cache)
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         from absorb_plugin.blocks import find_blocks
-        from absorb_plugin.calibration import read_batches
+        from absorb_plugin.calibration import is_empty, read_batches
         from absorb_plugin.choices import budget_of, choose_signal, needs_loss
         from absorb_plugin.language_model import check_predicts_tokens
         from absorb_plugin.limits import check_matched
@@ -153,6 +154,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         from absorb_plugin.report.folder import check_replaceable
 
         self.base_allocator()
+        self._start = Path.cwd()
         self._blocks = find_blocks(state.model, kwargs.get("sequential_targets"))
         self._recipe = recipe_text()  # before anything in it is changed
         self._pruners = adapter.find_pruners(
@@ -167,7 +169,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
                 check_predicts_tokens(state.model)
             budget_of(found.blocks, found.sparsity, self, found.pruner)
         calib = state.data.calib
-        missing = calib is None or (hasattr(calib, "__len__") and not len(calib))
+        missing = calib is None or is_empty(calib)
         if all(distributed.gather(missing)):  # one rank may be without samples
             read_batches(calib)  # says what is missing
         written = {
@@ -254,7 +256,8 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
 
     def _report_folder(self) -> Path | None:
         """One way to write it, of `report`, `./report` and a link to it."""
-        return None if self.report_dir is None else Path(self.report_dir).resolve()
+        directory = self._from_start(self.report_dir)
+        return None if directory is None else Path(directory).resolve()
 
     def _measure_realised(self) -> None:
         if not distributed.is_first():
@@ -267,7 +270,11 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
 
     @property
     def _report_dir(self) -> str | None:
-        return self._staging or self.report_dir
+        return self._from_start(self._staging or self.report_dir)
+
+    def _from_start(self, directory: str | None) -> str | None:
+        """Scripts may go elsewhere while it runs."""
+        return directory and str(self._start / directory)
 
 
 ModifierFactory.register(

@@ -20,9 +20,11 @@ from helpers.remote import LOGITS, OUTPUTS, WRAPPERS, Wrapped, make_remote
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
 from torch import nn
+from torch.nn.utils import parametrizations, weight_norm
 from torch.utils.data import DataLoader
 from transformers import DynamicCache, PreTrainedModel
 
+from absorb_plugin.allocate import allocate
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.calibration import read_batches
 from absorb_plugin.forward.head import OutputHead
@@ -315,6 +317,87 @@ def test_a_head_that_fails_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
         sparsities(make_remote(), **RUNS["search"])
 
 
+def test_a_head_that_sees_more_than_the_last_block() -> None:
+    model = make_remote(oddity="layers")
+    with pytest.raises(ValueError, match="head makes other logits.*strength: 0"):
+        sparsities(model, **RUNS["search"])
+    sparsities(model, **RUNS["noise"])  # which takes no loss
+    assert len(sparsities(model, strength=0)) == 18
+
+
+def test_logits_of_the_last_token_alone() -> None:
+    model = make_remote(oddity="last token")
+    told = r"returns logits of shape \(1, 1, \d+\), not of every token.*strength: 0"
+    with pytest.raises(ValueError, match=told):
+        sparsities(model, **RUNS["search"])
+    sparsities(model, **RUNS["noise"])
+
+
+def test_blocks_that_run_without_gradients() -> None:
+    model = make_remote(oddity="no grad")
+    told = r"block blocks\.0 .* runs without gradients.*signal: response.*strength: 0"
+    with pytest.raises(ValueError, match=told):
+        sparsities(model, **RUNS["slope"])
+    sparsities(model, **RUNS["search"], level="block")
+
+
+class Twice(torch.nn.Linear):
+    """As an adapter within a Linear: the weight is not all there is to it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class Alike(torch.nn.Linear):
+    """A subclass that computes what a Linear does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T + self.bias
+
+
+@pytest.mark.parametrize("kind", [Twice, Alike, "forward"])
+def test_linears_that_compute_something_else(kind: Any) -> None:
+    model = make_remote()
+    up = model.blocks[1].up
+    if kind == "forward":
+        original = up.forward
+        up.forward = lambda x: 2 * original(x)
+    else:
+        up.__class__ = kind
+    if kind is Alike:
+        sparsities(model, **RUNS["search"])
+        return
+    told = r"blocks\.1\.up \((Twice|Linear)\) computes something else.*`ignore`"
+    with pytest.raises(ValueError, match=told):
+        sparsities(model, **RUNS["search"])
+    blocks = find_blocks(model)
+    keep = [name for name in blocks.linears() if not name.endswith(".up")]
+    found = allocate(
+        model,
+        blocks.restrict(keep),
+        [tiny.make_batch(6)],
+        sparsity=0.5,
+        pruner=PRUNERS["wanda"](),
+        settings=runs.absorption(**RUNS["slope"]),
+    )
+    assert len(found.sparsity) == 15
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_weights_that_are_made_of_others_stay_dense(
+    old: bool, tmp_path: Path, warnings: list[str]
+) -> None:
+    model = tiny.make_model("llama")
+    norm = weight_norm if old else parametrizations.weight_norm
+    for layer in model.model.layers[:2]:
+        norm(layer.mlp.up_proj)
+    runs.run(model, [runs.absorption(), runs.pruner()], tmp_path)
+    (told,) = {line for line in warnings if "have no own weight" in line}
+    assert told.startswith("2 Linears") and "model.layers.0.mlp.up_proj" in told
+    zeros = [(x.mlp.up_proj.weight == 0).float().mean() for x in model.model.layers]
+    assert zeros[0] == zeros[1] == 0 and zeros[2] > 0.2
+
+
 def test_tokens_that_see_the_future() -> None:
     model = make_remote(oddity="bidirectional")
     with pytest.raises(ValueError, match="tokens see those after them.*strength: 0"):
@@ -465,6 +548,20 @@ def test_more_zeros_than_the_budget(case: str, tmp_path: Path) -> None:
     with tiny.counted({"model": model}) as forwards, told:
         runs.run(model, recipe, tmp_path)
     assert forwards == {"model": 0}
+
+
+@pytest.mark.parametrize("kind", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("strength", [0, 0.2])
+def test_a_linear_that_is_all_zero(kind: str, strength: float, tmp_path: Path) -> None:
+    """As the projections of a block that LLaMA Pro adds."""
+    model = tiny.make_model("llama", hidden_size=16, intermediate_size=16)
+    layer = model.model.layers[1]
+    layer.self_attn.o_proj.weight.data.zero_()
+    layer.mlp.down_proj.weight.data.zero_()
+    recipe = [runs.absorption(strength=strength), runs.pruner(kind, sparsity=0.5)]
+    runs.run(model, recipe, tmp_path)
+    assert realised(model) == pytest.approx(0.5, abs=0.04)
+    assert layer.mlp.down_proj.weight.count_nonzero() == 0
 
 
 def test_a_dense_model_has_the_budget_it_had() -> None:
@@ -654,6 +751,10 @@ BATCHES: dict[str, Callable[[], Any]] = {
     "labels": lambda: plain() | {"labels": plain()["input_ids"]},
     "an id per sample": lambda: plain() | {"row": torch.arange(4)},
     "embeddings as well": lambda: plain() | {"inputs_embeds": torch.zeros(4, 12, 32)},
+    "a trainer's": lambda: (
+        plain() | {"num_items_in_batch": torch.tensor(48), "step": torch.tensor(1)}
+    ),
+    "a generation loop's": lambda: plain() | {"cache_position": torch.arange(12)},
     "BatchEncoding": lambda: transformers.BatchEncoding(plain()),
 }
 
@@ -666,6 +767,30 @@ def test_batches_as_people_have_them(kind: str, case: str) -> None:
     batches = read_batches([BATCHES[kind]()])
     assert batches[0]["input_ids"].dtype == torch.int64
     np.testing.assert_array_equal(sparsities(model, batches, **RUNS[case]), expected)
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_positions_that_all_samples_share(case: str) -> None:
+    shared = plain() | {"position_ids": torch.arange(12)[None]}
+    own = plain() | {"position_ids": torch.arange(12).repeat(4, 1)}
+    model = tiny.make_model("llama")
+    found, expected = (
+        sparsities(model, read_batches([one]), **RUNS[case]) for one in (shared, own)
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["wanda", "sparsegpt"])
+def test_a_loader_of_a_stream(kind: str, tmp_path: Path) -> None:
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+            return iter([tiny.make_batch(1, seed=i) for i in range(6)])
+
+    loader = DataLoader(Stream(), batch_size=None)
+    model = tiny.make_model("llama")
+    recipe = [runs.absorption(), runs.pruner(kind)]
+    runs.run(model, recipe, tmp_path, dataset=loader, pipeline="basic")
+    assert realised(model) == pytest.approx(0.5, abs=0.04)
 
 
 def test_a_sample_without_a_batch_dimension() -> None:

@@ -6,12 +6,22 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 from loguru import logger
 
 from absorb_plugin.files import check_file, json_object
+
+# What transformers, tokenizers, llm-compressor and we save a model as.
+SAVED = (
+    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"),
+    *("*config.json", "tokenizer*", "*tokens.json", "*tokens_map.json", "vocab*"),
+    *("merges.txt", "*.model", "*.spm", "*.tiktoken", "*.jinja", "chat_template*"),
+    *("normalizer.json", "recipe*.yaml", "absorb_recipe.yaml"),
+    *("profile*.json", "profile*.png", "report*.html"),
+)
 
 __all__ = [
     "check_apart",
@@ -60,15 +70,62 @@ def check_output(out: Path, overwrite: bool) -> None:
             f"{out} is a mount point, and a directory is needed that can be replaced: "
             f"give one in it, as {out / 'model'}"
         )
+    if Path.cwd().is_relative_to(out):
+        raise ValueError(
+            f"{out} is the working directory, or above it, and a directory is needed "
+            f"that can be replaced: give one in it, as {out / 'model'}"
+        )
     if not any(path.is_file() for path in out.rglob("*")):
         return
     if not overwrite:
         raise FileExistsError(f"{out} is not empty: choose another, or overwrite=True")
-    if not (out / "config.json").is_file():
+    config = _config(out)
+    if not config:
         raise FileExistsError(
-            f"{out} has files in it but no config.json, so it is no saved model: it "
-            "will not be overwritten"
+            f"{out} has files in it but no config.json of a model, so it is no saved "
+            "model: it will not be overwritten"
         )
+    if (other := _foreign(out, code="auto_map" in config)) is not None:
+        raise FileExistsError(
+            f"{out} holds {other.relative_to(out)} beside a model, which would be "
+            "deleted with it: move it elsewhere, or choose another directory"
+        )
+
+
+def _config(folder: Path) -> Mapping[str, object]:
+    """Of a model; empty where there is none."""
+    config = folder / "config.json"
+    if not config.is_file():
+        return {}
+    try:
+        found = json_object(config.read_text(encoding="utf-8"), "")
+    except (OSError, ValueError):
+        return {}
+    return found if found.keys() & {"model_type", "architectures"} else {}
+
+
+def _foreign(folder: Path, code: bool = False) -> Path | None:
+    """
+    A file that no model is saved with, or a directory of such.
+
+    :param code: whether the model comes with code of its own
+    """
+    patterns = (*SAVED, "*.py") if code else SAVED
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink():
+            return path
+        if path.is_dir():
+            # of reports and chat templates, which lie in no deeper one
+            inner = [one for one in path.rglob("*") if not one.is_dir()]
+            if any(one.parent != path for one in inner):
+                return path
+            if inner and path.name.startswith("."):
+                return path
+            if (other := _foreign(path)) is not None:
+                return other
+        elif not any(fnmatch(path.name, pattern) for pattern in patterns):
+            return path
+    return None
 
 
 def _warn_of_leftovers(out: Path) -> None:
@@ -77,13 +134,18 @@ def _warn_of_leftovers(out: Path) -> None:
         ".complete": "a finished model that was not moved to its place",
         ".old": f"the model that was in {out} before",
     }
-    for left in sorted(out.parent.glob(f".{glob.escape(out.name)}.*.*")):
+    for left in sorted(out.parent.glob(f".{glob.escape(_short(out.name))}.*.*")):
         if left.suffix in kinds:
             # not ours to delete: another run may be writing there
             logger.warning(
                 f"{left} was left by a run that was killed, or is one that still runs: "
                 + kinds[left.suffix]
             )
+
+
+def _short(name: str) -> str:
+    """As much of a name as leaves room for an ending, in the 255 bytes it may have."""
+    return name.encode()[:200].decode(errors="ignore")
 
 
 def check_apart(out: Path, model: str) -> None:
@@ -239,7 +301,7 @@ def staged_directory(out: Path, interchangeable: bool = False) -> Iterator[Path]
     """
     out = out.expanduser().resolve()
     run = uuid.uuid4().hex[:8]
-    staging = out.with_name(f".{out.name}.{run}.partial")
+    staging = out.with_name(f".{_short(out.name)}.{run}.partial")
     before = _content(out)
     try:
         staging.mkdir(parents=True)
@@ -280,14 +342,20 @@ def telling_it_is_complete(*places: Path) -> Iterator[None]:
     :param places: where the model may be: it is in the first one that is there; none
         where it is no result of the command
     :raises KeyboardInterrupt: naming that place, where there was one without words
+    :raises OSError: naming it where, as behind a full stdout, the system said no more
     """
     try:
         yield
-    except KeyboardInterrupt as error:
-        if not places:
+    except (KeyboardInterrupt, OSError) as error:
+        if not places or isinstance(error, FileExistsError | BrokenPipeError):
             raise
         place = next((path for path in places if path.exists()), places[-1])
-        raise KeyboardInterrupt(f"the model is complete, in {place}") from error
+        told = f"the model is complete, in {place}"
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(told) from error
+        if str(place) in str(error):  # it says so itself
+            raise
+        raise OSError(error.errno, f"{error.strerror or error}; {told}") from error
 
 
 def _content(out: Path) -> tuple[int, int] | bool:

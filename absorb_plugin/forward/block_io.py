@@ -24,6 +24,8 @@ __all__ = [
 ]
 
 USUAL = "hidden_states"
+# What else blocks call it, where there are several tensors of three dimensions.
+NAMES = {USUAL, "hidden_state", "hidden", "x", "h", "inputs", "input", "inputs_embeds"}
 # Arguments that hold an attention bias, with entries for every head.
 BIAS = re.compile("alibi|bias")
 HEADS = ("num_heads", "num_attention_heads", "n_heads")
@@ -61,8 +63,11 @@ class BlockCall:
                 "take it in a container are not supported; use strength: 0 and an "
                 "allocator that needs no activations"
             )
-        key = next((key for key, x in tensors if x.dim() == 3), tensors[0][0])
-        return cls(args, kwargs, key)
+        shaped = [key for key, x in tensors if x.dim() == 3] or [tensors[0][0]]
+        if len(shaped) > 1:
+            names: dict[int | str, str] = dict(enumerate(_parameters(block)))
+            shaped.sort(key=lambda key: names.get(key, key) not in NAMES)
+        return cls(args, kwargs, shaped[0])
 
     @property
     def hidden(self) -> torch.Tensor:

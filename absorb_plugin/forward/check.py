@@ -27,8 +27,9 @@ __all__ = ["check_forward"]
 # another order. A cache or a second stack makes one of order 1.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 COARSE = 5e-2
-# Tokens whose hidden states are compared.
+# Tokens whose hidden states are compared, and whose logits.
 SKETCHED = 4
+COMPARED = 16
 
 INSTEAD = "Use strength: 0, which keeps the base allocation and runs no block twice"
 
@@ -39,6 +40,7 @@ def check_forward(
     sample: Batch,
     *,
     by_loss: bool,
+    by_slope: bool = False,
     by_part: bool = False,
 ) -> None:
     """
@@ -46,10 +48,11 @@ def check_forward(
 
     :param sample: a batch of one
     :param by_loss: whether next-token losses will be measured
+    :param by_slope: whether blocks will be run backward
     :param by_part: whether blocks will be given some of a batch's samples
     :raises ValueError: naming the block and what it does
     """
-    calls, chain = _LinearCalls(blocks), _ChainCheck(blocks, by_loss)
+    calls, chain = _LinearCalls(blocks), _ChainCheck(blocks, by_loss, by_slope)
     run_probes(model, blocks, [sample, sample], [calls, chain], description="Checking")
     calls.result()
     if by_part:
@@ -102,8 +105,11 @@ class _LinearCalls(Probe):
             )
 
     def _note(self, name: str, module: Module, args: tuple, kwargs: dict) -> None:
+        first = name not in self._called
         self._called.add(name)
         if args and isinstance(args[0], torch.Tensor) and args[0].dim() in (2, 3):
+            if first and args[0].numel():
+                _check_linear(name, module, args[0])
             return
         told = f"{args[0].dim()} dimensions" if args else f"the keyword {[*kwargs][0]}"
         short = f"re:.*{re.escape(name.rpartition('.')[2])}"
@@ -114,6 +120,22 @@ class _LinearCalls(Probe):
         )
 
 
+def _check_linear(name: str, module: Module, x: torch.Tensor) -> None:
+    """:raises ValueError: if it computes something else than its weight times x"""
+    assert isinstance(module, torch.nn.Linear)
+    found = module.forward(x)
+    expected = torch.nn.functional.linear(x, module.weight, module.bias)
+    difference = relative(found, expected)
+    if difference > 4 * tolerance(expected):
+        short = f"re:.*{re.escape(name.rpartition('.')[2])}"
+        raise ValueError(
+            f"targets: {name} ({type(module).__name__}) computes something else than "
+            f"its weight times its input (difference {difference:.2g}), as an adapter "
+            "within a Linear does, and we would measure another model. Merge it into "
+            f"the weight, or name the Linear in `ignore`, as {short!r}"
+        )
+
+
 class _ChainCheck(Probe):
     """
     In the first forward a hidden state of its own, the tokens shifted, runs along as
@@ -121,8 +143,9 @@ class _ChainCheck(Probe):
     the same after every block.
     """
 
-    def __init__(self, blocks: BlockMap, by_loss: bool) -> None:
-        self._blocks, self._by_loss = blocks, by_loss
+    def __init__(self, blocks: BlockMap, by_loss: bool, by_slope: bool) -> None:
+        self._blocks, self._by_loss, self._by_slope = blocks, by_loss, by_slope
+        self.wants_logits = by_loss
         self._sketches: list[torch.Tensor] = []
         self._forwards = 0
         self._changes_before = 0.0
@@ -153,9 +176,32 @@ class _ChainCheck(Probe):
             return
         if self._shifted is None or self._future is None:
             self._shifted, self._future = shifted(before), self._changed(before)
-        self._shifted, self._future = run(self._shifted), run(self._future)
+        self._shifted = self._again(index, run, self._shifted, self._by_slope)
+        self._future = self._again(index, run, self._future)
         self._sketches.append(sketch(self._shifted))
         self._after = after
+
+    def _again(
+        self, index: int, run: RunBlock, hidden: torch.Tensor, by_slope: bool = False
+    ) -> torch.Tensor:
+        """:param by_slope: whether what comes out must know where it came from"""
+        try:
+            with torch.set_grad_enabled(by_slope):
+                found = run(hidden.detach().requires_grad_(by_slope))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, IndexError) as error:
+            said = f"cannot run again on another hidden state ({error})"
+        else:
+            if found.requires_grad or not by_slope:
+                return found.detach()
+            said = "runs without gradients, as under torch.no_grad in its own code"
+        block = self._blocks.blocks[index]
+        response = "Use signal: response, or s" if by_slope else "Use s"
+        raise ValueError(
+            f"model: block {block.name} ({type(block.module).__name__}) {said}. "
+            f"{response}{INSTEAD.removeprefix('Use s')}"
+        )
 
     def finish(self, batch: Batch, head: OutputHead) -> None:
         if self._forwards > 1:  # the chain is sound
@@ -167,8 +213,9 @@ class _ChainCheck(Probe):
             self._changes_before = self._seen_future()
 
     def _check_head(self, batch: Batch, head: OutputHead) -> None:
+        count = min(COMPARED, batch["input_ids"].shape[1])
         try:
-            head.logits(batch["input_ids"], self._after, 0, 1)
+            found = head.logits(batch["input_ids"], self._after, 0, count)
         except (ValueError, torch.OutOfMemoryError):
             raise  # it says what is missing
         except Exception as error:  # of the model's own code, whatever it is
@@ -177,6 +224,21 @@ class _ChainCheck(Probe):
                 "model: its output head cannot be run by itself on what the last block "
                 f"puts out ({told}), so there is no loss to judge by. {INSTEAD}"
             ) from error
+        own, wanted = head.own, (1, batch["input_ids"].shape[1])
+        if own is None or own.shape[:2] != wanted or found.shape[1] != count:
+            shape = None if own is None else tuple(own.shape)
+            raise ValueError(
+                f"model: of {wanted[1]} tokens it returns logits of shape {shape}, not "
+                f"of every token, so there is no next-token loss to judge by. {REMEDY}"
+            )
+        difference = relative(found, own[:, :count])
+        if difference > 4 * tolerance(self._after):
+            raise ValueError(
+                "model: its output head makes other logits of what the last block puts "
+                f"out than the model itself (difference {difference:.2g}): it takes "
+                "something else too, as the outputs of other blocks, so our losses "
+                f"would be those of another model. {INSTEAD}"
+            )
 
     def _changed(self, before: torch.Tensor) -> torch.Tensor:
         """The same but for the last token."""

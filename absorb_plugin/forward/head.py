@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -37,10 +37,20 @@ class OutputHead:
         self._forward = None if self._linear is None else self._linear.forward
         # what the last block returned, without its contents
         self.output: Any = torch.empty(0)
+        # logits of the model's own pass, (batch, tokens, vocab); of `run_with` alone
+        self.own: torch.Tensor | None = None
         self.placeholders = placeholders(model)
         self.chunk_bytes = CHUNK_BYTES
         known = getattr(model.config.get_text_config(), "vocab_size", None)
         self.vocabulary: int = known or model.get_input_embeddings().num_embeddings
+
+    def run_with(self, batch: Mapping[str, torch.Tensor]) -> None:
+        """The model's own pass, its head included; `own` is what that returned."""
+        self.own = None
+        with self._enabled():
+            found = self._model(**forward_inputs(self._model, batch))
+        with suppress(ValueError):  # of a model without logits, which `logits` says
+            self.own = self._logits(found).float()
 
     def logits(
         self, input_ids: torch.Tensor, hidden: torch.Tensor, start: int, stop: int

@@ -67,12 +67,15 @@ class Probe:
         state: as above
         apart: in the model's own pass so many first samples of a batch run apart from
             the others: of what an expert of a mixture gets nothing tells the sample
+        wants_logits: the model's own pass runs its output head, which is switched off
+            otherwise, and the head that `finish` is given holds its logits
         may_overflow: the model's own pass runs pruned weights, and what overflows under
             them is a bad loss and no error
     """
 
     state: tuple[str, ...] = ()
     apart: int = 0
+    wants_logits: bool = False
     may_overflow: bool = False
 
     @property

@@ -280,7 +280,10 @@ class _BlockHooks:
             probe.start(batch)
         self._listening, self._shape = True, batch["input_ids"].shape
         try:
-            model(**forward_inputs(model, batch))
+            if any(probe.wants_logits for probe in self._probes):
+                self._head.run_with(batch)
+            else:
+                model(**forward_inputs(model, batch))
         finally:
             self._listening = False
         for probe in self._probes:

@@ -44,13 +44,14 @@ def with_present_zeros(
     present = PresentZeros(zeros)
     if max(shares) == 0 or (max(shares) < FEW and not pruner.keeps_zeros):
         return budget
-    least = [zero.shares[0] for zero in zeros]
+    # less than the fullest part needs not be asked for, and never more than the cap
+    least = np.minimum([zero.shares[0] for zero in zeros], budget.high)
     if pruner.keeps_zeros:
-        least = [min(1.0, share * ROUNDING) for share in shares]
+        least = np.minimum(1.0, np.array(shares) * ROUNDING)
     share = budget.mean(np.array(shares))
     if share > FEW and not statistics:  # else it was said before
         logger.warning(
             f"{share:.1%} of the weights to prune are zero already: they count towards "
             f"sparsity={budget.sparsity:g}, which is what the model ends with"
         )
-    return budget.above(np.array(least), present)
+    return budget.above(least, present)

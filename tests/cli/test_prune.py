@@ -88,12 +88,17 @@ def test_prune_refuses_a_directory_in_use(
     assert "is a file" in error_of(*arguments, tmp_path / "notes.txt")
     assert files_in(tmp_path) == {"notes.txt"}
 
-    (tmp_path / "config.json").write_text("{}")
+    out = tmp_path / "model"
+    out.mkdir()
+    (out / "config.json").write_text('{"model_type": "llama"}')
+    (out / "notes.txt").write_text("mine")
     arguments[1] = model_dir
-    result = absorb(*arguments, tmp_path, "--overwrite")
+    assert "holds notes.txt" in error_of(*arguments, out, "--overwrite")
+    (out / "notes.txt").rename(out / "tokenizer.json")
+    result = absorb(*arguments, out, "--overwrite")
     assert result.exit_code == 0, result.output
-    assert "notes.txt" not in files_in(tmp_path)
-    assert "model.safetensors" in files_in(tmp_path)
+    assert (out / "tokenizer.json").read_text() != "mine"
+    assert "model.safetensors" in files_in(out)
 
 
 @pytest.mark.parametrize(
@@ -168,8 +173,8 @@ def test_a_report_inside_the_new_model_stays(
         assert f"report_dir: {out}/report\n" in profile["recipe"]
         assert "partial" not in (out / "report" / "report.html").read_text()
         assert files_in(tmp_path) == {"pruned", "recipe.yaml"}
-        assert not (out / "stale.txt").exists()
-        (out / "stale.txt").write_text("of the run before")
+        assert not (out / "merges.txt").exists()
+        (out / "merges.txt").write_text("of the run before")
 
 
 def test_a_cache_inside_the_new_model_is_refused(model_dir, text_file, tmp_path):

@@ -18,6 +18,7 @@ from absorb_plugin.evaluation.output import (
     is_figure,
     is_result,
     staged_directory,
+    telling_it_is_complete,
 )
 from absorb_plugin.evaluation.recipes import is_native_recipe, native_recipe
 
@@ -37,6 +38,78 @@ def test_finished_run_replaces_the_old_one(tmp_path):
             (staging / content).write_text("whole")
     assert files_in(tmp_path / "sub") == {"out"}
     assert files_in(out) == {"new"}
+
+
+MODEL = '{"model_type": "llama"}'
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["thesis.md", "data/rows.csv", ".git/HEAD", "train.py", "runs/1/optimizer.pt"],
+)
+def test_what_is_no_model_is_not_deleted_with_one(other: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / other).parent.mkdir(parents=True)
+    (out / "config.json").write_text(MODEL)
+    check_output(out, overwrite=True)
+    (out / other).write_text("of the user")
+    with pytest.raises(FileExistsError, match=rf"holds {other.split('/')[0]}"):
+        check_output(out, overwrite=True)
+    assert (out / other).read_text() == "of the user"
+
+
+@pytest.mark.parametrize("config", ['{"lr": 0.1}', "[]", "not JSON"])
+def test_another_kind_of_config_is_no_model(config: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(FileExistsError, match="no config.json of a model"):
+        check_output(tmp_path, overwrite=True)
+
+
+def test_what_a_model_is_saved_with_is_replaced(tmp_path: Path) -> None:
+    names = ["model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    names += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+    names += ["generation_config.json", "chat_template.jinja", "absorb_recipe.yaml"]
+    names += ["recipe.yaml", "report/profile.json", "report/report_2.html", "a.py"]
+    (tmp_path / "report").mkdir()
+    for name in names:
+        (tmp_path / name).write_text("")
+    code = '{"architectures": ["A"], "auto_map": {}}'
+    (tmp_path / "config.json").write_text(code)
+    check_output(tmp_path, overwrite=True)
+    (tmp_path / "config.json").write_text(MODEL)
+    with pytest.raises(FileExistsError, match="holds a.py"):
+        check_output(tmp_path, overwrite=True)
+
+
+def test_a_long_name_can_be_staged(tmp_path: Path) -> None:
+    out = tmp_path / ("é" * 127)
+    with staged_directory(out) as staging:
+        (staging / "new").write_text("whole")
+    assert files_in(out) == {"new"}
+
+
+def test_where_one_stands_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = tmp_path / "a" / "b"
+    inner.mkdir(parents=True)
+    monkeypatch.chdir(inner)
+    for out in (Path("."), inner, tmp_path / "a"):
+        with pytest.raises(ValueError, match="is the working directory, or above it"):
+            check_output(out, overwrite=False)
+    check_output(inner / "model", overwrite=False)
+
+
+def test_a_full_stdout_says_where_the_model_is(tmp_path: Path) -> None:
+    tmp_path.joinpath("model").mkdir()
+    place = tmp_path / "model"
+    told = rf"No space left.*; the model is complete, in {place}"
+    with pytest.raises(OSError, match=told), telling_it_is_complete(place):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    for error in (BrokenPipeError(), FileExistsError("there")):
+        with pytest.raises(type(error)) as caught, telling_it_is_complete(place):
+            raise error
+        assert "complete" not in str(caught.value)
 
 
 def save(content: str, staging: Path) -> None:
@@ -132,9 +205,10 @@ def test_a_link_to_another_disk_stays(tmp_path: Path) -> None:
         check_output(tmp_path / "out", overwrite=True)
         with staged_directory(tmp_path / "out") as staging:
             assert staging.parent == disk
-            save(content, staging)
+            save(MODEL, staging)
+            (staging / f"recipe_{content}.yaml").write_text(content)
     assert (tmp_path / "out").is_symlink() and files_in(tmp_path) == {"disk", "out"}
-    assert (disk / "model" / "config.json").read_text() == "new"
+    assert files_in(disk / "model") == {"config.json", "recipe_new.yaml"}
     assert files_in(disk) == {"model"}
 
 

@@ -28,6 +28,28 @@ CASES = {
 
 
 @pytest.mark.parametrize("value, axis", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("order", ["bias, x", "x, bias", "named"])
+def test_the_hidden_state_by_its_name(order: str) -> None:
+    """Where there are several tensors of three dimensions."""
+
+    class First(torch.nn.Module):
+        def forward(self, bias: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    class Second(torch.nn.Module):
+        def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+            return x
+
+    x, bias = torch.zeros(2, 5, 8), torch.ones(2, 5, 5)
+    if order == "bias, x":
+        call = BlockCall.of(First(), (bias, x), {})
+    elif order == "x, bias":
+        call = BlockCall.of(Second(), (x, bias), {})
+    else:
+        call = BlockCall.of(First(), (bias,), {"x": x})
+    assert call.hidden is x
+
+
 def test_arguments_are_cut_where_they_have_samples(
     value: torch.Tensor, axis: int | None
 ) -> None:

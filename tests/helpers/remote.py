@@ -55,7 +55,8 @@ class RemoteConfig(PretrainedConfig):
     :param keyword: name of a block's input, if it is not positional
     :param logits: what the model returns, of LOGITS
     :param oddity: "cache", "cache by name", "cache by position", "loop", "between",
-        "order", "skip", "bidirectional", "random", "uncalled", "four dimensions"
+        "order", "skip", "bidirectional", "random", "uncalled", "four dimensions",
+        "layers" (the head sees all of them), "last token", "no grad"
     """
 
     model_type = "remote_lm"
@@ -124,8 +125,10 @@ class RemoteBlock(nn.Module):
         **named: torch.Tensor,
     ) -> Any:
         x = named.get(self.config.keyword, x)
-        x = x + self.attention(self.norm(x), cache)
-        x = x + self.down(torch.relu(self.up(x)))
+        gradients = torch.is_grad_enabled() and self.config.oddity != "no grad"
+        with torch.set_grad_enabled(gradients):
+            x = x + self.attention(self.norm(x), cache)
+            x = x + self.down(torch.relu(self.up(x)))
         if self.config.oddity == "random":
             x = x + torch.randn_like(x)
         return OUTPUTS[self.config.block](x)
@@ -161,11 +164,17 @@ class RemoteLM(PreTrainedModel):
         self._cache = KeyCache()  # of this forward
         for attention in (block.attention for block in self.blocks):
             attention.past.clear()
+        layers = []
         for block in self._order():
             y = self._call(block, x)
             x = UNPACK[config.block](y)
+            layers.append(x)
             if config.oddity == "between":
                 x = x + self.embed(input_ids)
+        if config.oddity == "layers":
+            x = torch.stack(layers).mean(dim=0)
+        if config.oddity == "last token":
+            x = x[:, -1:]
         return LOGITS[config.logits](self.head(x))
 
     def _call(self, block: nn.Module, x: torch.Tensor) -> Any:
