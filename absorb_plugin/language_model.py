@@ -94,7 +94,8 @@ def check_ids(model: Module, batches: Iterable[Mapping[str, torch.Tensor]]) -> N
     if known is not None and largest >= known:
         raise ValueError(
             f"input_ids of the calibration batches hold {largest}, and the model knows "
-            f"{known} tokens: use the model's own tokenizer"
+            f"{known} tokens: use the model's own tokenizer. Where it has new tokens "
+            "call model.resize_token_embeddings(len(tokenizer))"
         )
 
 

@@ -55,9 +55,9 @@ def check_differentiable(model: Module) -> None:
             for x in stored(module._parameters).values()
         ):
             raise ValueError(
-                f"model: the weights of {name} were made under torch.inference_mode, "
-                "and the slope of the loss cannot be taken through them. Load the "
-                "model outside of it, or use signal: response"
+                f"model: the weights of {name} were made under torch.inference_mode: "
+                "the slope of the loss cannot be taken through them, and no pruner can "
+                "write to them. Load the model outside of it"
             )
 
 

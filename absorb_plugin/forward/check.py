@@ -19,7 +19,7 @@ from absorb_plugin.forward.head import OutputHead
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.forward.run import run_probes
 from absorb_plugin.groups import EXPERT
-from absorb_plugin.language_model import REMEDY
+from absorb_plugin.language_model import REMEDY, WITHOUT_FORWARD
 
 __all__ = ["check_forward"]
 
@@ -124,16 +124,24 @@ def _check_linear(name: str, module: Module, x: torch.Tensor) -> None:
     """:raises ValueError: if it computes something else than its weight times x"""
     assert isinstance(module, torch.nn.Linear)
     found = module.forward(x)
-    expected = torch.nn.functional.linear(x, module.weight, module.bias)
-    difference = relative(found, expected)
-    if difference > 4 * tolerance(expected):
-        short = f"re:.*{re.escape(name.rpartition('.')[2])}"
-        raise ValueError(
-            f"targets: {name} ({type(module).__name__}) computes something else than "
-            f"its weight times its input (difference {difference:.2g}), as an adapter "
-            "within a Linear does, and we would measure another model. Merge it into "
-            f"the weight, or name the Linear in `ignore`, as {short!r}"
-        )
+    try:
+        expected = torch.nn.functional.linear(x, module.weight, module.bias)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # it makes other dtypes of them first, say
+        told = " ".join(str(error).split())
+    else:
+        difference = relative(found, expected)
+        if not difference > 4 * tolerance(expected):  # NaN is told elsewhere
+            return
+        told = f"difference {difference:.2g}"
+    short = f"re:.*{re.escape(name.rpartition('.')[2])}"
+    raise ValueError(
+        f"targets: {name} ({type(module).__name__}) computes something else than its "
+        f"weight times its input ({told}), as an adapter within a Linear does, and we "
+        "would measure another model. Merge it into the weight, or name the Linear in "
+        f"`ignore`, as {short!r}"
+    )
 
 
 class _ChainCheck(Probe):
@@ -143,7 +151,7 @@ class _ChainCheck(Probe):
     the same after every block.
     """
 
-    def __init__(self, blocks: BlockMap, by_loss: bool, by_slope: bool) -> None:
+    def __init__(self, blocks: BlockMap, by_loss: bool, by_slope: bool = False) -> None:
         self._blocks, self._by_loss, self._by_slope = blocks, by_loss, by_slope
         self.wants_logits = by_loss
         self._sketches: list[torch.Tensor] = []
@@ -251,8 +259,9 @@ class _ChainCheck(Probe):
             return
         names = [block.name for block in self._blocks.blocks]
         skipped = sorted(set(range(len(names))) - set(self._order))
+        instead = INSTEAD
         if skipped:
-            told = f"does not run block {names[skipped[0]]}"
+            told, instead = f"does not run block {names[skipped[0]]}", WITHOUT_FORWARD
         elif len(self._order) > len(names):
             twice = next(i for i in self._order if self._order.count(i) > 1)
             told = (
@@ -263,7 +272,7 @@ class _ChainCheck(Probe):
             told = "runs its blocks in another order than it holds them"
         raise ValueError(
             f"model: it {told}, and absorption is defined for a single chain of "
-            f"blocks. {INSTEAD}"
+            f"blocks. {instead}"
         )
 
     def _seen_future(self) -> float:

@@ -105,10 +105,11 @@ def test_what_takes_too_long_is_left_out_and_said(
 @pytest.mark.parametrize("name", ["model", "report"])
 def test_what_no_demo_made_is_left(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
-    (tmp_path / name / "config.json").write_text("mine")
+    mine = '{"model_type": "llama"}'
+    (tmp_path / name / "config.json").write_text(mine)
     line = error_of("demo", "--out", tmp_path)
     assert f"{tmp_path / name} is there, and nothing tells that a demo made it" in line
-    assert (tmp_path / name / "config.json").read_text() == "mine"
+    assert (tmp_path / name / "config.json").read_text() == mine
     assert list(tmp_path.iterdir()) == [tmp_path / name]
 
 

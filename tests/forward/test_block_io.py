@@ -27,7 +27,6 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("value, axis", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("order", ["bias, x", "x, bias", "named"])
 def test_the_hidden_state_by_its_name(order: str) -> None:
     """Where there are several tensors of three dimensions."""
@@ -50,6 +49,7 @@ def test_the_hidden_state_by_its_name(order: str) -> None:
     assert call.hidden is x
 
 
+@pytest.mark.parametrize("value, axis", CASES.values(), ids=CASES)
 def test_arguments_are_cut_where_they_have_samples(
     value: torch.Tensor, axis: int | None
 ) -> None:
