@@ -20,6 +20,7 @@ from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch
 from absorb_plugin.choices import (
     budget_of,
+    check_judges,
     choose_level,
     choose_signal,
     needs_loss,
@@ -156,6 +157,7 @@ class Method:
             by_loss=by_loss,
             pruning_tokens=pruner.judge_tokens(widest(blocks)) if prunes else None,
         )
+        check_judges(settings, samples)
         warn_of_few_tokens(pruner, blocks, batches)
         warn_of_granularity(settings)
         runner = ProbeRunner(
@@ -269,12 +271,6 @@ class Method:
         :param bound: on the increase of the loss over the dense model, nats per token
         """
         dense, tokens = dense_loss(self.setting)
-        if len(tokens) < 2:
-            raise ValueError(
-                f"max_loss_increase={bound:g} is held with a margin of one standard "
-                "error, and there is but one sample to judge by, which has none: give "
-                "8 calibration samples or more"
-            )
 
         def at(sparsity: float, near: np.ndarray | None) -> np.ndarray:
             there = budget.at(sparsity)

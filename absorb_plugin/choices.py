@@ -13,6 +13,7 @@ from absorb_plugin.forward.inputs import unseen_linears
 from absorb_plugin.groups import Groups, linear_sizes
 from absorb_plugin.limits import bounds_of
 from absorb_plugin.pruners import MaskPruner, Pruner
+from absorb_plugin.sample_split import SampleSplit
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.search.rows import Rows
 from absorb_plugin.settings import AllocationSettings
@@ -20,6 +21,7 @@ from absorb_plugin.signals import SIGNALS, Signal
 
 __all__ = [
     "budget_of",
+    "check_judges",
     "choose_level",
     "choose_signal",
     "needs_loss",
@@ -88,6 +90,17 @@ def budget_of(
     columns = [linear.in_features for linear in blocks.linears().values()]
     groups = Groups.at("linear", blocks).of
     return replace(budget, rows=Rows(np.array(columns, dtype=np.float64), groups))
+
+
+def check_judges(settings: AllocationSettings, samples: SampleSplit) -> None:
+    """:raises ValueError: if a loss is to be kept that one sample alone would judge"""
+    bound = settings.max_loss_increase
+    if bound is not None and len(samples.confirm) < 2:
+        raise ValueError(
+            f"max_loss_increase={bound:g} is held with a margin of one standard "
+            "error, and there is but one sample to judge by, which has none: give "
+            "8 calibration samples or more"
+        )
 
 
 def warn_of_few_tokens(

@@ -213,15 +213,12 @@ def _plain(value: Any) -> Any:
         return sorted(map(repr, value))
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, torch.Tensor | np.ndarray) and not _is_on_meta(value):
+    meta = isinstance(value, torch.Tensor) and value.is_meta
+    if isinstance(value, torch.Tensor | np.ndarray) and not meta:
         return value
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return type(value).__qualname__
-
-
-def _is_on_meta(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_meta
 
 
 def _sources() -> list[Path]:

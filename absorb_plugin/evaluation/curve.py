@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -105,16 +106,18 @@ def measure_curve(
             dense, tokens = dense_loss(method.setting)
             ours: dict[float, np.ndarray] = {}
             points = []
+            judge = partial(pruned_loss, method.setting)
             order = _from_the_middle(sparsities)
             hidden = not distributed.is_first()
             for sparsity in tqdm(order, desc="Sparsities", disable=hidden):
-                budget, judge = budgets[sparsity], _Judge(method)
+                budget = budgets[sparsity]
                 base = method.base(budget)
                 found = _found(method, base, budget, _near(ours, sparsity))
-                taken = confirm(found, base.sparsity, budget, judge).sparsity
-                ours[sparsity] = taken
-                sums = [judge.sums(x) for x in (budget.uniform(), base.sparsity, taken)]
-                points.append(_point(sparsity, (np.stack(sums), tokens), dense[0]))
+                taken = confirm(found, base.sparsity, budget, judge)
+                ours[sparsity] = taken.sparsity
+                names = ("uniform", "base", taken.chosen)
+                sums = np.stack([taken.sums[name] for name in names])
+                points.append(_point(sparsity, (sums, tokens), dense[0]))
     points.sort(key=lambda point: point.sparsity)
     return Curve(
         float(dense.sum() / tokens.sum()),
@@ -122,29 +125,6 @@ def measure_curve(
         points,
         chosen_by=method.setting.samples.confirm is method.setting.samples.search,
     )
-
-
-class _Judge:
-    """The pruner's arithmetic; what it found of every allocation is noted."""
-
-    def __init__(self, method: Method) -> None:
-        self._setting = method.setting
-        self._sums: dict[bytes, np.ndarray] = {}
-
-    def __call__(self, candidates: Sequence[np.ndarray]) -> Losses:
-        sums, tokens = pruned_loss(self._setting, candidates)
-        names = map(_key, candidates)
-        self._sums |= dict(zip(names, sums, strict=True))
-        return sums, tokens
-
-    def sums(self, allocation: np.ndarray) -> np.ndarray:
-        """Sums of losses over the tokens of every sample."""
-        return self._sums[_key(allocation)]
-
-
-def _key(allocation: np.ndarray) -> bytes:
-    """The same for two that are equal: of two kinds of zero the positive."""
-    return (allocation + 0.0).tobytes()
 
 
 def _found(

@@ -31,7 +31,8 @@ COARSE = 5e-2
 SKETCHED = 4
 COMPARED = 16
 
-INSTEAD = "Use strength: 0, which keeps the base allocation and runs no block twice"
+BASE_ALONE = "strength: 0, which keeps the base allocation and runs no block twice"
+INSTEAD = f"Use {BASE_ALONE}"
 
 
 def check_forward(
@@ -96,12 +97,11 @@ class _LinearCalls(Probe):
             if name not in self._called and not EXPERT.search(name)
         ]
         if passed:
-            short = f"re:.*{re.escape(passed[0].rpartition('.')[2])}"
             logger.warning(
                 f"{len(passed)} Linears are never called as modules ({passed[0]} …): "
                 "the block uses their weights in another way, so llm-compressor sees "
                 "no input of theirs and leaves them dense, while the sparsity counts "
-                f"them. Name them in `ignore`, as {short!r}"
+                f"them. Name them in `ignore`, as {_pattern(passed[0])!r}"
             )
 
     def _note(self, name: str, module: Module, args: tuple, kwargs: dict) -> None:
@@ -112,11 +112,10 @@ class _LinearCalls(Probe):
                 _check_linear(name, module, args[0])
             return
         told = f"{args[0].dim()} dimensions" if args else f"the keyword {[*kwargs][0]}"
-        short = f"re:.*{re.escape(name.rpartition('.')[2])}"
         raise ValueError(
             f"targets: the Linear {name} gets its input with {told}, by which "
             f"llm-compressor's pruners cannot calibrate it. Name it in `ignore`, as "
-            f"{short!r}"
+            f"{_pattern(name)!r}"
         )
 
 
@@ -135,13 +134,17 @@ def _check_linear(name: str, module: Module, x: torch.Tensor) -> None:
         if not difference > 4 * tolerance(expected):  # NaN is told elsewhere
             return
         told = f"difference {difference:.2g}"
-    short = f"re:.*{re.escape(name.rpartition('.')[2])}"
     raise ValueError(
         f"targets: {name} ({type(module).__name__}) computes something else than its "
         f"weight times its input ({told}), as an adapter within a Linear does, and we "
         "would measure another model. Merge it into the weight, or name the Linear in "
-        f"`ignore`, as {short!r}"
+        f"`ignore`, as {_pattern(name)!r}"
     )
+
+
+def _pattern(name: str) -> str:
+    """For `ignore`: the Linears of this kind in all blocks."""
+    return f"re:.*{re.escape(name.rpartition('.')[2])}"
 
 
 class _ChainCheck(Probe):
@@ -205,10 +208,10 @@ class _ChainCheck(Probe):
                 return found.detach()
             said = "runs without gradients, as under torch.no_grad in its own code"
         block = self._blocks.blocks[index]
-        response = "Use signal: response, or s" if by_slope else "Use s"
+        instead = f"Use signal: response, or {BASE_ALONE}" if by_slope else INSTEAD
         raise ValueError(
             f"model: block {block.name} ({type(block.module).__name__}) {said}. "
-            f"{response}{INSTEAD.removeprefix('Use s')}"
+            f"{instead}"
         )
 
     def finish(self, batch: Batch, head: OutputHead) -> None:

@@ -50,7 +50,7 @@ class OutputHead:
         with self._enabled():
             found = self._model(**forward_inputs(self._model, batch))
         with suppress(ValueError):  # of a model without logits, which `logits` says
-            self.own = self._logits(found).float()
+            self.own = self._logits(found)
 
     def logits(
         self, input_ids: torch.Tensor, hidden: torch.Tensor, start: int, stop: int

@@ -128,8 +128,7 @@ def kept_onloaded(
         keep |= set(modules)
         chosen += 1
     if chosen:
-        within = {module for modules in inside for module in modules}
-        keep |= {module for module in _offloaded(model) if module not in within}
+        keep |= set(_outside(model, blocks))
     onloaded: dict[torch.Tensor, torch.Tensor] = {}
     with ExitStack() as stack:
         stack.callback(give_back_page_locked)
@@ -185,15 +184,9 @@ def _room_on_device(
     free = None if device.type == "cpu" else free_memory(device)
     if free is None:
         return 0
-    inside = [_offloaded(block) for block in blocks]
-    within = {module for modules in inside for module in modules}
-    outside = sum(
-        _size(module)
-        for module in _offloaded(model)
-        if module not in within and not _stays(module)
-    )
-    largest = max((sum(map(_size, modules)) for modules in inside), default=0)
-    return room(free, memory, largest, outside)
+    largest = max((sum(map(_size, _offloaded(block))) for block in blocks), default=0)
+    away = (module for module in _outside(model, blocks) if not _stays(module))
+    return room(free, memory, largest, sum(map(_size, away)))
 
 
 def _kept(model: Module) -> list[Kept]:
@@ -211,6 +204,12 @@ def _stays(module: Module) -> bool:
 
 def _offloaded(module: Module) -> list[Module]:
     return [one for one in module.modules() if is_offloaded(one)]
+
+
+def _outside(model: Module, blocks: Sequence[Module]) -> list[Module]:
+    """Those that lie in no block: the embedding, the head."""
+    inside = {module for block in blocks for module in block.modules()}
+    return [module for module in _offloaded(model) if module not in inside]
 
 
 def _size(module: Module) -> int:

@@ -1,6 +1,5 @@
 """Pruned weights that wait to be used: a zero takes a bit."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,21 +57,13 @@ class Packed:
 
     def weight(self) -> torch.Tensor:
         """As it was, where its parts are; of two kinds of zero it has the positive."""
-        flat = self.values.new_zeros(self.shape.numel())
-        for part, values in zip(flat.split(CHUNK), self._values_of_parts()):
-            part.masked_scatter_(values[0], values[1])
-        return flat.view(self.shape)
-
-    def _values_of_parts(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Per part of the weight which are not zero, and these."""
-        taken = 0
-        for start in range(0, self.shape.numel(), CHUNK):
-            length = min(CHUNK, self.shape.numel() - start)
-            bits = self.bits[start // BITS : -(-(start + length) // BITS)]
-            there = _from_bits(bits)[:length]
+        flat, taken = self.values.new_zeros(self.shape.numel()), 0
+        for part, bits in zip(flat.split(CHUNK), self.bits.split(CHUNK // BITS)):
+            there = _from_bits(bits)[: len(part)]
             count = int(there.count_nonzero())
-            yield there, self.values[taken : taken + count]
+            part.masked_scatter_(there, self.values[taken : taken + count])
             taken += count
+        return flat.view(self.shape)
 
 
 def unpacked(weight: torch.Tensor | Packed) -> torch.Tensor:

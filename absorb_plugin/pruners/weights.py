@@ -339,9 +339,7 @@ class PrunedSlopes:
         key = (index, name, which)
         if key not in self._fetched:
             # a block runs forward, or forward and backward, before another does
-            others = [one for one in self._fetched if one[0] != index]
-            for other in others:
-                del self._fetched[other]
+            self._fetched = {k: v for k, v in self._fetched.items() if k[0] == index}
             self._fetched[key] = kept.to(device)
         return self._fetched[key].weight()
 

@@ -1,6 +1,7 @@
 """The last comparison: by the pruner's arithmetic, on samples that chose nothing."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -27,6 +28,7 @@ class Confirmed:
     :param standard_error: of that, over samples; NaN for one sample
     :param start: "base" or "uniform", which of the two beats the other clearly, by more
         than CLEARLY standard errors; empty if neither does
+    :param sums: losses that were judged, added up over each sample, by name
     :param anew: whether the search was begun anew for that, so that the samples of this
         comparison have chosen
     """
@@ -37,6 +39,7 @@ class Confirmed:
     gain: float
     standard_error: float
     start: str = ""
+    sums: Mapping[str, np.ndarray] = field(default_factory=dict)
     anew: bool = False
 
     @property
@@ -73,7 +76,8 @@ def confirm(
     # of one sample nothing is clear but an overflow
     clear = ahead == np.inf or ahead > CLEARLY * unsure
     start = best if clear else ""
-    return Confirmed(ballot.allocations[chosen], chosen, losses, won, error, start)
+    sparsity = ballot.allocations[chosen]
+    return Confirmed(sparsity, chosen, losses, won, error, start, ballot.sums)
 
 
 class _Ballot:
@@ -82,7 +86,7 @@ class _Ballot:
     def __init__(self, judge: Judge) -> None:
         self._judge = judge
         self.allocations: dict[str, np.ndarray] = {}
-        self._sums: dict[str, np.ndarray] = {}
+        self.sums: dict[str, np.ndarray] = {}
         self._tokens = np.array([])
 
     def ask(self, allocations: dict[str, np.ndarray]) -> None:
@@ -99,20 +103,20 @@ class _Ballot:
                 new[name] = one
         if new:
             sums, self._tokens = self._judge(list(new.values()))
-            self._sums |= dict(zip(new, sums, strict=True))
-        self._sums |= {name: self._sums[twin] for name, twin in twins.items()}
+            self.sums |= dict(zip(new, sums, strict=True))
+        self.sums |= {name: self.sums[twin] for name, twin in twins.items()}
 
     def loss(self, name: str) -> float:
         """Nats per token."""
-        return float(self._sums[name].sum() / self._tokens.sum())
+        return float(self.sums[name].sum() / self._tokens.sum())
 
     def gain(self, name: str, other: str) -> tuple[float, float]:
         """By how much `name` is below `other`, and the standard error of that."""
-        return gain(self._sums[other], self._sums[name], self._tokens)
+        return gain(self.sums[other], self.sums[name], self._tokens)
 
     def beats(self, name: str, other: str) -> bool:
         """By more than a tie and than the standard error."""
         return beyond(*self.gain(name, other))
 
     def _known(self) -> dict[str, np.ndarray]:
-        return {name: self.allocations[name] for name in self._sums}
+        return {name: self.allocations[name] for name in self.sums}

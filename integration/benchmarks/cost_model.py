@@ -247,7 +247,7 @@ def pruned_slopes(blocks: BlockMap) -> PrunedSlopes:
     """Weights that the pruner has made, a step away from where they are wanted."""
     kept = {
         index: {
-            name: [_packed(linear.weight, left) for left in (1 - S,) * 3]
+            name: [_packed(linear.weight, 1 - S) for _ in range(3)]
             for name, linear in blocks.blocks[index].linears.items()
         }
         for index in blocks.prunable

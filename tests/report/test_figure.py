@@ -60,6 +60,16 @@ def test_a_heat_map_has_both_colours() -> None:
     assert colours(0.5, 0.5) == [False, False]
 
 
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figure that is made."""
+    found: list[Figure] = []
+    monkeypatch.setattr(
+        figure, "Figure", lambda **f: found.append(Figure(**f)) or found[0]
+    )
+    return found
+
+
 @pytest.mark.parametrize(
     ("high", "expected"),
     [
@@ -70,25 +80,15 @@ def test_a_heat_map_has_both_colours() -> None:
     ],
 )
 def test_a_short_logarithmic_axis_has_numbers(
-    high: float, expected: set[str], monkeypatch: pytest.MonkeyPatch
+    high: float, expected: set[str], drawn: list[Figure]
 ) -> None:
-    drawn: list[Figure] = []
-    monkeypatch.setattr(
-        figure, "Figure", lambda **f: drawn.append(Figure(**f)) or drawn[0]
-    )
     line = Line("", "final", [0, 1], [0.45, high])
     draw([LineChart("", "x", "y", [line], log_y=True)], "")
     (ax,) = drawn[0].axes
     assert expected <= {tick.get_text() for tick in ax.get_yticklabels()}
 
 
-def test_a_legend_does_not_press_axes_together(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    drawn: list[Figure] = []
-    monkeypatch.setattr(
-        figure, "Figure", lambda **f: drawn.append(Figure(**f)) or drawn[0]
-    )
+def test_a_legend_does_not_press_axes_together(drawn: list[Figure]) -> None:
     names = ("the rounding floor", "after the first block", "after the last")
     lines = [Line(name, "final", [0, 1], [0.1, 0.2]) for name in names]
     chart = LineChart("realignment: mean cosine to the clean run", "x", "y", lines)
@@ -99,13 +99,7 @@ def test_a_legend_does_not_press_axes_together(
     assert all(box.x0 >= whole.x0 and box.x1 <= whole.x1 for box in titles)
 
 
-def test_the_colour_scale_ends_where_values_do(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    drawn: list[Figure] = []
-    monkeypatch.setattr(
-        figure, "Figure", lambda **f: drawn.append(Figure(**f)) or drawn[0]
-    )
+def test_the_colour_scale_ends_where_values_do(drawn: list[Figure]) -> None:
     cells = [[Cell(0.0, ""), Cell(0.3, "")]]
     draw([HeatMap("", "", ["q"], ["0", "1"], cells, 0.1, "budget", least=0.0)], "")
     assert drawn[0].axes[1].get_ylim() == pytest.approx((0.0, 0.3))
