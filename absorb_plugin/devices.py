@@ -23,7 +23,7 @@ __all__ = [
     "free_memory",
     "give_back_page_locked",
     "is_offloaded",
-    "page_locked",
+    "through_page_locked",
 ]
 
 # A smaller tensor is there before it would have been copied.
@@ -88,25 +88,28 @@ def is_offloaded(module: Module) -> bool:
     return str(tensors.offload_device) != str(tensors.onload_device)
 
 
-def page_locked(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def through_page_locked(
+    tensor: torch.Tensor, device: torch.device
+) -> torch.Tensor | None:
     """
-    A copy of a large tensor of the host in page-locked memory, for an accelerator to
-    fetch it from: there it reads at the speed of the bus, while from elsewhere the
-    driver copies piece by piece on one thread. All of PyTorch's threads make this copy;
-    where there is but one, nothing would be won. Its memory is used again for the next,
-    until `give_back_page_locked`. Any other tensor is returned as it is.
+    A large tensor of the host on an accelerator, by way of page-locked memory: from
+    there it reads at the speed of the bus, while from elsewhere the driver copies piece
+    by piece on one thread. All of PyTorch's threads make the copy to there; where there
+    is but one, nothing would be won.
 
-    :param device: where the tensor is to go
+    It does not wait for the tensor to be there, so that the next one is copied
+    meanwhile: what uses it comes later in the same stream. Page-locked memory is used
+    again once it has been read, until `give_back_page_locked`.
+
+    :return: None for any other tensor, and where there is no such memory
     """
     size = tensor.nbytes
     if tensor.device.type != "cpu" or device.type == "cpu" or size < PAGE_LOCKED_FROM:
-        return tensor
+        return None
     if torch.get_num_threads() == 1 or size >= _refused.get(device, size + 1):
-        return tensor
+        return None
     try:
         locked = tensor.detach().pin_memory()
-        _locked.add(device)
-        return locked
     except (RuntimeError, NotImplementedError) as error:
         # a limit of the system on such memory, or an accelerator that has none
         _refused[device] = size
@@ -114,7 +117,9 @@ def page_locked(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
             f"{device}: weights of {size / 2**20:.0f} MiB and more come from pageable "
             f"memory ({error})"
         )
-        return tensor
+        return None
+    _locked.add(device)
+    return locked.to(device, non_blocking=True)
 
 
 # device -> the smallest size that was refused, in bytes; and devices that had some

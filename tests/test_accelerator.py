@@ -20,7 +20,7 @@ from absorb_plugin.allocate import Allocation
 from absorb_plugin.devices import computing_on_one_device
 from absorb_plugin.evaluation.allocation import allocate_model
 from absorb_plugin.precision import widest_float
-from absorb_plugin.pruners import SparseGPT
+from absorb_plugin.pruners import SparseGPT, thresholds
 from absorb_plugin.pruners.thresholds import global_threshold, row_thresholds
 from absorb_plugin.settings import AllocationSettings
 from absorb_plugin.signals import SIGNALS
@@ -133,6 +133,18 @@ def test_thresholds(device: FakeDevice, counts: list[int]) -> None:
     assert torch.equal(on_host(found), row_thresholds(scores, counts))
     found = global_threshold(scores.to("fake"), 11)
     assert torch.equal(on_host(found), global_threshold(scores, 11))
+
+
+@pytest.mark.parametrize("margin", [thresholds.MARGIN, 0])
+def test_threshold_of_a_large_tensor(
+    device: FakeDevice, margin: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a sample of it; and by all of it where the sample points beside it."""
+    scores = torch.rand(2**19 + 3)
+    monkeypatch.setattr(thresholds, "MARGIN", margin)
+    for rank in (0, 2**18, 2**19 + 2):
+        found = global_threshold(scores.to("fake"), rank)
+        assert torch.equal(on_host(found), global_threshold(scores, rank))
 
 
 @pytest.mark.parametrize("name", list(RECIPES))

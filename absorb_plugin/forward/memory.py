@@ -35,9 +35,9 @@ CHUNK_SHARE = 16
 # Alive with a chunk of a Linear's scores: weight and product in float32, ranked copy;
 # or two weights, their difference and its quotient.
 SCORE_COPIES = 5
-# Matrices d × d in float32 beside what was observed: its dampened copy, that turned
-# round, the factor; and afterwards the factor, its inverse and the unit matrix.
-INVERSE_COPIES = 4
+# Matrices d × d in float32 beside what was observed: its dampened copy, turned round,
+# the factor, and that turned back.
+FACTOR_COPIES = 3
 
 # "auto": this share of what is free, rounded down to a power of two, within bounds. On
 # an accelerator every batch onloads the model anew, so more memory is less traffic;
@@ -78,8 +78,13 @@ class Footprint:
         return self.fixed + states + at_a_time * self.inside(tokens)
 
     def part(self, samples: int, tokens: int, memory: int) -> int:
-        """How many of so many samples a block may run at a time, if all are kept."""
+        """
+        How many of so many samples a block may run at a time, if all are kept. Where
+        the limit is passed whatever the number, they may take a quarter of it beyond:
+        each part adds a matrix to every Hessian of the block.
+        """
         room = memory - self.fixed - samples * tokens * self.per_state
+        room = room if room > 0 else memory // 4
         return min(samples, max(1, room // self.inside(tokens)))
 
     def kept_samples(self, tokens: int, memory: int) -> int:
@@ -249,7 +254,7 @@ def _pruning(shapes: _Shapes, element: int, need: Needs) -> int:
 
 
 def _hessians(shapes: _Shapes, element: int, need: Needs) -> int:
-    """All of a block; then one is inverted, and the columns of a group are walked."""
+    """All of a block; then one is factored, and the columns of a group are walked."""
     observed = max(
         (sum(group[0][1] ** 2 for group in block) for block in shapes.sharing),
         default=0,
@@ -258,9 +263,9 @@ def _hessians(shapes: _Shapes, element: int, need: Needs) -> int:
         (_weights(group) for block in shapes.sharing for group in block), default=0
     )
     square, sets = 4 * shapes.input**2, max(1, need.sets)
-    inverting = (INVERSE_COPIES + sets - 1) * square
+    factoring = (FACTOR_COPIES + sets - 1) * square
     walk = _at_once(need) * group * (3 * 4 + element)
-    return sets * 4 * observed + max(inverting, sets * square + walk)
+    return sets * 4 * observed + max(factoring, sets * square + walk)
 
 
 def _at_once(need: Needs) -> int:

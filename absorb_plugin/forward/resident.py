@@ -23,7 +23,7 @@ from absorb_plugin.devices import (
     free_memory,
     give_back_page_locked,
     is_offloaded,
-    page_locked,
+    through_page_locked,
 )
 from absorb_plugin.torch_state import stored
 
@@ -68,10 +68,11 @@ class Kept(OffloadCache):
         return self._onloaded[offloaded]
 
     def _fetched(self, offloaded: torch.Tensor) -> torch.Tensor:
-        locked = page_locked(offloaded, torch.device(self.onload_device))
-        if locked is not offloaded:
-            to_tensor(locked, offloaded)  # a parameter, if it was one
-        onloaded = self.cache.onload(locked)
+        device = torch.device(self.onload_device)
+        onloaded = through_page_locked(offloaded, device)
+        if onloaded is not None:
+            return to_tensor(onloaded, offloaded)  # a parameter, if it was one
+        onloaded = self.cache.onload(offloaded)
         assert onloaded is not None
         return onloaded
 

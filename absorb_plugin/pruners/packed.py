@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from absorb_plugin.devices import page_locked
+from absorb_plugin.devices import through_page_locked
 
 __all__ = ["HOST", "Packed", "unpacked"]
 
@@ -49,11 +49,9 @@ class Packed:
         return self.bits.nbytes + self.values.nbytes
 
     def to(self, device: torch.device) -> "Packed":
-        bits, values = (
-            page_locked(tensor, device).to(device)
-            for tensor in (self.bits, self.values)
+        return replace(
+            self, bits=_moved(self.bits, device), values=_moved(self.values, device)
         )
-        return replace(self, bits=bits, values=values)
 
     def weight(self) -> torch.Tensor:
         """As it was, where its parts are; of two kinds of zero it has the positive."""
@@ -64,6 +62,11 @@ class Packed:
             part.masked_scatter_(there, self.values[taken : taken + count])
             taken += count
         return flat.view(self.shape)
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    there = through_page_locked(tensor, device)
+    return tensor.to(device) if there is None else there
 
 
 def unpacked(weight: torch.Tensor | Packed) -> torch.Tensor:

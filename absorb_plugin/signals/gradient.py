@@ -85,7 +85,9 @@ class GradientProbe(Probe):
         )
 
     def start(self, batch: Batch) -> None:
-        self._current = np.zeros((len(batch["input_ids"]), len(self._rows)))
+        self._samples = len(batch["input_ids"])
+        # by Linear, on the device: to fetch each at once would have it wait
+        self._current: list[tuple[int, torch.Tensor]] = []
         self._visits: list[tuple[torch.Tensor, RunBlock]] = []
 
     def enter(self, index: int, block: Module) -> None:
@@ -108,7 +110,10 @@ class GradientProbe(Probe):
             before, run = self._visits.pop()
             with disable_offloading():
                 gradient = self._backward(index, before, run, gradient)
-        self._slopes += list(self._current)
+        slopes = np.zeros((self._samples, len(self._rows)))
+        for row, by_sample in self._current:
+            slopes[:, row] += by_sample.cpu().numpy()
+        self._slopes += list(slopes)
         self._losses += [total for total, _ in losses]
         self._tokens += [count for _, count in losses]
         del self._last, self._current
@@ -151,12 +156,12 @@ class GradientProbe(Probe):
         wide = widest_float(moved.device)
         by_token = (gradient.float() * moved.float()).sum(dim=-1, dtype=wide)
         by_token *= change.factor
-        samples = len(self._current)
-        if x.dim() == 3 and len(x) == samples:
-            self._current[:, row] += by_token.sum(dim=1).cpu().numpy()
+        if x.dim() == 3 and len(x) == self._samples:
+            by_sample = by_token.sum(dim=1)
         else:
-            self._current[:, row] += float(by_token.sum()) / samples
+            by_sample = by_token.sum() / self._samples
             self._mixed.add(row)
+        self._current.append((row, by_sample))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ measured: read every time as good to a factor of 2.
 import argparse
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ import torch
 from gpu_trace import RATES, Cost, tracing
 from llmcompressor.modifiers.pruning.sparsegpt import sgpt_sparsify
 from llmcompressor.modifiers.pruning.wanda import wanda_sparsify
+from loguru import logger
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from absorb_plugin import allocate as method
@@ -39,7 +41,7 @@ from absorb_plugin.forward.resident import room
 from absorb_plugin.forward.run import run_probes
 from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.judges import MaskedLoss, PrunedLoss
-from absorb_plugin.pruners import PRUNERS, Pruner, sparsegpt
+from absorb_plugin.pruners import PRUNERS, Pruner, sparsegpt, thresholds
 from absorb_plugin.pruners.packed import Packed
 from absorb_plugin.pruners.thresholds import LEVELS
 from absorb_plugin.pruners.weights import (
@@ -280,7 +282,7 @@ def traced(
     data: list[Batch] = [{"input_ids": ids} for _ in range(batches)]
     own = dict(model.named_parameters()), dict(model.named_buffers())
     limit = station_limit(station) if station.by_part else None
-    with tracing(*own) as cost, columns_once(cost):
+    with tracing(*own) as cost, columns_once(cost), picked_by_sample():
         run_probes(
             model, blocks, data, [probe], memory=limit, in_parts=station.in_parts
         )
@@ -323,6 +325,23 @@ def columns_once(cost: Cost) -> Iterator[None]:
         patch.object(sparsegpt, "_prune_columns", prune),
         patch.object(sgpt_sparsify, "range", columns, create=True),
     ):
+        yield
+
+
+@contextmanager
+def picked_by_sample() -> Iterator[None]:
+    """
+    Within the context as many scores are picked out of a whole tensor as a sample of
+    it leaves; without data there is no telling.
+    """
+    original = thresholds._near
+
+    def near(scores: torch.Tensor, rank: int) -> tuple[torch.Tensor, int]:
+        picked, _ = original(scores, rank)
+        share = 2 * thresholds.MARGIN / thresholds.SAMPLE
+        return picked[: round(len(scores) * share)], 0
+
+    with patch.object(thresholds, "_near", near):
         yield
 
 
@@ -615,6 +634,8 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    logger.remove()  # llm-compressor's would stand among the tables
+    logger.add(sys.stderr, level="WARNING", format="{message}")
     result = []
     for name in options.models:
         for pruner in options.pruners:

@@ -11,7 +11,7 @@ from accelerate import dispatch_model
 from compressed_tensors.offload import set_onload_device
 from compressed_tensors.offload.convert import from_accelerate
 from helpers import tiny
-from helpers.fake_accelerator import FakeDevice, fake_accelerator
+from helpers.fake_accelerator import FakeDevice, fake_accelerator, on_host
 from helpers.probes import PROBES, numbers, place
 from torch.nn import Module
 from transformers import PreTrainedModel
@@ -214,14 +214,16 @@ def test_what_was_refused_is_not_asked_for_again(
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     there = torch.device("fake:0")
     for size, locked in ((4, False), (400, False), (80, True), (800, False)):
-        tensor = torch.zeros(size, dtype=torch.uint8)
-        found = devices.page_locked(tensor, there)
-        assert (found is not tensor) == locked and torch.equal(found, tensor)
+        tensor = torch.arange(size).to(torch.uint8)
+        found = devices.through_page_locked(tensor, there)
+        assert (found is not None) == locked
+        if found is not None:
+            assert found.device == there and torch.equal(on_host(found), tensor)
     assert asked == [400, 80]
     tensor = torch.zeros(80, dtype=torch.uint8)
-    assert devices.page_locked(tensor, torch.device("cpu")) is tensor
+    assert devices.through_page_locked(tensor, torch.device("cpu")) is None
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # nothing would be won
-    assert devices.page_locked(tensor, there) is tensor
+    assert devices.through_page_locked(tensor, there) is None
 
 
 def test_without_such_memory_they_come_all_the_same(

@@ -7,7 +7,7 @@ import torch
 from helpers.probes import PRUNERS
 from helpers.upstream import as_upstream
 
-from absorb_plugin.pruners import Pruner, SparseGPT, sparsegpt
+from absorb_plugin.pruners import Pruner, SparseGPT
 
 pytestmark = pytest.mark.contract
 every_pruner = pytest.mark.parametrize("kind", list(PRUNERS))
@@ -97,17 +97,6 @@ def test_sets_of_inputs_share_a_walk(preserve: bool) -> None:
     with torch.no_grad():
         first, second = (chain(*found[n]) for n in (0, 2))
         assert not all(map(torch.equal, first, second))
-
-
-@pytest.mark.parametrize("features", [1, 2, 255, 256, 257, 700])
-def test_inverse_of_a_triangle(features: int) -> None:
-    inputs = torch.randn(2 * features, features)
-    lower = torch.linalg.cholesky(inputs.t() @ inputs + torch.eye(features))
-    found = torch.zeros_like(lower)
-    sparsegpt._invert(lower, found)
-    expected = torch.linalg.inv(lower.double())
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
-    assert not found.triu(1).any()
 
 
 def test_too_few_tokens_and_no_dampening_are_survived() -> None:

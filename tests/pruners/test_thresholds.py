@@ -73,6 +73,30 @@ def test_whole_tensor(rank: int, shape: tuple[int, ...]) -> None:
     assert torch.equal(global_threshold(given, rank), expected)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.6, 0.9999])
+@pytest.mark.parametrize("kind", ["normal", "equal", "few", "infinite", "nan"])
+def test_where_to_look_in_a_large_tensor(kind: str, share: float) -> None:
+    """A sample tells; what is picked has the score of the rank at its place."""
+    size = thresholds.SAMPLED_FROM
+    given = torch.randn(size, generator=torch.Generator().manual_seed(0)).square()
+    if kind == "equal":
+        given[: size // 2] = 0.5
+    elif kind == "few":
+        given = (4 * given).floor()
+    elif kind == "infinite":
+        given[::7] = torch.inf
+    elif kind == "nan":
+        given[::1001] = torch.nan
+    rank = int(share * (size - 1))
+    picked, place = thresholds._near(given, rank)
+    expected = given.sort().values[rank]
+    if expected.isnan() or place >= len(picked):
+        assert kind == "nan"
+    else:
+        assert torch.equal(picked.sort().values[place], expected)
+        assert len(picked) < size / 16 or kind != "normal"
+
+
 @pytest.mark.parametrize("rank", [-1, 35])
 def test_rank_out_of_range(rank: int) -> None:
     with pytest.raises(ValueError, match=f"rank {rank} is not in 0 … 34"):
