@@ -25,11 +25,22 @@ except ModuleNotFoundError:  # 0.11, whose transformers 4 has experts of Linears
 
 
 try:
-    from llmcompressor.modeling.moe.context import get_calibrate_all_experts_flag
+    from llmcompressor.modeling.moe.context import (
+        get_calibrate_all_experts_flag,
+        moe_calibration_context,
+    )
 except ModuleNotFoundError:  # 0.11
 
     def get_calibrate_all_experts_flag() -> bool:
         return False
 
+    def moe_calibration_context() -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
-__all__ = ["ModifierFactory", "get_calibrate_all_experts_flag", "linearize_moe"]
+
+__all__ = [
+    "ModifierFactory",
+    "get_calibrate_all_experts_flag",
+    "linearize_moe",
+    "moe_calibration_context",
+]

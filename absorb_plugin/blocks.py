@@ -81,6 +81,21 @@ class BlockMap:
             for name, linear in block.linears.items()
         }
 
+    def other_weights(self) -> Counter[str]:
+        """
+        Weights of the blocks that no Linear holds, and no pruner here takes: experts in
+        one tensor, convolutions; their number by class of their module. Vectors, as of
+        norms, do not count.
+        """
+        found: Counter[str] = Counter()
+        for part in (part for module in self.modules for part in module.modules()):
+            if isinstance(part, torch.nn.Linear | torch.nn.Embedding):
+                continue
+            for tensor in stored(part._parameters).values():
+                if tensor is not None and tensor.dim() > 1:
+                    found[type(part).__name__] += tensor.numel()
+        return found
+
     @property
     def routers(self) -> frozenset[str]:
         """Full names of the Linears that choose among experts."""

@@ -150,6 +150,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         from absorb_plugin.limits import check_matched
         from absorb_plugin.pruners import adapter, ranks
         from absorb_plugin.pruners.recipe import recipe_text
+        from absorb_plugin.pruners.traced import warn_of_lost_mask
         from absorb_plugin.pruners.zeros import PrunedZeros
         from absorb_plugin.report.folder import check_replaceable
 
@@ -157,6 +158,8 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         self._start = Path.cwd()
         self._blocks = find_blocks(state.model, kwargs.get("sequential_targets"))
         self._recipe = recipe_text()  # before anything in it is changed
+        warn_of_lost_mask(state.model, self._blocks.modules)
+        adapter.warn_of_other_weights(self._blocks)
         self._pruners = adapter.find_pruners(
             self, state.model, self._blocks, self.ignore, self.max_sparsity
         )
@@ -176,13 +179,14 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
             "report_dir": self._report_dir,
             "profile_cache": self.cache_directory(),
         }
-        for field, directory in written.items():
-            if directory is not None:
-                check_writable(field, directory)
-        if self._report_dir is not None:
-            count = len(self._pruners)
-            numbers = range(self._first_report, self._first_report + count)
-            check_replaceable(self._report_dir, numbers)
+        with distributed.fail_together():  # a directory may be missing on one node
+            for field, directory in written.items():
+                if directory is not None:
+                    check_writable(field, directory)
+            if self._report_dir is not None:
+                count = len(self._pruners)
+                numbers = range(self._first_report, self._first_report + count)
+                check_replaceable(self._report_dir, numbers)
         for found in self._pruners if self.reduce_pruner_statistics else ():
             if (attribute := found.pruner.rank_statistics) is not None:
                 ranks.reduce_statistics(found.modifier, attribute)

@@ -107,6 +107,9 @@ def test_what_fails_on_one_rank_fails_on_all(folder: Path, world: int) -> None:
     last = world - 1
     for number, entry in enumerate(said):
         assert "has no 'input_ids' but ['text']" in entry["no input_ids"]
+        assert "report_dir" in entry["no directory"]
+        told = entry["no directory"].startswith("RuntimeError: rank 1 of torch.distrib")
+        assert told == (number != 1)
         if number != last:
             assert f"rank {last} of torch.distributed" in entry["no input_ids"]
         assert entry["no data"].startswith("ValueError: no calibration data")

@@ -251,7 +251,12 @@ def test_a_disk_that_fills_up_while_the_model_is_saved(
 
 def test_full_disk_without_root(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    for words in ("No space left on device", "I/O error: No space left on device (28)"):
+    for words in (
+        "No space left on device",
+        "I/O error: No space left on device (28)",
+        "I/O error: Disk quota exceeded (os error 122)",
+        "I/O error: File too large (os error 27)",
+    ):
         told = pytest.raises(OSError, match="out was not written.*make room")
         with told, staged_directory(out) as staging:
             (staging / "half").write_text("written")

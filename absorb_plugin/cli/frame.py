@@ -58,6 +58,7 @@ def command(
     """
     stdout = _opened(sys.stdout)
     replace_unknown(stdout)
+    check_one_process()
     quiet = quiet and not debug
     silence = io.StringIO() if quiet else _opened(sys.stderr)
     interrupts: list[int] = []
@@ -88,6 +89,19 @@ def command(
         if not debug:
             typer.echo(f"error: {one_line(error, fields)}", err=True)
         raise typer.Exit(1) from error
+
+
+def check_one_process() -> None:
+    """Each process of torchrun would do all of the work, and write the same files."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if "TORCHELASTIC_RUN_ID" in os.environ and processes != "1":
+        typer.echo(
+            f"error: torchrun started {processes} processes, and absorb's commands run "
+            "as one: start it without torchrun, or call oneshot from Python for "
+            "several ranks (docs/distributed.md)",
+            err=True,
+        )
+        raise typer.Exit(1)
 
 
 def _opened(stream: TextIO | None) -> TextIO:

@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from absorb_plugin._llmcompressor import linearize_moe
+from absorb_plugin._llmcompressor import linearize_moe, moe_calibration_context
 from absorb_plugin.allocate import allocate
 from absorb_plugin.allocation import Allocation
 from absorb_plugin.allocators.base_allocation import base_allocation
@@ -51,8 +51,9 @@ def allocate_model(
     :raises ValueError: if there are no samples, and they are needed
     """
     check_budget(sparsity, settings.max_sparsity)
-    with computing_on_one_device(model):
-        linearize_moe(model)  # as oneshot does: the experts' weights become Linears
+    # both as oneshot does: the experts' weights become Linears, and see all tokens
+    with computing_on_one_device(model), moe_calibration_context():
+        linearize_moe(model)
         blocks = find_blocks(model)
         check_matched(settings.limits, [blocks])
         if samples is None:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from absorb_plugin import distributed
-from absorb_plugin._llmcompressor import linearize_moe
+from absorb_plugin._llmcompressor import linearize_moe, moe_calibration_context
 from absorb_plugin.allocate import Method
 from absorb_plugin.allocators.base_allocation import Base
 from absorb_plugin.blocks import find_blocks
@@ -87,7 +87,7 @@ def measure_curve(
     :param sparsities: budgets, ascending
     :param pruner: name of the pruner, with its default settings
     """
-    with computing_on_one_device(model):
+    with computing_on_one_device(model), moe_calibration_context():
         linearize_moe(model)
         blocks, arithmetic = find_blocks(model), PRUNERS[pruner]()
         check_matched(settings.limits, [blocks])

@@ -23,6 +23,9 @@ SAVED = (
     *("profile*.json", "profile*.png", "report*.html"),
 )
 
+# In the words of errno and of safetensors: of a disk, of a quota, of a limit on a file.
+FULL = ("No space left", "Disk quota exceeded", "File too large")
+
 __all__ = [
     "check_apart",
     "check_inputs_apart",
@@ -308,8 +311,7 @@ def staged_directory(out: Path, interchangeable: bool = False) -> Iterator[Path]
         yield staging
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
-        # the words of errno and of safetensors
-        if isinstance(error, Exception) and "No space left" in str(error):
+        if isinstance(error, Exception) and any(one in str(error) for one in FULL):
             raise OSError(
                 errno.ENOSPC,
                 f"{out} was not written, the disk is full ({error}): make room, or "

@@ -54,7 +54,18 @@ def check_forward(
     :raises ValueError: naming the block and what it does
     """
     calls, chain = _LinearCalls(blocks), _ChainCheck(blocks, by_loss, by_slope)
-    run_probes(model, blocks, [sample, sample], [calls, chain], description="Checking")
+    try:
+        run_probes(
+            model, blocks, [sample, sample], [calls, chain], description="Checking"
+        )
+    except (RuntimeError, TypeError, KeyError, IndexError, AttributeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"model: its forward fails on one calibration sample of {[*sample]} "
+            f"({told}). Does the model take such a batch by itself? {WITHOUT_FORWARD}"
+        ) from error
     calls.result()
     if by_part:
         other = {**sample, "input_ids": sample["input_ids"].roll(1, dims=1)}
@@ -292,7 +303,8 @@ class _ChainCheck(Probe):
             raise ValueError(
                 "model: tokens see those after them (an encoder, a diffusion model, a "
                 "prefix), so next-token loss, by which strength='auto' and most "
-                f"signals judge, means nothing there. {REMEDY}"
+                "signals judge, means nothing there. A decoder that is causal in eager "
+                f'attention alone loads with attn_implementation="eager". {REMEDY}'
             )
 
     def _compare(self, index: int, after: torch.Tensor) -> None:

@@ -368,6 +368,19 @@ def _check_targets_within_blocks(
             )
 
 
+def warn_of_other_weights(blocks: BlockMap) -> None:
+    """Where much of the blocks is in no Linear, a sparsity of these says little."""
+    other = blocks.other_weights()
+    linears = sum(map(linear_parameters, blocks.linears().values()))
+    if other.total() > MUCH * (other.total() + linears):
+        share = other.total() / (other.total() + linears)
+        logger.warning(
+            f"{share:.0%} of the weights of the blocks are in no Linear "
+            f"({', '.join(other)}), and no pruner of llm-compressor takes them: they "
+            "stay dense, and the sparsity is that of the Linears"
+        )
+
+
 def _check_outside(
     name: str,
     model: torch.nn.Module,

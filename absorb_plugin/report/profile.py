@@ -20,7 +20,6 @@ from absorb_plugin.files import json_numbers
 from absorb_plugin.groups import named
 from absorb_plugin.pruners.adapter import PrunerAdapter
 from absorb_plugin.pruners.recipe import user_fields
-from absorb_plugin.report.figure import draw
 from absorb_plugin.report.folder import report_files
 from absorb_plugin.report.page import render
 from absorb_plugin.report.profile_charts import profile_charts
@@ -69,6 +68,8 @@ class Report:
         self._pruner, self._allocation = pruner, allocation
         self._calibration = calibration_entry(batches)
         self._run, self._number = run, number
+        linears = allocation.blocks.linears()
+        self._weights = {n: linear_parameters(linear) for n, linear in linears.items()}
         self._zeros: dict[str, int] = {}
         self._zeros_lost: float | None = None
 
@@ -109,8 +110,9 @@ class Report:
             "quality": quality_entry(allocation.quality),
             "budget": allocation.budget.sparsity,
             "achieved": allocation.achieved(),
-            "realised": self._realised(list(allocation.blocks.linears())),
+            "realised": self._realised(list(self._weights)),
             "zeros_lost": self._zeros_lost,
+            "other_weights": dict(allocation.blocks.other_weights()),
             "unseen_linears": None
             if allocation.unseen is None
             else list(allocation.unseen),
@@ -122,8 +124,7 @@ class Report:
         """Share of zeros in the Linears named, None before they were counted."""
         if not self._zeros:
             return None
-        linears = self._allocation.blocks.linears()
-        weights = sum(linear_parameters(linears[name]) for name in names)
+        weights = sum(self._weights[name] for name in names)
         return sum(self._zeros[name] for name in names) / weights
 
     def _blocks(self) -> list[dict[str, Any]]:
@@ -158,13 +159,13 @@ class Report:
         metrics = allocation.base.linear_metrics
         return {
             name: {
-                "parameters": linear_parameters(linear),
+                "parameters": weights,
                 "base_sparsity": base[name],
                 "sparsity": targets[name],
                 "realised_sparsity": self._realised([name]),
             }
             | ({"metric": float(metrics[name])} if name in metrics else {})
-            for name, linear in allocation.blocks.linears().items()
+            for name, weights in self._weights.items()
         }
 
     def write(self, directory: str | None) -> None:
@@ -205,7 +206,7 @@ class Report:
         """A weight in every row, by which pruners fall short of a share of it."""
         linears = self._allocation.blocks.linears().values()
         rows = sum(linear.out_features for linear in linears)
-        return rows / sum(linear_parameters(linear) for linear in linears)
+        return rows / sum(self._weights.values())
 
 
 def as_json(profile: Mapping[str, Any]) -> bytes:
@@ -214,6 +215,8 @@ def as_json(profile: Mapping[str, Any]) -> bytes:
 
 def draw_profile(profile: Mapping[str, Any]) -> bytes:
     """:return: a PNG"""
+    from absorb_plugin.report.figure import draw  # matplotlib, for a report alone
+
     return draw(profile_charts(profile), f"{model_name(profile)}: {run_title(profile)}")
 
 

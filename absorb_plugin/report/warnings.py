@@ -19,6 +19,8 @@ Profile = Mapping[str, Any]
 # Wanda leaves up to one weight per row too many: 1/576 in a small model.
 TOLERANCE = 5e-3
 NAMED = 4
+# Share of the blocks' weights in no Linear that a reader should know of.
+MUCH = 0.05
 
 
 def find_warnings(profile: Profile) -> list[str]:
@@ -35,6 +37,7 @@ def find_warnings(profile: Profile) -> list[str]:
         _unfinished,
         _unseen,
         _dense,
+        _other,
         _missed,
         _filled,
     )
@@ -196,6 +199,18 @@ def _dense(profile: Profile) -> str:
     if not dense:
         return ""
     return f"Left dense although a share was to go: {_listed(dense)}."
+
+
+def _other(profile: Profile) -> str:
+    other = profile["other_weights"]
+    linears = sum(block["parameters"] for block in profile["blocks"])
+    dense = sum(other.values())
+    if dense <= MUCH * (dense + linears):
+        return ""
+    return (
+        f"{dense / (dense + linears):.0%} of the blocks' weights are in no Linear "
+        f"({', '.join(other)}) and stay dense: the sparsity is that of the Linears."
+    )
 
 
 def _missed(profile: Profile) -> str:

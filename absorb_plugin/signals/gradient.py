@@ -85,7 +85,7 @@ class GradientProbe(Probe):
         )
 
     def start(self, batch: Batch) -> None:
-        self._samples = len(batch["input_ids"])
+        self._shape = batch["input_ids"].shape
         # by Linear, on the device: to fetch each at once would have it wait
         self._current: list[tuple[int, torch.Tensor]] = []
         self._visits: list[tuple[torch.Tensor, RunBlock]] = []
@@ -110,7 +110,7 @@ class GradientProbe(Probe):
             before, run = self._visits.pop()
             with disable_offloading():
                 gradient = self._backward(index, before, run, gradient)
-        slopes = np.zeros((self._samples, len(self._rows)))
+        slopes = np.zeros((self._shape[0], len(self._rows)))
         for row, by_sample in self._current:
             slopes[:, row] += by_sample.cpu().numpy()
         self._slopes += list(slopes)
@@ -156,10 +156,11 @@ class GradientProbe(Probe):
         wide = widest_float(moved.device)
         by_token = (gradient.float() * moved.float()).sum(dim=-1, dtype=wide)
         by_token *= change.factor
-        if x.dim() == 3 and len(x) == self._samples:
-            by_sample = by_token.sum(dim=1)
+        # as the batch is, or all its tokens in a row, as OPT's MLP has them
+        if by_token.shape in (self._shape, (self._shape.numel(),)):
+            by_sample = by_token.view(self._shape).sum(dim=1)
         else:
-            by_sample = by_token.sum() / self._samples
+            by_sample = by_token.sum() / self._shape[0]
             self._mixed.add(row)
         self._current.append((row, by_sample))
 

@@ -143,3 +143,11 @@ def test_streams_that_are_closed(model_dir: Path, tmp_path: Path) -> None:
     closed = f"{shlex.join(command)} >&- 2>&-"
     assert subprocess.run(closed, shell=True, check=False).returncode == 0
     assert out.is_file()
+
+
+def test_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "torchrun started 2 processes" in error_of("check", "nowhere")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "torchrun" not in error_of("check", "nowhere")

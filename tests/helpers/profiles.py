@@ -34,6 +34,7 @@ def make_profile(blocks: int = 12, **changes: Any) -> dict[str, Any]:
         "achieved": 0.5,
         "realised": 0.499,
         "zeros_lost": 0.0,
+        "other_weights": {},
         "unseen_linears": [],
         "blocks": [make_block(index, blocks) for index in range(blocks)],
         "versions": {"torch": "2.13.0", "absorb-plugin": "0.1.0"},

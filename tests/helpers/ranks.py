@@ -141,7 +141,7 @@ def kept(world: int, rank: int, folder: Path) -> list[dict[str, Any]]:
     return [first, second]
 
 
-def failures(world: int, rank: int) -> dict[str, str]:
+def failures(world: int, rank: int, folder: Path) -> dict[str, str]:
     """What every rank says when one of them fails."""
     poisoned = shard("unequal", world, rank)
     if rank == world - 1:
@@ -159,6 +159,15 @@ def failures(world: int, rank: int) -> dict[str, str]:
     found["infinity"] = _error(lambda: runs.allocate(model, batches, 0.6))
     unlike = samples()[rank:]
     found["not alike"] = _error(lambda: runs.allocate(model, unlike, 0.6))
+
+    own = folder / f"directories{rank}"
+    own.mkdir(exist_ok=True)
+    if rank == min(1, world - 1):
+        (own / "report").write_text("a file is where the directory should be")
+    recipe = [runs.absorption(report_dir=own / "report"), runs.pruner()]
+    model = tiny.make_model("llama")
+    found["no directory"] = _error(lambda: runs.run(model, recipe, own))
+    reset_session()
     return found
 
 
@@ -235,7 +244,7 @@ def run_rank(rank: int, world: int, folder: Path) -> None:
     found: dict[str, Any] = {"allocations": allocations(world, rank)}
     found["kept"] = kept(world, rank, folder)
     if world > 1:
-        found["failures"] = failures(world, rank)
+        found["failures"] = failures(world, rank, folder)
     (folder / f"{world}-{rank}.json").write_text(json.dumps(found))
     torch.save(prunings(world, rank, folder), folder / f"{world}-{rank}.pt")
     if world > 1:

@@ -18,6 +18,7 @@ from llmcompressor.recipe import Recipe
 from matplotlib.image import imread
 
 from absorb_plugin import files
+from absorb_plugin.report import figure
 from absorb_plugin.report import profile as report_profile
 from absorb_plugin.report.page import render
 from absorb_plugin.report.profile_charts import profile_charts
@@ -43,6 +44,7 @@ KEYS = {
     "achieved",
     "realised",
     "zeros_lost",
+    "other_weights",
     "blocks",
     "unseen_linears",
     "versions",
@@ -273,7 +275,7 @@ def test_a_figure_that_cannot_be_drawn_costs_no_run(
     def fail(*args: object) -> None:
         raise ValueError("no font")
 
-    monkeypatch.setattr(report_profile, "draw", fail)
+    monkeypatch.setattr(figure, "draw", fail)
     model = tiny.make_model("llama", num_hidden_layers=2)
     ours = runs.absorption(allocator="uniform", strength=0, report_dir=tmp_path / "r")
     runs.run(model, [ours, runs.pruner()], tmp_path)

@@ -210,7 +210,7 @@ def test_slopes_of_groups_are_per_share_of_all_weights(llama: PreTrainedModel) -
         assert found.error[g] == pytest.approx(error)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "falcon_h1"])
+@pytest.mark.parametrize("architecture", ["llama", "falcon_h1", "opt"])
 def test_slopes_of_every_sample(architecture: str) -> None:
     """As if each were alone, so that their spread tells the error."""
     model, batch = tiny.make_model(architecture), tiny.make_batch(padding="right")
