@@ -15,9 +15,13 @@ from absorb_plugin.torch_state import stored
 
 __all__ = ["Block", "BlockMap", "find_blocks", "linear_parameters"]
 
-# Modules that choose among experts, by what models of transformers call them.
-ROUTERS = ("router", "routers")
-ROUTER_CLASS = re.compile(r"(Router|TopKGating)(MLP)?$")
+# Share of the weights, beyond which it is told that they stay dense.
+MUCH = 0.05
+# Modules that choose among experts, or what is attended to, by what models of
+# transformers call them. No slope reaches the latter, and in texts as short as ours
+# they choose all.
+ROUTERS = ("router", "routers", "indexer")
+ROUTER_CLASS = re.compile(r"(Router|TopKGating|Indexer)(MLP)?$")
 
 
 @dataclass(frozen=True)
@@ -81,20 +85,21 @@ class BlockMap:
             for name, linear in block.linears.items()
         }
 
-    def other_weights(self) -> Counter[str]:
+    def other_weights(self) -> dict[str, float]:
         """
-        Weights of the blocks that no Linear holds, and no pruner here takes: experts in
-        one tensor, convolutions; their number by class of their module. Vectors, as of
-        norms, do not count.
+        What of the blocks' weights no Linear holds, and no pruner takes: experts in one
+        tensor, convolutions; the share by class of their module. Vectors, as of norms,
+        do not count.
         """
         found: Counter[str] = Counter()
+        seen: set[torch.Tensor] = set()
         for part in (part for module in self.modules for part in module.modules()):
-            if isinstance(part, torch.nn.Linear | torch.nn.Embedding):
-                continue
+            linear = isinstance(part, torch.nn.Linear)
             for tensor in stored(part._parameters).values():
-                if tensor is not None and tensor.dim() > 1:
-                    found[type(part).__name__] += tensor.numel()
-        return found
+                if tensor is not None and tensor.dim() > 1 and tensor not in seen:
+                    seen.add(tensor)
+                    found["" if linear else type(part).__name__] += tensor.numel()
+        return {name: n / found.total() for name, n in found.items() if name}
 
     @property
     def routers(self) -> frozenset[str]:

@@ -18,6 +18,8 @@ BACKENDS: tuple[Any, ...] = (
     torch.backends.mkldnn.matmul if hasattr(torch.backends.mkldnn, "matmul") else None,
     getattr(torch.backends.cudnn, "conv", None),
 )
+# Features whose products are made at once, at least.
+BAND = 256
 # What a 16-bit product may be rounded to on its way, by name in torch.backends.
 REDUCED = (
     "allow_fp16_reduced_precision_reduction",
@@ -31,7 +33,7 @@ def ieee_float32() -> Iterator[None]:
     """
     Within the context float32 products are neither TF32 nor bfloat16, which
     `torch.set_float32_matmul_precision("high")` and convolutions by default allow: we
-    invert Hessians and measure rounding against float32. Afterwards all is as it was.
+    factor Hessians and measure rounding against float32. Afterwards all is as it was.
     """
     overall, single = _overall(), [_get(backend) for backend in BACKENDS]
     try:
@@ -71,7 +73,14 @@ def gram(x: torch.Tensor) -> torch.Tensor:
     if x.dtype == torch.bfloat16 and _adds_up_wide(x.device):
         return torch.mm(x.t(), x, out_dtype=torch.float32)
     wide = x.float()
-    return wide.t() @ wide
+    features = wide.shape[1]
+    width = max(BAND, features // 8)
+    found = wide.new_empty(features, features)
+    for start in range(0, features, width):  # what lies below the diagonal is known
+        band = slice(start, start + width)
+        torch.mm(wide[:, band].t(), wide[:, start:], out=found[band, start:])
+        found[start + width :, band] = found[band, start + width :].t()
+    return found
 
 
 @cache

@@ -148,6 +148,18 @@ def test_routers_told_by_name_or_class(llama: PreTrainedModel) -> None:
     assert {"mlp.gate_proj", "self_attn.q_proj"} < set(block.linears)
 
 
+def test_what_chooses_tokens_to_attend_to_stays_dense(llama: PreTrainedModel) -> None:
+    """DeepSeek V3.2: it chooses all in texts as short as ours, and has no slope."""
+    layer = llama.model.layers[0]
+    layer.self_attn.indexer = torch.nn.Module()
+    layer.self_attn.indexer.wk = torch.nn.Linear(32, 8)
+    layer.self_attn.chooser = type("SparseIndexer", (GateRouter,), {})()
+    block = find_blocks(llama).blocks[0]
+    assert set(block.routers) == {
+        *("self_attn.indexer.wk", "self_attn.chooser.down", "self_attn.chooser.out")
+    }
+
+
 def test_what_holds_most_of_a_block_is_no_router(llama: PreTrainedModel) -> None:
     """A mixture of depths: the block that is routed to lies beside the router."""
     layer = llama.model.layers[0]

@@ -425,11 +425,12 @@ def test_linears_that_are_never_called(warnings: list[str]) -> None:
     assert "`ignore`, as 're:.*query'" in told
 
 
-def test_linears_that_no_pruner_calibrates() -> None:
+@pytest.mark.parametrize("fields", [RUNS["slope"], {"allocator": "owl", "strength": 0}])
+def test_linears_that_no_pruner_calibrates(fields: dict[str, Any]) -> None:
     """DeepSeek's kv_b_proj, on which llm-compressor fails after the whole search."""
     model = make_remote(oddity="four dimensions")
     with pytest.raises(ValueError, match=r"attention\.query gets its input with 4 dim"):
-        sparsities(model, **RUNS["slope"])
+        sparsities(model, **fields)
 
 
 # --- heads -----------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import runs, tiny
 
-from absorb_plugin.blocks import find_blocks
+from absorb_plugin.blocks import find_blocks, linear_parameters
 from absorb_plugin.report.warnings import find_warnings
 
 
@@ -32,12 +32,15 @@ def test_experts_in_one_tensor(
     if fused:
         for block in model.model.layers:
             block.mlp = FusedExperts(block.mlp)
-    count = len(model.model.layers) * 4 * 32 * 32 if fused else 0
-    assert find_blocks(model).other_weights().total() == count
+    found = find_blocks(model)
+    linears = sum(map(linear_parameters, found.linears().values()))
+    count = len(found) * 4 * 32 * 32
+    shares = {"FusedExperts": count / (count + linears)} if fused else {}
+    assert found.other_weights() == pytest.approx(shares)
     recipe = [runs.absorption(report_dir=tmp_path / "r"), runs.pruner()]
     runs.run(model, recipe, tmp_path)
     profile = json.loads((tmp_path / "r" / "profile.json").read_text())
-    assert profile["other_weights"] == ({"FusedExperts": count} if fused else {})
+    assert profile["other_weights"] == pytest.approx(shares)
     for told in (warnings, find_warnings(profile)):
         named = [one for one in told if "in no Linear (FusedExperts)" in one]
         assert len(named) == fused

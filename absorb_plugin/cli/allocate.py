@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["allocate"]
 
 # Of recipes, for which there are options here.
-FIELDS = ("allocator", "effort", "granularity", "level", "sparsity")
+FIELDS = ("allocator", "effort", "granularity", "ignore", "level", "sparsity")
 
 
 class Granularity(str, Enum):
@@ -65,6 +65,7 @@ def allocate(
     correction: Annotated[
         bool, typer.Option(help="Correct the base allocation by absorption.")
     ] = True,
+    ignore: options.Ignore = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     trust_remote_code: options.TrustRemoteCode = False,
     profile_cache: options.Cache = None,
@@ -98,6 +99,7 @@ def allocate(
             granularity=granularity.value,
             level=level.value,
             effort=effort.value,
+            ignore=ignore or [],
             profile_cache=None if profile_cache is None else str(profile_cache),
             strength="auto" if correction else 0,
         )

@@ -46,6 +46,7 @@ def curve(
     samples: options.Samples = 128,
     seq_len: options.SeqLen = 512,
     seed: options.Seed = 0,
+    ignore: options.Ignore = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     trust_remote_code: options.TrustRemoteCode = False,
     profile_cache: options.Cache = None,
@@ -56,7 +57,7 @@ def curve(
     debug: options.Debug = False,
 ) -> None:
     """Loss and perplexity of MODEL over sparsity: uniform, base, corrected."""
-    with command(debug, fields=("allocator", "effort")) as stdout:
+    with command(debug, fields=("allocator", "effort", "ignore")) as stdout:
         from absorb_plugin.evaluation.curve import as_dict, measure_curve
         from absorb_plugin.evaluation.loading import load_model
         from absorb_plugin.evaluation.output import check_figure
@@ -69,6 +70,7 @@ def curve(
         settings = AllocationSettings(
             allocator=allocator,
             effort=effort.value,
+            ignore=ignore or [],
             profile_cache=None if profile_cache is None else str(profile_cache),
         )
         settings.base_allocator()

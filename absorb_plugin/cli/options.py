@@ -14,6 +14,7 @@ __all__ = [
     "Dtype",
     "DtypeOption",
     "Effort",
+    "Ignore",
     "Model",
     "PrunerName",
     "Samples",
@@ -78,6 +79,15 @@ Cache = Annotated[
         "--profile-cache",
         metavar="DIRECTORY",
         help="Keep measurements here, for a run that repeats or resumes this one.",
+    ),
+]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ignore",
+        metavar="PATTERN",
+        help="Linears to leave dense: full names, or re: and an expression. Repeat it "
+        "for several.",
     ),
 ]
 AsJson = Annotated[

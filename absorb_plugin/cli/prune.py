@@ -28,7 +28,10 @@ __all__ = ["prune"]
 MADE = "absorb_recipe.yaml"
 
 # Fields of a recipe, for which there are options where there is none.
-WISHES = ("sparsity", "max_loss_increase", "pruner", "allocator", "effort", "quantize")
+WISHES = (
+    *("sparsity", "max_loss_increase", "pruner", "allocator", "effort", "quantize"),
+    "ignore",
+)
 
 
 class Pipeline(str, Enum):
@@ -48,7 +51,7 @@ def prune(
     out: Annotated[Path, typer.Option(help="Directory for the pruned model.")],
     recipe: Annotated[
         Path | None,
-        typer.Option(help="llm-compressor recipe, YAML, in place of the next six."),
+        typer.Option(help="llm-compressor recipe, YAML, in place of the next seven."),
     ] = None,
     sparsity: Annotated[
         float | None, typer.Option(help="Share of the weights to prune, in [0, 1).")
@@ -74,6 +77,7 @@ def prune(
     quantize: Annotated[
         Quantization | None, typer.Option(help="Quantise after pruning.")
     ] = None,
+    ignore: options.Ignore = None,
     text: options.Text = None,
     dataset: options.DatasetName = None,
     split: options.Split = "train",
@@ -121,6 +125,7 @@ def prune(
             "allocator": allocator,
             "effort": effort and effort.value,
             "quantize": quantize and quantize.value,
+            "ignore": ignore or None,
         }
         parsed = _read_recipe(recipe, given)
         wishes = None if parsed else _wishes(given, samples)

@@ -23,6 +23,7 @@ from absorb_plugin.choices import (
 from absorb_plugin.devices import computing_on_one_device
 from absorb_plugin.limits import check_matched
 from absorb_plugin.pruners import PRUNERS
+from absorb_plugin.pruners.adapter import without_ignored
 from absorb_plugin.pruners.present import with_present_zeros
 from absorb_plugin.search.budget import check_budget
 from absorb_plugin.settings import AllocationSettings
@@ -54,7 +55,7 @@ def allocate_model(
     # both as oneshot does: the experts' weights become Linears, and see all tokens
     with computing_on_one_device(model), moe_calibration_context():
         linearize_moe(model)
-        blocks = find_blocks(model)
+        blocks = without_ignored(model, find_blocks(model), settings.ignore)
         check_matched(settings.limits, [blocks])
         if samples is None:
             return _allocate_by_weights(model, blocks, sparsity, pruner, settings)

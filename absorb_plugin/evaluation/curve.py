@@ -24,6 +24,7 @@ from absorb_plugin.limits import check_matched
 from absorb_plugin.measuring import dense_loss, pruned_loss
 from absorb_plugin.overflow import exp, expm1
 from absorb_plugin.pruners import PRUNERS
+from absorb_plugin.pruners.adapter import without_ignored
 from absorb_plugin.pruners.present import with_present_zeros
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.search.confirm import confirm
@@ -89,7 +90,8 @@ def measure_curve(
     """
     with computing_on_one_device(model), moe_calibration_context():
         linearize_moe(model)
-        blocks, arithmetic = find_blocks(model), PRUNERS[pruner]()
+        blocks = without_ignored(model, find_blocks(model), settings.ignore)
+        arithmetic = PRUNERS[pruner]()
         check_matched(settings.limits, [blocks])
         budgets = {
             sparsity: with_present_zeros(

@@ -1,7 +1,7 @@
 """Recipes as text: from a few wishes, or from an allocation that is known."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ class RecipeWishes:
     :param allocator: name of a base allocator
     :param effort: as in `AbsorptionAllocationModifier`
     :param quantize: one of QUANTIZATIONS, or None
+    :param ignore: Linears to leave dense, as in `AbsorptionAllocationModifier`
     """
 
     sparsity: float | None = None
@@ -44,6 +45,7 @@ class RecipeWishes:
     allocator: str = "owl"
     effort: str = "standard"
     quantize: str | None = None
+    ignore: Sequence[str] = ()
 
     def check(self) -> None:
         """
@@ -95,7 +97,9 @@ class RecipeWishes:
         return _yaml(stage)
 
     def _fields(self) -> dict[str, Any]:
-        fields = {"allocator": self.allocator, "effort": self.effort}
+        fields: dict[str, Any] = {"allocator": self.allocator, "effort": self.effort}
+        if self.ignore:
+            fields["ignore"] = list(self.ignore)
         if self.max_loss_increase is None:
             return fields
         return {**fields, "max_loss_increase": self.max_loss_increase}

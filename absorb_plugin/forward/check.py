@@ -6,7 +6,6 @@ token sees those after it, and where the pruner's own arithmetic judges that blo
 be given a part of the samples.
 """
 
-import re
 from functools import partial
 
 import torch
@@ -16,6 +15,7 @@ from torch.nn import Module
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch, token_mask
 from absorb_plugin.forward.head import OutputHead
+from absorb_plugin.forward.linears import ignore_entry, unusable_input
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.forward.run import run_probes
 from absorb_plugin.groups import EXPERT
@@ -30,6 +30,9 @@ COARSE = 5e-2
 # Tokens whose hidden states are compared, and whose logits.
 SKETCHED = 4
 COMPARED = 16
+
+# What tells of the device or the machine, not of the model.
+MACHINE = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", MemoryError))
 
 BASE_ALONE = "strength: 0, which keeps the base allocation and runs no block twice"
 INSTEAD = f"Use {BASE_ALONE}"
@@ -59,7 +62,7 @@ def check_forward(
             model, blocks, [sample, sample], [calls, chain], description="Checking"
         )
     except (RuntimeError, TypeError, KeyError, IndexError, AttributeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, MACHINE) or "can't allocate memory" in str(error):
             raise
         told = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
@@ -112,7 +115,7 @@ class _LinearCalls(Probe):
                 f"{len(passed)} Linears are never called as modules ({passed[0]} …): "
                 "the block uses their weights in another way, so llm-compressor sees "
                 "no input of theirs and leaves them dense, while the sparsity counts "
-                f"them. Name them in `ignore`, as {_pattern(passed[0])!r}"
+                f"them. Name them in `ignore`, as {ignore_entry(passed[0])!r}"
             )
 
     def _note(self, name: str, module: Module, args: tuple, kwargs: dict) -> None:
@@ -123,11 +126,7 @@ class _LinearCalls(Probe):
                 _check_linear(name, module, args[0])
             return
         told = f"{args[0].dim()} dimensions" if args else f"the keyword {[*kwargs][0]}"
-        raise ValueError(
-            f"targets: the Linear {name} gets its input with {told}, by which "
-            f"llm-compressor's pruners cannot calibrate it. Name it in `ignore`, as "
-            f"{_pattern(name)!r}"
-        )
+        raise unusable_input(name, told)
 
 
 def _check_linear(name: str, module: Module, x: torch.Tensor) -> None:
@@ -149,13 +148,8 @@ def _check_linear(name: str, module: Module, x: torch.Tensor) -> None:
         f"targets: {name} ({type(module).__name__}) computes something else than its "
         f"weight times its input ({told}), as an adapter within a Linear does, and we "
         "would measure another model. Merge it into the weight, or name the Linear in "
-        f"`ignore`, as {_pattern(name)!r}"
+        f"`ignore`, as {ignore_entry(name)!r}"
     )
-
-
-def _pattern(name: str) -> str:
-    """For `ignore`: the Linears of this kind in all blocks."""
-    return f"re:.*{re.escape(name.rpartition('.')[2])}"
 
 
 class _ChainCheck(Probe):

@@ -1,5 +1,6 @@
 """Blocks that compute with other weights than their own, one Linear at a time."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -11,13 +12,37 @@ from torch.nn.functional import linear as apply_linear
 
 from absorb_plugin.forward.replaced import replaced_forward
 
-__all__ = ["Weights", "given", "differentiated", "replaced_weights"]
+__all__ = [
+    "Weights",
+    "differentiated",
+    "given",
+    "ignore_entry",
+    "replaced_weights",
+    "unusable_input",
+]
 
 # name of a Linear -> its weight, made or fetched when the Linear runs and let go after
 Weights = Mapping[str, Callable[[], torch.Tensor]]
 # takes what entered a Linear, (..., in_features), and the gradient of what left it,
 # (..., out_features): of the two, ∂loss/∂W is made
 Sink = Callable[[torch.Tensor, torch.Tensor], None]
+
+
+def ignore_entry(name: str) -> str:
+    """For `ignore`: the Linears of this kind in all blocks."""
+    return f"re:.*{re.escape(name.rpartition('.')[2])}"
+
+
+def unusable_input(name: str, told: str) -> ValueError:
+    """
+    :param name: full name of a Linear
+    :param told: what it gets its input with
+    """
+    return ValueError(
+        f"targets: the Linear {name} gets its input with {told}, by which "
+        f"llm-compressor's pruners cannot calibrate it. Name it in `ignore`, as "
+        f"{ignore_entry(name)!r}"
+    )
 
 
 def given(weight: torch.Tensor) -> torch.Tensor:

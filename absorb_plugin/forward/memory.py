@@ -84,7 +84,8 @@ class Footprint:
         each part adds a matrix to every Hessian of the block.
         """
         room = memory - self.fixed - samples * tokens * self.per_state
-        room = room if room > 0 else memory // 4
+        if room < self.inside(tokens):
+            room = max(room, memory // 4)
         return min(samples, max(1, room // self.inside(tokens)))
 
     def kept_samples(self, tokens: int, memory: int) -> int:

@@ -26,7 +26,7 @@ class Needs:
     :param backward: runs blocks backward
     :param float32: runs blocks in float32
     :param sums: adds up a number per input of every Linear
-    :param hessians: adds up Σ x xᵀ of a Linear's inputs and inverts it
+    :param hessians: adds up Σ x xᵀ of a Linear's inputs and factors it
     :param sets: of inputs that a block is pruned for at once
     :param kept_weights: pruned copies of the whole model that are kept
     :param single_batch: all samples must pass a block before the next one

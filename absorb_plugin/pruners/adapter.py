@@ -23,17 +23,21 @@ from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import (
 from loguru import logger
 from torch.nn import Linear
 
-from absorb_plugin.blocks import BlockMap, linear_parameters
+from absorb_plugin.blocks import MUCH, BlockMap, linear_parameters
 from absorb_plugin.language_model import language_model
 from absorb_plugin.other_modifiers import DESTROYS_ZEROS, ROTATE
 from absorb_plugin.pruners import Pruner, pruner_class
 from absorb_plugin.pruners.recipe import modifiers_before
 from absorb_plugin.search.budget import check_budget
 
-__all__ = ["PrunerAdapter", "check_aim", "find_pruners"]
+__all__ = [
+    "PrunerAdapter",
+    "check_aim",
+    "find_pruners",
+    "warn_of_other_weights",
+    "without_ignored",
+]
 
-# Of the targeted weights, beyond which it is told that they stay dense.
-MUCH = 0.05
 
 # major, minor
 NEWEST_TESTED = (0, 14)
@@ -191,6 +195,24 @@ def _warn_of_rotations(before: Sequence[Modifier], ours: Modifier) -> None:
                 "recipe and rotates the weights, so the allocation is of other weights "
                 "than those that are pruned. Put it before"
             )
+
+
+def without_ignored(
+    model: torch.nn.Module, blocks: BlockMap, ignore: Sequence[str]
+) -> BlockMap:
+    """
+    :param ignore: names or patterns of Linears to leave dense
+    :raises ValueError: of a wrong expression, or if none is left
+    """
+    _check_ignored(ignore, model)
+    kept = [
+        name
+        for name, linear in blocks.linears().items()
+        if not _ignored(name, linear, ignore)
+    ]
+    if not kept:
+        raise ValueError(f"ignore={[*ignore]} leaves no Linear of the decoder blocks")
+    return blocks.restrict(kept)
 
 
 def _check_ignored(ignore: Sequence[str], model: torch.nn.Module) -> None:
@@ -371,9 +393,7 @@ def _check_targets_within_blocks(
 def warn_of_other_weights(blocks: BlockMap) -> None:
     """Where much of the blocks is in no Linear, a sparsity of these says little."""
     other = blocks.other_weights()
-    linears = sum(map(linear_parameters, blocks.linears().values()))
-    if other.total() > MUCH * (other.total() + linears):
-        share = other.total() / (other.total() + linears)
+    if (share := sum(other.values())) > MUCH:
         logger.warning(
             f"{share:.0%} of the weights of the blocks are in no Linear "
             f"({', '.join(other)}), and no pruner of llm-compressor takes them: they "

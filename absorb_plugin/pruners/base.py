@@ -33,7 +33,7 @@ class Pruner:
         modifier: the class of llm-compressor that prunes so
         rank_statistics: attribute of the modifier that holds, per module, the mean over
             its samples of what it observes (`pruners.ranks`); None if there is none
-        hessians: whether `observe` returns a matrix that is inverted
+        hessians: whether `observe` returns a matrix that is factored
         tokens_per_column: calibration tokens that a run should have per column of the
             widest Linear, below which it warns; 0 for any number
     """

@@ -154,20 +154,21 @@ class SparseGPT(Pruner):
             here = slice(start, min(start + self.block_size, features))
             own = _inverse(factor[:, here, here])
             part, diagonal = columns[:, here], own.diagonal(dim1=1, dim2=2)
-            before = part.clone()
+            moved[:, here] = part
             # first the two that are small
             came = (own.mT @ factor[:, :start, here].mT) @ moved[:, :start]
             zeros = part == 0 if self.preserve else None
             part += came if zeros is None else came * ~zeros
-            scores = (part / diagonal[:, :, None]).square()
+            scores = (part / diagonal[:, :, None]).square_()
             masks = [
                 _masks(one, rows, wanted, None if zeros is None else zeros[number])
                 for number, (one, wanted) in enumerate(
                     zip(scores, sparsities, strict=True)
                 )
             ]
+            del scores
             errors = _prune_columns(part, torch.stack(masks), own)
-            torch.sub(before, part, out=moved[:, here])
+            moved[:, here] -= part
             if zeros is not None:  # nothing came to them, and E U says it had
                 passed_on = own.mT @ errors - came
                 moved[:, here] = torch.where(zeros, passed_on, moved[:, here])

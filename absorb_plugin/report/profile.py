@@ -112,7 +112,7 @@ class Report:
             "achieved": allocation.achieved(),
             "realised": self._realised(list(self._weights)),
             "zeros_lost": self._zeros_lost,
-            "other_weights": dict(allocation.blocks.other_weights()),
+            "other_weights": allocation.blocks.other_weights(),
             "unseen_linears": None
             if allocation.unseen is None
             else list(allocation.unseen),
@@ -194,7 +194,8 @@ class Report:
         elif realised == 0.0:
             logger.warning(
                 f"{told}. It pruned nothing: did it see the calibration data? With "
-                "pipeline: datafree it does not"
+                "pipeline: datafree it does not, and of models that llm-compressor "
+                "cannot trace it may take pipeline: basic"
             )
         else:
             logger.warning(

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from absorb_plugin.blocks import MUCH
 from absorb_plugin.groups import group_name
 from absorb_plugin.report.words import (
     allocation_name,
@@ -19,8 +20,6 @@ Profile = Mapping[str, Any]
 # Wanda leaves up to one weight per row too many: 1/576 in a small model.
 TOLERANCE = 5e-3
 NAMED = 4
-# Share of the blocks' weights in no Linear that a reader should know of.
-MUCH = 0.05
 
 
 def find_warnings(profile: Profile) -> list[str]:
@@ -203,12 +202,10 @@ def _dense(profile: Profile) -> str:
 
 def _other(profile: Profile) -> str:
     other = profile["other_weights"]
-    linears = sum(block["parameters"] for block in profile["blocks"])
-    dense = sum(other.values())
-    if dense <= MUCH * (dense + linears):
+    if (share := sum(other.values())) <= MUCH:
         return ""
     return (
-        f"{dense / (dense + linears):.0%} of the blocks' weights are in no Linear "
+        f"{share:.0%} of the blocks' weights are in no Linear "
         f"({', '.join(other)}) and stay dense: the sparsity is that of the Linears."
     )
 

@@ -30,13 +30,14 @@ from pydantic import Field
 from torch.nn import Module
 
 from absorb_plugin import distributed
+from absorb_plugin._llmcompressor import get_calibrate_all_experts_flag
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch
 from absorb_plugin.forward.head import OutputHead
 from absorb_plugin.forward.linears import differentiated, replaced_weights
 from absorb_plugin.forward.loss import check_predicted, loss_gradient
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
-from absorb_plugin.groups import Groups, linear_names
+from absorb_plugin.groups import EXPERT, Groups, linear_names
 from absorb_plugin.precision import widest_float
 from absorb_plugin.pruners.weights import MaskedSlopes, PrunedSlopes
 from absorb_plugin.search.descent import Slopes, Stage
@@ -151,13 +152,18 @@ class GradientProbe(Probe):
         change = self._source.change(index, name)
         if change is None:
             return
-        row = self._rows[self._blocks.blocks[index].full_name(name)]
+        full = self._blocks.blocks[index].full_name(name)
+        row = self._rows[full]
         moved = x.matmul(change.matrix.to(x.device).t())
         wide = widest_float(moved.device)
         by_token = (gradient.float() * moved.float()).sum(dim=-1, dtype=wide)
         by_token *= change.factor
-        # as the batch is, or all its tokens in a row, as OPT's MLP has them
-        if by_token.shape in (self._shape, (self._shape.numel(),)):
+        # as the batch is, or all its tokens in a row, as OPT's MLP has them; experts
+        # that see all of them by a router's choice have them in its order
+        alike = [self._shape]
+        if get_calibrate_all_experts_flag() or not EXPERT.search(full):
+            alike.append(torch.Size([self._shape.numel()]))
+        if by_token.shape in alike:
             by_sample = by_token.view(self._shape).sum(dim=1)
         else:
             by_sample = by_token.sum() / self._shape[0]

@@ -66,6 +66,22 @@ def column(found: dict[str, Any], key: str) -> list[float]:
     return [block[key] for block in found["blocks"]]
 
 
+def test_linears_left_dense(model_dir, text_file, tmp_path):
+    given = [model_dir, "--allocator", "owl", "--sparsity", "0.5", "--text", text_file]
+    given += SMALL
+    out = tmp_path / "recipe.yaml"
+    result = absorb(
+        "allocate", *given, "--ignore", "re:.*down_proj", "--recipe-out", out, "--json"
+    )
+    assert result.exit_code == 0, result.output
+    names = set(json.loads(result.stdout)["blocks"][0]["linears"])
+    assert names == {*SIZES} - {"down_proj"}
+    assert "up_proj" in out.read_text() and "down_proj" not in out.read_text()
+    assert "`ignore`" in error_of("allocate", *given, "--ignore", "re:(")
+    told = error_of("allocate", *given, "--ignore", "re:.*")
+    assert "leaves no Linear" in told
+
+
 # --- absorb allocators ------------------------------------------------------------
 
 

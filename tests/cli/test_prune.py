@@ -237,6 +237,20 @@ def test_a_sparsity_is_a_recipe(prune, tmp_path, pruner):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_linears_left_dense(prune, tmp_path):
+    patterns = ["--ignore", "re:.*down_proj", "--ignore", "re:.*q_proj"]
+    options = ["--sparsity", 0.5, "--pruner", "wanda", "--effort", "quick", *patterns]
+    assert absorb(*prune(*options)).exit_code == 0
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    zeros = {
+        name.rpartition(".")[0].rpartition(".")[2]: bool((weight == 0).any())
+        for name, weight in weights.items()
+        if "proj" in name
+    }
+    dense = {"down_proj", "q_proj"}
+    assert {name for name, any_zero in zeros.items() if not any_zero} == dense
+
+
 def test_a_quality_is_a_recipe(prune, tmp_path):
     options = ["--max-loss-increase", 2.0, "--pruner", "wanda", "--effort", "quick"]
     result = absorb(*prune(*options))
