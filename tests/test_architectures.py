@@ -73,7 +73,7 @@ def prune(
     model: PreTrainedModel, directory: Path, monkeypatch: Any, **fields: Any
 ) -> dict[str, Any]:
     """:return: the profile of a run through `oneshot`"""
-    monkeypatch.setattr("absorb_plugin.report.profile.draw", lambda *_: b"")
+    monkeypatch.setattr("absorb_plugin.report.figure.draw", lambda *_: b"")
     ours = runs.absorption(report_dir=directory)
     # one pass over the whole model: tracing it for the sequential pipeline takes
     # longer than all the rest
@@ -147,7 +147,7 @@ def test_routers_stay_dense(
     before = tiny.snapshot(model)
     routers = find_blocks(model).routers
     assert len(routers) == {"jamba": 1, "qwen2_moe": 3, "phimoe": 3}[architecture]
-    monkeypatch.setattr("absorb_plugin.report.profile.draw", lambda *_: b"")
+    monkeypatch.setattr("absorb_plugin.report.figure.draw", lambda *_: b"")
     ours = runs.absorption(report_dir=tmp_path)
     pruner = runs.pruner(targets=targets)
     runs.run(model, [ours, pruner], tmp_path, pipeline="basic")
@@ -166,7 +166,7 @@ def test_experts_without_tokens_are_reported(
     monkeypatch: pytest.MonkeyPatch,
     warnings: list[str],
 ) -> None:
-    monkeypatch.setattr("absorb_plugin.report.profile.draw", lambda *_: b"")
+    monkeypatch.setattr("absorb_plugin.report.figure.draw", lambda *_: b"")
     experts = {"mixtral": "num_local_experts", "qwen3_moe": "num_experts"}
     model = tiny.make_model(architecture, **{experts[architecture]: 16})
     before = tiny.snapshot(model)

@@ -20,7 +20,7 @@ BUDGET = 0.5
 @pytest.fixture(autouse=True)
 def no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than all the rest; test_report has figures."""
-    monkeypatch.setattr("absorb_plugin.report.profile.draw", lambda profile: b"")
+    monkeypatch.setattr("absorb_plugin.report.figure.draw", lambda profile: b"")
 
 
 def targets_of(directory: Path) -> dict[str, float]:

@@ -77,7 +77,7 @@ def test_linears_left_dense(model_dir, text_file, tmp_path):
     names = set(json.loads(result.stdout)["blocks"][0]["linears"])
     assert names == {*SIZES} - {"down_proj"}
     assert "up_proj" in out.read_text() and "down_proj" not in out.read_text()
-    assert "`ignore`" in error_of("allocate", *given, "--ignore", "re:(")
+    assert "ignore holds 're:('" in error_of("allocate", *given, "--ignore", "re:(")
     told = error_of("allocate", *given, "--ignore", "re:.*")
     assert "leaves no Linear" in told
 
