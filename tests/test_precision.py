@@ -77,6 +77,14 @@ def test_sums_of_products_are_float32_whatever_the_units() -> None:
         assert "aten.mm.dtype" not in seen.names
 
 
+@pytest.mark.parametrize("features", [1, 255, 256, 257, 700, 2100])
+def test_half_of_the_products_is_the_other_half(features: int) -> None:
+    x = torch.randn(9, features)
+    found = gram(x)
+    torch.testing.assert_close(found, x.t() @ x)
+    assert torch.equal(found, found.t())
+
+
 class Operations(TorchDispatchMode):
     """Names of all that runs."""
 

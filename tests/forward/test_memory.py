@@ -69,6 +69,9 @@ def test_samples_at_a_time() -> None:
         3,
     ]
     assert Footprint(500, 1, 1, 1, 1).samples(4, 480) == 5
+    # a quarter of 400 beyond the limit, or what is left where that is more
+    over, tight = Footprint(500, 1, 1, 1, 1), Footprint(380, 1, 1, 1, 1)
+    assert over.part(9, 4, 400) == tight.part(9, 4, 400) == 100 // 20
 
 
 def test_what_cannot_be_kept_is_said_once(warnings: list[str]) -> None:

@@ -227,6 +227,17 @@ def test_slopes_of_every_sample(architecture: str) -> None:
     assert found.mixed == []
 
 
+def test_experts_that_happen_to_see_all_tokens() -> None:
+    """In the order of the router's choice, by which nothing tells whose they are."""
+    shape = {"num_local_experts": 2, "num_experts_per_tok": 2}
+    model, batch = tiny.make_model("mixtral", **shape), tiny.make_batch()
+    where = place(model, batch)
+    probe = GradientProbe(where.blocks, slopes_of("masks", where, batch))
+    run(model, [batch], probe)
+    experts = [".experts." in name for name in where.blocks.linears()]
+    assert sum(experts) and probe.result().mixed == list(np.flatnonzero(experts))
+
+
 def test_experts_have_slopes_without_an_error() -> None:
     model, batch = tiny.make_model("qwen3_moe"), tiny.make_batch()
     where = place(model, batch)
