@@ -1,6 +1,7 @@
 """The recipe's modifier: its lifecycle; the fields are in settings.py."""
 
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +127,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
     _start: Path = PrivateAttr(default=Path())
     _staging: str | None = PrivateAttr(default=None)
     _lent: str | None = PrivateAttr(default=None)
+    _undo: Callable[[], None] | None = PrivateAttr(default=None)
 
     def stage_reports(self, directory: str) -> None:
         """Reports are written there, from where they go to `report_dir` afterwards."""
@@ -150,7 +152,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         from absorb_plugin.limits import check_matched
         from absorb_plugin.pruners import adapter, ranks
         from absorb_plugin.pruners.recipe import recipe_text
-        from absorb_plugin.pruners.traced import warn_of_lost_mask
+        from absorb_plugin.pruners.traced import keep_causal_masks
         from absorb_plugin.pruners.zeros import PrunedZeros
         from absorb_plugin.report.folder import check_replaceable
 
@@ -158,7 +160,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         self._start = Path.cwd()
         self._blocks = find_blocks(state.model, kwargs.get("sequential_targets"))
         self._recipe = recipe_text()  # before anything in it is changed
-        warn_of_lost_mask(state.model, self._blocks.modules)
+        self._undo = keep_causal_masks(state.model, self._blocks.modules)
         adapter.warn_of_other_weights(self._blocks)
         self._pruners = adapter.find_pruners(
             self, state.model, self._blocks, self.ignore, self.max_sparsity
@@ -239,6 +241,8 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         from absorb_plugin.pruners.recipe import leave_recipe, say_whether_it_replays
         from absorb_plugin.pruners.zeros import at_the_end
 
+        if self._undo is not None:
+            self._undo()
         for found in self._pruners:
             ranks.leave_statistics(found.modifier)
         # not if the run has failed, and the next one clears up after it

@@ -2,60 +2,119 @@
 
 import ast
 import inspect
+import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, wraps
+from types import FunctionType, ModuleType
+from typing import Any
 
 from loguru import logger
 from torch.nn import Module
 
-__all__ = ["warn_of_lost_mask"]
+__all__ = ["keep_causal_masks"]
 
 
-def warn_of_lost_mask(model: Module, blocks: Sequence[Module]) -> None:
+def keep_causal_masks(model: Module, blocks: Sequence[Module]) -> Callable[[], None]:
     """
-    The pipelines trace what lies around the blocks. A function that makes the causal
-    mask is left alone if its name is known, as `create_causal_mask` is. Where the model
-    puts one of two into a variable and calls that, it is traced too, and gives no mask:
-    every token then sees those after it (0.14.0.1; tests/pruners/test_traced.py).
+    Have the pipelines calibrate a model with the causal mask that it has.
+
+    They trace what lies around the blocks, but for calls of functions whose names they
+    know, of which `mask_function` is one. Mistral, Mixtral, Qwen3-MoE, Phi-3 and others
+    put `create_causal_mask`, or another, into a variable of that name. The tracing
+    looks the name up among the globals of the model's module, finds nothing, traces
+    the function too, and no mask comes out: every token sees those after it, and the
+    pruner goes by activations that the model does not have (llm-compressor 0.13.0 and
+    0.14.0.1, by tests/pruners/test_traced.py). So the name is given there. The model
+    itself does not see it, for to it the name is a variable.
 
     :param model: wrapped or not
+    :return: takes the names away again
     """
     inside = {part for block in blocks for part in block.modules()}
-    kinds = {type(part): None for part in model.modules() if part not in inside}
-    for kind in filter(_calls_a_chosen_mask, kinds):
-        logger.warning(
-            f"{kind.__name__} chooses the function that makes its causal mask by a "
-            "variable, which llm-compressor's tracing does not follow: its pipelines, "
-            'but for pipeline="basic", calibrate this model without a causal mask. '
-            "What is measured here has the mask; the pruner goes by activations that "
-            "the model does not have, and the pruned model may be worse than was judged"
-        )
+    given: list[tuple[ModuleType, str]] = []
+    for part in model.modules():
+        if part in inside or (choice := _choice(type(part))) is None:
+            continue
+        home, name, expression = choice
+        function = _evaluated(expression, home, part)
+        known = getattr(home, name, None)
+        if known is None and function is not None:
+            setattr(home, name, _named(name, function))
+            given.append((home, name))
+        elif function is None or getattr(known, "__wrapped__", known) is not function:
+            logger.warning(
+                f"{type(part).__name__} chooses the function that makes its causal "
+                "mask by a variable, which llm-compressor's tracing does not follow: its "
+                'pipelines, but for pipeline="basic", calibrate this model without a '
+                "causal mask. What is measured here has the mask; the pruned model "
+                "may be worse than was judged"
+            )
+
+    def undo() -> None:
+        for home, name in given:
+            vars(home).pop(name, None)
+
+    return undo
 
 
-def _calls_a_chosen_mask(kind: type[Module]) -> bool:
+@cache
+def _choice(kind: type[Module]) -> tuple[ModuleType, str, ast.expr] | None:
+    """
+    Where the forward of a class calls a variable to make a mask: the module that it is
+    written in, the variable, and what is put into it.
+    """
     home = next(one for one in kind.__mro__ if "forward" in vars(one))
     try:
         # of the class: decorators hide the function
         tree = ast.parse(textwrap.dedent(inspect.getsource(home)))
     except (OSError, TypeError, SyntaxError):  # not in a file, or within a function
-        return False
-    return any(
-        isinstance(node, ast.FunctionDef)
-        and node.name == "forward"
-        and _calls_a_variable(node)
-        for node in ast.walk(tree)
-    )
+        return None
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef) and function.name == "forward":
+            for name, value in _assigned(function):
+                if _makes_a_mask(function, name):
+                    return sys.modules[home.__module__], name, value
+    return None
 
 
-def _calls_a_variable(function: ast.FunctionDef) -> bool:
-    """Whether what is called with the attention mask is a variable with such a name."""
-    names = [node for node in ast.walk(function) if isinstance(node, ast.Name)]
-    stored = {name.id for name in names if isinstance(name.ctx, ast.Store)}
-    return any(
+def _assigned(function: ast.FunctionDef) -> list[tuple[str, ast.expr]]:
+    return [
+        (node.targets[0].id, node.value)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    ]
+
+
+def _makes_a_mask(function: ast.FunctionDef, name: str) -> bool:
+    """Whether a variable with such a name is called with the attention mask."""
+    return "mask" in name and any(
         isinstance(node, ast.Call)
         and isinstance(node.func, ast.Name)
-        and node.func.id in stored
-        and "mask" in node.func.id
+        and node.func.id == name
         and any(keyword.arg == "attention_mask" for keyword in node.keywords)
         for node in ast.walk(function)
     )
+
+
+def _evaluated(
+    expression: ast.expr, home: ModuleType, part: Module
+) -> FunctionType | None:
+    """As the tracing does with what depends on the configuration alone."""
+    code = compile(ast.Expression(expression), "<mask>", "eval")
+    try:
+        found = eval(code, vars(home), {"self": part})
+    except Exception:  # of the model's own code, on what only its forward knows
+        return None
+    return found if isinstance(found, FunctionType) else None
+
+
+def _named(name: str, function: FunctionType) -> Callable[..., Any]:
+    """It is known by its name."""
+
+    @wraps(function)
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    mask.__name__ = name
+    return mask
