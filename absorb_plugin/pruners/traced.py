@@ -45,9 +45,9 @@ def keep_causal_masks(model: Module, blocks: Sequence[Module]) -> Callable[[], N
         elif function is None or getattr(known, "__wrapped__", known) is not function:
             logger.warning(
                 f"{type(part).__name__} chooses the function that makes its causal "
-                "mask by a variable, which llm-compressor's tracing does not follow: its "
-                'pipelines, but for pipeline="basic", calibrate this model without a '
-                "causal mask. What is measured here has the mask; the pruned model "
+                "mask by a variable, which llm-compressor's tracing does not follow: "
+                'its pipelines, but for pipeline="basic", calibrate this model without '
+                "a causal mask. What is measured here has the mask; the pruned model "
                 "may be worse than was judged"
             )
 

@@ -90,7 +90,7 @@ def test_a_class_without_source(warnings: list[str]) -> None:
 
     class Within(torch.nn.Module):
         """
-Whose source cannot be parsed by itself: attention_mask
+        Whose source cannot be parsed by itself: attention_mask
         """
 
     for one in (kind["Odd"], Within):
