@@ -5,7 +5,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from functools import cache, wraps
+from functools import wraps
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -32,9 +32,11 @@ def keep_causal_masks(model: Module, blocks: Sequence[Module]) -> Callable[[], N
     :return: takes the names away again
     """
     inside = {part for block in blocks for part in block.modules()}
+    outside = [part for part in model.modules() if part not in inside]
+    choices = {kind: _choice(kind) for kind in {type(part) for part in outside}}
     given: list[tuple[ModuleType, str]] = []
-    for part in model.modules():
-        if part in inside or (choice := _choice(type(part))) is None:
+    for part in outside:
+        if (choice := choices[type(part)]) is None:
             continue
         home, name, expression = choice
         function = _evaluated(expression, home, part)
@@ -58,7 +60,6 @@ def keep_causal_masks(model: Module, blocks: Sequence[Module]) -> Callable[[], N
     return undo
 
 
-@cache
 def _choice(kind: type[Module]) -> tuple[ModuleType, str, ast.expr] | None:
     """
     Where the forward of a class calls a variable to make a mask: the module that it is
