@@ -33,7 +33,8 @@ class Block:
     :param module: the block
     :param linears: name relative to the block -> Linear, in module order: those that
         will be pruned, so possibly none
-    :param routers: names of the Linears that choose among experts, never pruned
+    :param routers: names of the Linears that choose among experts or tokens, never
+        pruned
     """
 
     name: str
@@ -103,7 +104,7 @@ class BlockMap:
 
     @property
     def routers(self) -> frozenset[str]:
-        """Full names of the Linears that choose among experts."""
+        """Full names of the Linears that choose among experts or tokens."""
         return frozenset(
             block.full_name(name) for block in self.blocks for name in block.routers
         )

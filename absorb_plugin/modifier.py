@@ -160,7 +160,6 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         self._start = Path.cwd()
         self._blocks = find_blocks(state.model, kwargs.get("sequential_targets"))
         self._recipe = recipe_text()  # before anything in it is changed
-        self._undo = keep_causal_masks(state.model, self._blocks.modules)
         adapter.warn_of_other_weights(self._blocks)
         self._pruners = adapter.find_pruners(
             self, state.model, self._blocks, self.ignore, self.max_sparsity
@@ -195,6 +194,8 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         self._zeros = [PrunedZeros(found) for found in self._pruners]
         for zeros in self._zeros:
             zeros.watch()
+        # last: after an error from here llm-compressor never calls on_finalize
+        self._undo = keep_causal_masks(state.model, self._blocks.modules)
         return True
 
     def on_event(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -243,6 +244,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
 
         if self._undo is not None:
             self._undo()
+            self._undo = None
         for found in self._pruners:
             ranks.leave_statistics(found.modifier)
         # not if the run has failed, and the next one clears up after it

@@ -76,9 +76,11 @@ class InputStatistics(Probe):
 
     def _watch(self, name: str, linear: torch.nn.Linear) -> None:
         note = partial(self._note, name)
-        self._handles.append(linear.register_forward_pre_hook(note))
+        self._handles.append(linear.register_forward_pre_hook(note, with_kwargs=True))
 
-    def _note(self, name: str, module: Module, args: tuple[torch.Tensor, ...]) -> None:
+    def _note(self, name: str, module: Module, args: tuple, kwargs: dict) -> None:
+        if not args:
+            raise unusable_input(name, f"the keyword {[*kwargs][0]}")
         x = args[0]
         if not x.numel():  # an expert that no token was routed to
             return

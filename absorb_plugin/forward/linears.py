@@ -30,7 +30,10 @@ Sink = Callable[[torch.Tensor, torch.Tensor], None]
 
 def ignore_entry(name: str) -> str:
     """For `ignore`: the Linears of this kind in all blocks."""
-    return f"re:.*{re.escape(name.rpartition('.')[2])}"
+    parent, _, last = name.rpartition(".")
+    if last.isdigit():  # of a Sequential
+        return f"re:.*{re.escape(parent.rpartition('.')[2])}[.]{last}$"
+    return f"re:.*{re.escape(last)}"
 
 
 def unusable_input(name: str, told: str) -> ValueError:

@@ -5,7 +5,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -39,31 +39,39 @@ def keep_causal_masks(model: Module, blocks: Sequence[Module]) -> Callable[[], N
         if (choice := choices[type(part)]) is None:
             continue
         home, name, expression = choice
+        known = vars(home).get(name)
+        if known is not None and not hasattr(known, "by_config"):
+            continue  # it is there already, of transformers or by the user
         function = _evaluated(expression, home, part)
-        known = getattr(home, name, None)
-        if known is None and function is not None:
-            setattr(home, name, _named(name, function))
+        if function is None:
+            _warn(part)
+            continue
+        if (home, name) not in given:  # or left there by a run that broke off
+            setattr(home, name, _dispatcher())
             given.append((home, name))
-        elif function is None or getattr(known, "__wrapped__", known) is not function:
-            logger.warning(
-                f"{type(part).__name__} chooses the function that makes its causal "
-                "mask by a variable, which llm-compressor's tracing does not follow: "
-                'its pipelines, but for pipeline="basic", calibrate this model without '
-                "a causal mask. What is measured here has the mask; the pruned model "
-                "may be worse than was judged"
-            )
-
-    def undo() -> None:
-        for home, name in given:
-            vars(home).pop(name, None)
-
-    return undo
+        vars(home)[name].by_config[id(getattr(part, "config", None))] = function
+    return partial(_take_away, given)
 
 
-def _choice(kind: type[Module]) -> tuple[ModuleType, str, ast.expr] | None:
+def _take_away(given: list[tuple[ModuleType, str]]) -> None:
+    for home, name in given:
+        vars(home).pop(name, None)
+    given.clear()
+
+
+def _warn(part: Module) -> None:
+    logger.warning(
+        f"{type(part).__name__} chooses the function that makes its causal mask by a "
+        "variable, which llm-compressor's tracing does not follow: its pipelines, but "
+        'for pipeline="basic", calibrate this model without a causal mask. What is '
+        "measured here has the mask; the pruned model may be worse than was judged"
+    )
+
+
+def _choice(kind: type[Module]) -> tuple[ModuleType, str, ast.expr | None] | None:
     """
     Where the forward of a class calls a variable to make a mask: the module that it is
-    written in, the variable, and what is put into it.
+    written in, the variable, and what is put into it if that is one thing.
     """
     home = next(one for one in kind.__mro__ if "forward" in vars(one))
     try:
@@ -73,18 +81,30 @@ def _choice(kind: type[Module]) -> tuple[ModuleType, str, ast.expr] | None:
         return None
     for function in ast.walk(tree):
         if isinstance(function, ast.FunctionDef) and function.name == "forward":
-            for name, value in _assigned(function):
-                if _makes_a_mask(function, name):
-                    return sys.modules[home.__module__], name, value
+            for name in filter(partial(_makes_a_mask, function), _stored(function)):
+                return sys.modules[home.__module__], name, _put_into(function, name)
     return None
 
 
-def _assigned(function: ast.FunctionDef) -> list[tuple[str, ast.expr]]:
+def _stored(function: ast.FunctionDef) -> list[str]:
+    """Its variables, each as often as something is put into it."""
     return [
-        (node.targets[0].id, node.value)
+        node.id
         for node in ast.walk(function)
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
     ]
+
+
+def _put_into(function: ast.FunctionDef, name: str) -> ast.expr | None:
+    values = [
+        node.value
+        for node in ast.walk(function)
+        if isinstance(node, ast.Assign)
+        and len(node.targets) == 1
+        and isinstance(node.targets[0], ast.Name)
+        and node.targets[0].id == name
+    ]
+    return values[0] if len(values) == _stored(function).count(name) == 1 else None
 
 
 def _makes_a_mask(function: ast.FunctionDef, name: str) -> bool:
@@ -99,9 +119,11 @@ def _makes_a_mask(function: ast.FunctionDef, name: str) -> bool:
 
 
 def _evaluated(
-    expression: ast.expr, home: ModuleType, part: Module
+    expression: ast.expr | None, home: ModuleType, part: Module
 ) -> FunctionType | None:
     """As the tracing does with what depends on the configuration alone."""
+    if expression is None:
+        return None
     code = compile(ast.Expression(expression), "<mask>", "eval")
     try:
         found = eval(code, vars(home), {"self": part})
@@ -110,12 +132,14 @@ def _evaluated(
     return found if isinstance(found, FunctionType) else None
 
 
-def _named(name: str, function: FunctionType) -> Callable[..., Any]:
-    """It is known by its name."""
+def _dispatcher() -> Callable[..., Any]:
+    """Calls the function of the model whose configuration it is called with."""
+    by_config: dict[int, FunctionType] = {}
 
-    @wraps(function)
-    def mask(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
+    def mask_function(*args: Any, **kwargs: Any) -> Any:
+        own = by_config.get(id(kwargs.get("config")))
+        return (own or next(iter(by_config.values())))(*args, **kwargs)
 
-    mask.__name__ = name
-    return mask
+    # it is known by this name, whatever the variable's
+    vars(mask_function)["by_config"] = by_config
+    return mask_function

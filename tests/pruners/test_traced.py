@@ -40,6 +40,16 @@ def make_mistral(sliding: int | None) -> PreTrainedModel:
     return model
 
 
+class Undecided(Module):
+    """What tells nothing without being run."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        make_mask = torch.triu
+        for make_mask in (torch.tril, torch.triu)[: len(x)]:
+            pass
+        return make_mask(x, attention_mask=None)
+
+
 def is_given(model: PreTrainedModel) -> bool:
     return hasattr(sys.modules[type(model).__module__], "mask_function")
 
@@ -69,19 +79,47 @@ def test_the_function_is_the_one_that_the_model_chooses(sliding: int | None) -> 
     home = sys.modules[type(model).__module__]
     kind = "causal" if sliding is None else "sliding_window_causal"
     undo = keep_causal_masks(model, find_blocks(model).modules)
-    again = keep_causal_masks(model, find_blocks(model).modules)
-    assert home.mask_function.__wrapped__ is getattr(home, f"create_{kind}_mask")
     assert home.mask_function.__name__ == "mask_function"
-    again()
-    assert is_given(model)
+    (found,) = home.mask_function.by_config.values()
+    assert found is getattr(home, f"create_{kind}_mask")
     undo()
     assert not is_given(model)
 
 
-def test_models_that_choose_differently_are_told(warnings: list[str]) -> None:
-    keep_causal_masks(torch.nn.ModuleList(map(make_mistral, (None, 4))), [])()
+def test_models_of_one_module_may_choose_differently(warnings: list[str]) -> None:
+    models = list(map(make_mistral, (None, 4)))
+    home, asked = sys.modules[type(models[0]).__module__], []
+    undo = keep_causal_masks(torch.nn.ModuleList(models), [])
+    for config in home.mask_function.by_config:
+        name = home.mask_function.by_config[config].__name__
+        home.mask_function.by_config[config] = lambda n=name, **_: asked.append(n)
+    for model in models[::-1]:
+        home.mask_function(config=model.config)
+    assert asked == ["create_sliding_window_causal_mask", "create_causal_mask"]
+    undo()
+    assert not warnings and not is_given(models[0])
+
+
+def test_a_refused_recipe_leaves_nothing_behind(tmp_path: Path) -> None:
+    recipe = [runs.absorption(ignore=["re:.*"]), runs.pruner()]
+    with pytest.raises(ValueError, match="would prune no Linear"):
+        runs.run(make_mistral(4), recipe, tmp_path)
+    assert not is_given(make_mistral(4))
+
+
+def test_what_a_run_that_broke_off_left_is_replaced() -> None:
+    keep_causal_masks(make_mistral(4), [])
+    model = make_mistral(None)
+    undo = keep_causal_masks(model, [])
+    (found,) = sys.modules[type(model).__module__].mask_function.by_config.values()
+    assert found.__name__ == "create_causal_mask"
+    undo()
+
+
+def test_a_variable_of_two_values_is_told(warnings: list[str]) -> None:
+    keep_causal_masks(Undecided(), [])()
     assert len(warnings) == 1
-    assert "MistralModel chooses the function that makes its causal mask" in warnings[0]
+    assert "Undecided chooses the function that makes its causal mask" in warnings[0]
 
 
 def test_a_class_without_source(warnings: list[str]) -> None:
