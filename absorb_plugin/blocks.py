@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from absorb_plugin.language_model import language_model
 from absorb_plugin.torch_state import stored
 
-__all__ = ["Block", "BlockMap", "find_blocks", "linear_parameters"]
+__all__ = ["Block", "BlockMap", "find_blocks", "linear_parameters", "outside"]
 
 # Share of the weights, beyond which it is told that they stay dense.
 MUCH = 0.05
@@ -127,6 +127,14 @@ class BlockMap:
                 for block in self.blocks
             )
         )
+
+
+def outside(
+    model: torch.nn.Module, blocks: Iterable[torch.nn.Module]
+) -> list[torch.nn.Module]:
+    """Modules of a model that lie in none of its blocks."""
+    inside = {module for block in blocks for module in block.modules()}
+    return [module for module in model.modules() if module not in inside]
 
 
 def linear_parameters(linear: torch.nn.Linear) -> int:

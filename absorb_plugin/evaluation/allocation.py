@@ -1,5 +1,7 @@
 """Allocate without pruning, and the result as plain data."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -29,9 +31,24 @@ from absorb_plugin.search.budget import check_budget
 from absorb_plugin.settings import AllocationSettings
 from absorb_plugin.torch_state import plain_torch
 
-__all__ = ["allocate_model", "as_dict", "ratios"]
+__all__ = ["allocate_model", "as_dict", "ratios", "set_up"]
 
 PACKAGES = ("absorb-plugin", "llmcompressor", "transformers", "torch")
+
+
+@contextmanager
+def set_up(model: PreTrainedModel, settings: AllocationSettings) -> Iterator[BlockMap]:
+    """
+    Within the context a model is set up as by `oneshot`: it computes on one device, the
+    weights of experts are Linears, and all tokens pass through each.
+
+    :return: its blocks, with the Linears that may be pruned
+    """
+    with computing_on_one_device(model), moe_calibration_context():
+        linearize_moe(model)
+        blocks = without_ignored(model, find_blocks(model), settings.ignore)
+        check_matched(settings.limits, [blocks])
+        yield blocks
 
 
 def allocate_model(
@@ -52,11 +69,7 @@ def allocate_model(
     :raises ValueError: if there are no samples, and they are needed
     """
     check_budget(sparsity, settings.max_sparsity)
-    # both as oneshot does: the experts' weights become Linears, and see all tokens
-    with computing_on_one_device(model), moe_calibration_context():
-        linearize_moe(model)
-        blocks = without_ignored(model, find_blocks(model), settings.ignore)
-        check_matched(settings.limits, [blocks])
+    with set_up(model, settings) as blocks:
         if samples is None:
             return _allocate_by_weights(model, blocks, sparsity, pruner, settings)
         return allocate(

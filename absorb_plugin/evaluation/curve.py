@@ -12,19 +12,15 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from absorb_plugin import distributed
-from absorb_plugin._llmcompressor import linearize_moe, moe_calibration_context
 from absorb_plugin.allocate import Method
 from absorb_plugin.allocators.base_allocation import Base
-from absorb_plugin.blocks import find_blocks
 from absorb_plugin.calibration import samples_of
 from absorb_plugin.choices import budget_of
-from absorb_plugin.devices import computing_on_one_device
+from absorb_plugin.evaluation.allocation import set_up
 from absorb_plugin.files import json_numbers
-from absorb_plugin.limits import check_matched
 from absorb_plugin.measuring import dense_loss, pruned_loss
 from absorb_plugin.overflow import exp, expm1
 from absorb_plugin.pruners import PRUNERS
-from absorb_plugin.pruners.adapter import without_ignored
 from absorb_plugin.pruners.present import with_present_zeros
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.search.confirm import confirm
@@ -88,11 +84,8 @@ def measure_curve(
     :param sparsities: budgets, ascending
     :param pruner: name of the pruner, with its default settings
     """
-    with computing_on_one_device(model), moe_calibration_context():
-        linearize_moe(model)
-        blocks = without_ignored(model, find_blocks(model), settings.ignore)
-        arithmetic = PRUNERS[pruner]()
-        check_matched(settings.limits, [blocks])
+    arithmetic = PRUNERS[pruner]()
+    with set_up(model, settings) as blocks:
         budgets = {
             sparsity: with_present_zeros(
                 budget_of(blocks, sparsity, settings, arithmetic),

@@ -15,7 +15,7 @@ from torch.nn import Module
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch, token_mask
 from absorb_plugin.forward.head import OutputHead
-from absorb_plugin.forward.linears import ignore_entry, unusable_input
+from absorb_plugin.forward.linears import ignore_entry, input_of
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.forward.run import run_probes
 from absorb_plugin.groups import EXPERT
@@ -121,12 +121,9 @@ class _LinearCalls(Probe):
     def _note(self, name: str, module: Module, args: tuple, kwargs: dict) -> None:
         first = name not in self._called
         self._called.add(name)
-        if args and isinstance(args[0], torch.Tensor) and args[0].dim() in (2, 3):
-            if first and args[0].numel():
-                _check_linear(name, module, args[0])
-            return
-        told = f"{args[0].dim()} dimensions" if args else f"the keyword {[*kwargs][0]}"
-        raise unusable_input(name, told)
+        x = input_of(name, args, kwargs)
+        if first and x.numel():
+            _check_linear(name, module, x)
 
 
 def _check_linear(name: str, module: Module, x: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ from torch.nn import Module
 from absorb_plugin import distributed
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch, token_mask
-from absorb_plugin.forward.linears import unusable_input
+from absorb_plugin.forward.linears import input_of
 from absorb_plugin.forward.parts import current_part
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 
@@ -79,13 +79,9 @@ class InputStatistics(Probe):
         self._handles.append(linear.register_forward_pre_hook(note, with_kwargs=True))
 
     def _note(self, name: str, module: Module, args: tuple, kwargs: dict) -> None:
-        if not args:
-            raise unusable_input(name, f"the keyword {[*kwargs][0]}")
-        x = args[0]
+        x = input_of(name, args, kwargs)
         if not x.numel():  # an expert that no token was routed to
             return
-        if x.dim() not in (2, 3):
-            raise unusable_input(name, f"{x.dim()} dimensions")
         if self._seen is None or self._seen[0] is not x:
             # queries, keys and values are made of one input
             mask = self._mask[current_part()]

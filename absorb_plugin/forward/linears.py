@@ -1,7 +1,7 @@
 """Blocks that compute with other weights than their own, one Linear at a time."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -17,8 +17,8 @@ __all__ = [
     "differentiated",
     "given",
     "ignore_entry",
+    "input_of",
     "replaced_weights",
-    "unusable_input",
 ]
 
 # name of a Linear -> its weight, made or fetched when the Linear runs and let go after
@@ -36,12 +36,17 @@ def ignore_entry(name: str) -> str:
     return f"re:.*{re.escape(last)}"
 
 
-def unusable_input(name: str, told: str) -> ValueError:
+def input_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
     """
-    :param name: full name of a Linear
-    :param told: what it gets its input with
+    What a Linear is called with.
+
+    :param name: its full name
+    :raises ValueError: if llm-compressor's pruners cannot calibrate by it
     """
-    return ValueError(
+    if args and isinstance(args[0], torch.Tensor) and args[0].dim() in (2, 3):
+        return args[0]
+    told = f"{args[0].dim()} dimensions" if args else f"the keyword {[*kwargs][0]}"
+    raise ValueError(
         f"targets: the Linear {name} gets its input with {told}, by which "
         f"llm-compressor's pruners cannot calibrate it. Name it in `ignore`, as "
         f"{ignore_entry(name)!r}"

@@ -19,6 +19,7 @@ from loguru import logger
 from torch.nn import Module
 from transformers import PreTrainedModel
 
+from absorb_plugin.blocks import outside
 from absorb_plugin.devices import (
     free_memory,
     give_back_page_locked,
@@ -209,8 +210,7 @@ def _offloaded(module: Module) -> list[Module]:
 
 def _outside(model: Module, blocks: Sequence[Module]) -> list[Module]:
     """Those that lie in no block: the embedding, the head."""
-    inside = {module for block in blocks for module in block.modules()}
-    return [module for module in _offloaded(model) if module not in inside]
+    return [module for module in outside(model, blocks) if is_offloaded(module)]
 
 
 def _size(module: Module) -> int:

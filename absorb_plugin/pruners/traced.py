@@ -12,6 +12,8 @@ from typing import Any
 from loguru import logger
 from torch.nn import Module
 
+from absorb_plugin.blocks import outside
+
 __all__ = ["keep_causal_masks"]
 
 
@@ -31,11 +33,10 @@ def keep_causal_masks(model: Module, blocks: Sequence[Module]) -> Callable[[], N
     :param model: wrapped or not
     :return: takes the names away again
     """
-    inside = {part for block in blocks for part in block.modules()}
-    outside = [part for part in model.modules() if part not in inside]
-    choices = {kind: _choice(kind) for kind in {type(part) for part in outside}}
+    around = outside(model, blocks)
+    choices = {kind: _choice(kind) for kind in {type(part) for part in around}}
     given: list[tuple[ModuleType, str]] = []
-    for part in outside:
+    for part in around:
         if (choice := choices[type(part)]) is None:
             continue
         home, name, expression = choice

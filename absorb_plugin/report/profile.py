@@ -70,6 +70,7 @@ class Report:
         self._run, self._number = run, number
         linears = allocation.blocks.linears()
         self._weights = {n: linear_parameters(linear) for n, linear in linears.items()}
+        self._other_weights = allocation.blocks.other_weights()
         self._zeros: dict[str, int] = {}
         self._zeros_lost: float | None = None
 
@@ -112,7 +113,7 @@ class Report:
             "achieved": allocation.achieved(),
             "realised": self._realised(list(self._weights)),
             "zeros_lost": self._zeros_lost,
-            "other_weights": allocation.blocks.other_weights(),
+            "other_weights": self._other_weights,
             "unseen_linears": None
             if allocation.unseen is None
             else list(allocation.unseen),
