@@ -91,7 +91,11 @@ class ProfileCache:
         }
         before = {name: vars(probe)[name] for name in probe.state}
         found = self._find(what, key, before)
-        if found is not None:
+        # in step with ranks that have to measure
+        there = found is not None
+        if probe.in_step:
+            there = all(distributed.meet(there))
+        if found is not None and there:
             vars(probe).update(found)
             return
         run()

@@ -4,12 +4,14 @@ What the ranks of torch.distributed tell each other; without a process group, no
 Every rank calls these functions in the same order: they are collectives. The ranks
 share out the samples of a run (`share`), and what they measured is put together
 where a result is read (`add`, `gather_shares`), as sums and counts that are divided
-last. Decisions are those of the first rank (`from_first`): ranks of unequal hardware
-must not part ways over a last digit.
+last. Where they also share the work on weights (`row_share`), they pass block after
+block in step (`meet`). Decisions are those of the first rank (`from_first`): ranks of
+unequal hardware must not part ways over a last digit.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -19,22 +21,49 @@ from torch import distributed
 from absorb_plugin.precision import widest_float
 
 __all__ = [
+    "OtherRankFailed",
     "active",
     "add",
     "add_to",
     "broadcast",
+    "broadcast_in_place",
     "collective_device",
     "fail_together",
     "from_first",
     "gather",
     "gather_shares",
     "is_first",
+    "join_rows",
+    "meet",
     "rank",
     "ranks",
+    "row_share",
     "share",
+    "tell_out_of_memory",
 ]
 
 T = TypeVar("T")
+
+
+class OtherRankFailed(RuntimeError):
+    """
+    Another rank failed, and has told so.
+
+    :param again: whether a batch does not fit its device, so that all try it again
+    """
+
+    def __init__(self, message: str, again: bool) -> None:
+        super().__init__(message)
+        self.again = again
+
+
+@dataclass(frozen=True)
+class _News:
+    """What a rank tells the others within `fail_together`."""
+
+    item: Any = None
+    error: str | None = None
+    again: bool = False
 
 
 def active() -> bool:
@@ -126,15 +155,16 @@ def add_to(
     """
     Sum over the ranks, on one of them.
 
-    :param tensor: summand of `shape` in float32; None counts as zeros
+    :param tensor: summand of `shape` in float32; None counts as zeros. What it holds
+        afterwards is undefined
     :param target: the rank that gets the sum
     :return: there the sum, on the device of its summand (if it has none, where
         collectives run), on the others None
     """
-    device = collective_device()
-    total = torch.zeros(shape, device=device)
-    if tensor is not None:
-        total = tensor.to(device)
+    if tensor is None:
+        total = torch.zeros(shape, device=collective_device())
+    else:
+        total = tensor.to(_device_for(tensor))
     distributed.reduce(total, dst=target)
     if rank() != target:
         return None
@@ -146,37 +176,110 @@ def broadcast(tensor: torch.Tensor, source: int) -> torch.Tensor:
     :param tensor: on all ranks of the shape and dtype of the source's
     :return: a copy of the source's, on the device of `tensor`
     """
-    received = tensor.detach().to(collective_device(), copy=True).contiguous()
-    distributed.broadcast(received.view(torch.uint8), src=source)  # of any dtype
-    return received.to(tensor.device)
+    received = tensor.detach().clone(memory_format=torch.contiguous_format)
+    broadcast_in_place(received, source)
+    return received
+
+
+def broadcast_in_place(tensor: torch.Tensor, source: int) -> None:
+    """:param tensor: contiguous, on all ranks of the shape and dtype of the source's"""
+    moved = tensor.detach().to(_device_for(tensor))
+    distributed.broadcast(_bytes(moved), src=source)
+    if moved.device != tensor.device:
+        tensor.copy_(moved)
+
+
+def row_share(rows: int) -> slice:
+    """
+    This rank's rows of a matrix: as many as any other's, but for the last ranks'.
+    """
+    size = -(-rows // ranks())
+    return slice(min(rows, rank() * size), min(rows, (rank() + 1) * size))
+
+
+def join_rows(parts: Sequence[torch.Tensor], rows: Sequence[int]) -> list[torch.Tensor]:
+    """
+    Matrices of which each rank has its `row_share`. Within `fail_together`.
+
+    :param parts: this rank's, each (its rows, columns)
+    :param rows: of the whole, of each
+    :return: the whole matrices, each where its part is
+    """
+    if ranks() == 1:
+        return list(parts)
+    # all memory is there before the others wait for this rank
+    pieces = []
+    for part, count in zip(parts, rows, strict=True):
+        size = -(-count // ranks())
+        own = part.detach().to(_device_for(part)).contiguous()
+        if len(own) < size:
+            own = torch.cat([own, own.new_zeros(size - len(own), own.shape[1])])
+        pieces.append((own, own.new_empty(size * ranks(), own.shape[1])))
+    meet()
+    for own, joined in pieces:
+        distributed.all_gather_into_tensor(_bytes(joined), _bytes(own))
+    return [
+        joined[:count].to(part.device)
+        for (_, joined), part, count in zip(pieces, parts, rows, strict=True)
+    ]
 
 
 @contextmanager
 def fail_together() -> Iterator[None]:
     """
     What fails in here on one rank fails on all, where otherwise they would wait for it
-    until a timeout. No collective may run inside.
+    until a timeout. Inside only `meet`, and collectives right after it, that nothing
+    can keep a rank from.
 
     The rank that failed says so before it tells the others, for after an error of its
     device that may fail as well.
 
-    :raises RuntimeError: on the other ranks, naming the one that failed and why
+    :raises OtherRankFailed: on the other ranks, naming the one that failed and why
     """
-    error = None
     try:
         yield
-    except Exception as caught:
-        error = caught
+    except OtherRankFailed:  # all have been told
+        raise
+    except Exception as error:
         if active():
-            logger.error(f"rank {rank()} of torch.distributed failed: {caught!r}")
-    try:
-        said = gather(None if error is None else f"{type(error).__name__}: {error}")
-    finally:
-        if error is not None:
+            logger.error(f"rank {rank()} of torch.distributed failed: {error!r}")
+        try:
+            gather(_News(error=f"{type(error).__name__}: {error}"))
+        finally:
             raise error
-    for number, message in enumerate(said):
-        if message is not None:
-            raise RuntimeError(f"rank {number} of torch.distributed failed: {message}")
+    meet()
+
+
+def meet(item: T | None = None) -> list[T]:
+    """
+    Within `fail_together`: what every rank tells the others, once all have come here.
+
+    :param item: as of `gather`
+    :raises OtherRankFailed: if one failed on its way
+    """
+    return [news.item for news in _exchange(_News(item))]
+
+
+def tell_out_of_memory(said: str) -> None:
+    """
+    Within `fail_together`, in place of the next `meet`: a batch does not fit this
+    rank's device, and all try it again.
+
+    :raises OtherRankFailed: if another has failed for good
+    """
+    _exchange(_News(error=said, again=True))
+
+
+def _exchange(news: _News) -> list[_News]:
+    found = gather(news)
+    failed = [n for n, one in enumerate(found) if one.error is not None]
+    failed.sort(key=lambda n: found[n].again)  # those that failed for good first
+    # who does not fit its device either is told nothing new
+    if failed and not (news.again and found[failed[0]].again):
+        first = found[failed[0]]
+        message = f"rank {failed[0]} of torch.distributed failed: {first.error}"
+        raise OtherRankFailed(message, first.again)
+    return found
 
 
 def collective_device() -> torch.device:
@@ -186,3 +289,15 @@ def collective_device() -> torch.device:
     accelerator = torch.accelerator.current_accelerator()
     assert accelerator is not None
     return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
+def _device_for(tensor: torch.Tensor) -> torch.device:
+    """Where a tensor must be to go over the process group: where it is, if it can."""
+    if f"{tensor.device.type}:" in distributed.get_backend_config():
+        return tensor.device
+    return collective_device()
+
+
+def _bytes(matrix: torch.Tensor) -> torch.Tensor:
+    """Of any dtype, for not all are known to all process groups."""
+    return matrix.view(-1).view(torch.uint8)

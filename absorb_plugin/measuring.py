@@ -59,6 +59,7 @@ def masked_loss(setting: Setting, candidates: Sequence[np.ndarray]) -> Losses:
         setting.statistics,
         candidates,
         setting.quantiles,
+        setting.runner.joins_rows,
     )
     return _judged(setting, "Held-out loss", setting.samples.search, probe)
 

@@ -38,7 +38,7 @@ def test_tables(
     monkeypatch.setitem(cost_model.CONFIGS, "tiny", TINY)
     for gpus in (1, 8):
         rows = cost_model.model_rows("tiny", pruner, gpus, samples=64, tokens=64)
-        itself = cost_model.pruner_cost("tiny", pruner, 64, 64)
+        itself = cost_model.pruner_cost("tiny", pruner, gpus, 64, 64)
         printed = cost_model.tables([{"rows": rows, "itself": itself, "gpus": gpus}])
         assert f"tiny, {pruner}, {gpus} GPU" in printed and "Allocation" in printed
         stations = {row["station"] for row in rows}

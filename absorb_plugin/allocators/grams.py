@@ -1,16 +1,19 @@
 """One number per Linear from its weight and the second moments of its inputs."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
 from torch.nn import Module
 
+from absorb_plugin import distributed
 from absorb_plugin.allocators.base import Allocator
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch, token_mask
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.plugins import run_measure, version_of
 from absorb_plugin.pruners.sparsegpt import SparseGPT
+from absorb_plugin.pruners.together import shared_out
 from absorb_plugin.pruners.weights import ObservedInputs
 
 __all__ = ["GramProbe"]
@@ -20,19 +23,27 @@ class GramProbe(Probe):
     """
     Measures the Linears of a block as soon as all samples have passed it, so that of
     the matrices Σ x xᵀ, which for a whole model would be larger than its weights, those
-    of one block are held.
+    of one block are held. Under torch.distributed each rank has its share of the
+    samples, and of the Linears.
 
     :param blocks: whose prunable Linears to measure
     :param allocator: its `measure` gets weight and matrix
     """
 
     state = ("_numbers",)
+    own_weights = True
+    in_step = True
 
     def __init__(self, blocks: BlockMap, allocator: Allocator) -> None:
         self._blocks, self._allocator = blocks, allocator
         self._version = version_of(allocator)
         self._numbers: dict[str, float] = {}
+        self._samples = 0
         self._in_force = ExitStack()
+
+    def share(self, samples: Sequence[dict]) -> list[dict]:
+        self._samples = len(samples)
+        return distributed.share(samples)
 
     @property
     def needs(self) -> Needs:
@@ -41,6 +52,8 @@ class GramProbe(Probe):
 
     def start(self, batch: Batch) -> None:
         self._mask = token_mask(batch)
+        if self.idle:
+            self._mask = torch.zeros_like(self._mask)
 
     def enter(self, index: int, block: Module) -> None:
         linears = self._blocks.blocks[index].linears
@@ -52,8 +65,10 @@ class GramProbe(Probe):
     ) -> None:
         self._in_force.close()
         block = self._blocks.blocks[index]
-        for total, names in self._observed.groups:
-            gram = total / len(self._mask)
+        loads = [0.0] * distributed.ranks()
+        work = shared_out(block.linears, self._observed, loads)
+        for total, names in work.observed.groups:
+            gram = total / self._samples
             for name in names:
                 weight = block.linears[name].weight.detach()
                 full = block.full_name(name)
@@ -67,4 +82,7 @@ class GramProbe(Probe):
 
     def result(self) -> dict[str, float]:
         """Full name of a Linear -> its number, of those that saw a token."""
-        return dict(self._numbers)
+        numbers: dict[str, float] = {}
+        for part in distributed.gather(self._numbers):
+            numbers |= part
+        return numbers

@@ -11,8 +11,11 @@ CHUNK_BYTES = 64 * 2**20
 
 
 def row_chunks(matrix: torch.Tensor) -> Iterator[slice]:
-    """Slices that cover all rows: of `CHUNK_BYTES` in float32 at most, or one row."""
+    """
+    Slices that cover all rows: of `CHUNK_BYTES` in float32 at most, or one row. Of a
+    matrix without rows, which a rank may have as its share, one that is empty.
+    """
     rows, columns = matrix.shape
     step = max(1, CHUNK_BYTES // (4 * max(1, columns)))
-    for start in range(0, rows, step):
+    for start in range(0, max(1, rows), step):
         yield slice(start, min(start + step, rows))

@@ -40,6 +40,8 @@ class InputStatistics(Probe):
         self._handles: list = []
         self._seen: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    own_weights = True
+
     @property
     def needs(self) -> Needs:
         return Needs(sums=True)

@@ -14,6 +14,7 @@ from absorb_plugin.forward.replaced import replaced_forward
 
 __all__ = [
     "Weights",
+    "all_given",
     "differentiated",
     "given",
     "ignore_entry",
@@ -56,6 +57,10 @@ def input_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch
 def given(weight: torch.Tensor) -> torch.Tensor:
     """Of a weight that is made already; for `Weights`."""
     return weight
+
+
+def all_given(weights: Mapping[str, torch.Tensor]) -> Weights:
+    return {name: partial(given, weight) for name, weight in weights.items()}
 
 
 @contextmanager

@@ -19,13 +19,14 @@ from compressed_tensors.offload import get_execution_device
 from torch.nn import Linear, Module
 from transformers import PreTrainedModel
 
+from absorb_plugin import distributed
 from absorb_plugin.cpu import bfloat16_is_slow
 from absorb_plugin.devices import dtype_of, free_memory
 from absorb_plugin.forward import chunks
 from absorb_plugin.forward import head as output_head
 from absorb_plugin.forward.probe import Needs
 
-__all__ = ["Footprint", "footprint", "limit_by_machine"]
+__all__ = ["Footprint", "block_bytes", "footprint", "limit_by_machine"]
 
 # Alive with a chunk: logits in the model's dtype and in float32, their log-softmax, and
 # the gradients of these.
@@ -209,6 +210,11 @@ def footprint(
     )
 
 
+def block_bytes(model: PreTrainedModel, blocks: Sequence[Module]) -> int:
+    """Of the Linears' weights of the largest block."""
+    return dtype_of(model).itemsize * _Shapes.of(blocks).block
+
+
 def limit_by_machine(model: PreTrainedModel, blocks: Sequence[Module]) -> int:
     """
     `probe_memory: auto`, in bytes: half of what is free where the model computes, and
@@ -218,11 +224,10 @@ def limit_by_machine(model: PreTrainedModel, blocks: Sequence[Module]) -> int:
     device = torch.device(get_execution_device(model))
     if device.type == "cpu":
         return _power_of_two(psutil.virtual_memory().available * SHARE, MOST_ON_CPU)
-    block = dtype_of(model).itemsize * _Shapes.of(blocks).block
     free = free_memory(device)
     if free is None:
         return MOST_ON_CPU
-    return _power_of_two((free - block) * SHARE, MOST)
+    return _power_of_two((free - block_bytes(model, blocks)) * SHARE, MOST)
 
 
 def _power_of_two(memory: float, most: int) -> int:
@@ -243,12 +248,16 @@ def _inside(hidden: int, shapes: _Shapes, element: int, need: Needs) -> int:
 
 
 def _pruning(shapes: _Shapes, element: int, need: Needs) -> int:
-    """One Linear at a time, but the pruner's own weights a block at a time."""
+    """
+    One Linear at a time, but the pruner's own weights, and those that the ranks put
+    together, a block at a time.
+    """
     if not need.pruned:
         return 0
     copies = 3 if need.backward else 1  # both sides of a band, and their difference
     scores = SCORE_COPIES * min(chunks.CHUNK_BYTES, 4 * shapes.linear)
     pruning = copies * element * shapes.linear + scores
+    pruning += need.joined * element * shapes.block
     if need.single_batch:
         pruning += _at_once(need) * element * shapes.block
     return pruning + (_hessians(shapes, element, need) if need.hessians else 0)
@@ -287,7 +296,8 @@ def _kept(model: PreTrainedModel, shapes: _Shapes, element: int, need: Needs) ->
         weights = shapes.total
     else:
         weights = shapes.block if need.backward else 0
-    return need.kept_weights * element * weights
+    shares = distributed.ranks() if need.joined else 1
+    return need.kept_weights * element * -(-weights // shares)
 
 
 def _float32_block(shapes: _Shapes, element: int, need: Needs) -> int:

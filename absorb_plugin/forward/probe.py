@@ -1,6 +1,6 @@
 """What measures something while the model runs, and what it needs for that."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.nn import Module
 
+from absorb_plugin import distributed
 from absorb_plugin.calibration import Batch
 from absorb_plugin.forward.block_io import BlockCall, hidden_state
 from absorb_plugin.forward.head import OutputHead
@@ -29,6 +30,8 @@ class Needs:
     :param hessians: adds up Σ x xᵀ of a Linear's inputs and factors it
     :param sets: of inputs that a block is pruned for at once
     :param kept_weights: pruned copies of the whole model that are kept
+    :param joined: copies of a block that the ranks put together from their rows; of
+        what is kept each then has its rows alone
     :param single_batch: all samples must pass a block before the next one
     """
 
@@ -40,6 +43,7 @@ class Needs:
     hessians: bool = False
     sets: int = 0
     kept_weights: int = 0
+    joined: int = 0
     single_batch: bool = False
 
     def __or__(self, other: "Needs") -> "Needs":
@@ -71,12 +75,25 @@ class Probe:
             otherwise, and the head that `finish` is given holds its logits
         may_overflow: the model's own pass runs pruned weights, and what overflows under
             them is a bad loss and no error
+        own_weights: blocks run their own weights alone; where these are offloaded, each
+            rank onloads some rows, and the probe is then in step
+        in_step: under torch.distributed all ranks run equally many batches, and pass
+            every block together, for they share the work on its weights
+        idle: this rank has no sample of its own, and runs another's to keep in step. Of
+            probes that take a single batch it is not to count; of others it is undone
     """
 
     state: tuple[str, ...] = ()
     apart: int = 0
     wants_logits: bool = False
     may_overflow: bool = False
+    own_weights: bool = False
+    in_step: bool = False
+    idle: bool = False
+
+    def share(self, samples: Sequence[dict]) -> list[dict]:
+        """This rank's part of what is to run, before it does."""
+        return distributed.share(samples)
 
     @property
     def needs(self) -> Needs:

@@ -16,9 +16,10 @@ from compressed_tensors.offload import get_execution_device
 from compressed_tensors.offload.cache import OffloadCache
 from compressed_tensors.offload.utils import to_tensor
 from loguru import logger
-from torch.nn import Module
+from torch.nn import Linear, Module
 from transformers import PreTrainedModel
 
+from absorb_plugin import distributed
 from absorb_plugin.blocks import outside
 from absorb_plugin.devices import (
     free_memory,
@@ -28,7 +29,7 @@ from absorb_plugin.devices import (
 )
 from absorb_plugin.torch_state import stored
 
-__all__ = ["kept_onloaded", "release", "room", "spare"]
+__all__ = ["kept_onloaded", "own_rows", "release", "room", "spare"]
 
 # Of what is free, left alone: memory is not handed out without gaps.
 RESERVE = 0.1
@@ -42,6 +43,7 @@ class Kept(OffloadCache):
     :param onloaded: what is on the device, by what lies elsewhere; of all modules, for
         weights may be tied
     :param keeps: whether they stay
+    :param keeps_rows: whether what `rows` gives stays
     """
 
     offload_device: torch.device | str
@@ -51,13 +53,15 @@ class Kept(OffloadCache):
         cache: OffloadCache,
         onloaded: dict[torch.Tensor, torch.Tensor],
         keeps: bool,
+        keeps_rows: bool = False,
     ) -> None:
         super().__init__(cache.onload_device)
         self.offload_device = cache.offload_device
         self.offloaded_values = cache.offloaded_values
         self.cache = cache
-        self.keeps = keeps
+        self.keeps, self.keeps_rows = keeps, keeps_rows
         self._onloaded = onloaded
+        self._rows: dict[torch.Tensor, torch.Tensor] = {}
 
     def onload(self, offloaded: torch.Tensor | None) -> torch.Tensor | None:
         if offloaded is None:
@@ -67,6 +71,15 @@ class Kept(OffloadCache):
         if offloaded not in self._onloaded:
             self._onloaded[offloaded] = self._fetched(offloaded)
         return self._onloaded[offloaded]
+
+    def rows(self, offloaded: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of a matrix of the host, kept or not."""
+        if offloaded in self._rows:
+            return self._rows[offloaded]
+        onloaded = _rows(offloaded, self)
+        if self.keeps_rows:
+            self._rows[offloaded] = onloaded
+        return onloaded
 
     def _fetched(self, offloaded: torch.Tensor) -> torch.Tensor:
         device = torch.device(self.onload_device)
@@ -84,10 +97,12 @@ class Kept(OffloadCache):
         self, offloaded: torch.Tensor, data: torch.Tensor | None
     ) -> None:
         self._onloaded.pop(offloaded, None)
+        self._rows.pop(offloaded, None)
         self.cache.update_offload(offloaded, data)
 
     def __delitem__(self, key: Hashable) -> None:
         self._onloaded.pop(self.offloaded_values[key], None)
+        self._rows.pop(self.offloaded_values[key], None)
         del self.cache[key]
 
     def missing(self) -> int:
@@ -101,17 +116,47 @@ class Kept(OffloadCache):
 
     def holds(self) -> bool:
         """Whether anything is kept at the moment."""
-        return self.keeps and bool(self._onloaded)
+        return (self.keeps and bool(self._onloaded)) or bool(self._rows)
 
     def release(self) -> None:
         """From here on as if nothing was kept."""
-        self.keeps = False
+        self.keeps = self.keeps_rows = False
         self._onloaded.clear()
+        self._rows.clear()
+
+
+def own_rows(linear: Linear) -> torch.Tensor:
+    """
+    This rank's rows of a weight (`distributed.row_share`); of one that is offloaded to
+    the host no others are onloaded.
+    """
+    cache = linear._parameters
+    if isinstance(cache, OffloadCache) and not isinstance(cache, Kept):
+        offloaded = cache.offloaded_values["weight"]
+        if offloaded.device.type == "cpu":
+            return _rows(offloaded, cache)
+    if isinstance(cache, Kept) and not cache.keeps:
+        offloaded = cache.offloaded_values["weight"]
+        if offloaded.device.type == "cpu":
+            return cache.rows(offloaded)
+    return linear.weight.detach()[distributed.row_share(linear.out_features)]
+
+
+def _rows(offloaded: torch.Tensor, cache: OffloadCache) -> torch.Tensor:
+    """This rank's rows of a matrix of the host, onloaded."""
+    own = offloaded.detach()[distributed.row_share(len(offloaded))]
+    device = torch.device(cache.onload_device)
+    onloaded = through_page_locked(own, device)
+    return own.to(device) if onloaded is None else onloaded
 
 
 @contextmanager
 def kept_onloaded(
-    model: PreTrainedModel, blocks: Sequence[Module], memory: int
+    model: PreTrainedModel,
+    blocks: Sequence[Module],
+    memory: int,
+    *,
+    rows: bool = False,
 ) -> Iterator[int]:
     """
     Within the context the first blocks are onloaded once, as many as there is room for:
@@ -119,12 +164,14 @@ def kept_onloaded(
     model that is not offloaded it is none.
 
     :param memory: bytes that a probe may take beside the model
+    :param rows: whether of the blocks' Linears each rank's rows stay, not the whole
     """
     inside = [_offloaded(block) for block in blocks]
     left, chosen = _room_on_device(model, blocks, memory), 0
+    shares = distributed.ranks() if rows else 1
     keep: set[Module] = set()
     for modules in filter(None, inside):  # others are on the device as it is
-        left -= sum(map(_size, modules))
+        left -= -(-sum(map(_size, modules)) // shares)
         if left < 0:
             break
         keep |= set(modules)
@@ -132,16 +179,19 @@ def kept_onloaded(
     if chosen:
         keep |= set(_outside(model, blocks))
     onloaded: dict[torch.Tensor, torch.Tensor] = {}
+    whole = set(_outside(model, blocks)) if rows else keep
     with ExitStack() as stack:
         stack.callback(give_back_page_locked)
         for module in _offloaded(model):
-            keeps = module in keep
+            keeps = module in keep and module in whole
+            keeps_rows = rows and module in keep
             stack.callback(_give_back, module)
-            module._parameters = Kept(module._parameters, onloaded, keeps)
+            module._parameters = Kept(module._parameters, onloaded, keeps, keeps_rows)
             module._buffers = Kept(module._buffers, onloaded, keeps)
         if chosen:
+            what = "this rank's rows of " if rows else ""
             logger.info(
-                f"{chosen} of {len(blocks)} blocks stay on "
+                f"{what}{chosen} of {len(blocks)} blocks stay on "
                 f"{get_execution_device(model)} while the allocation is made"
             )
         yield chosen

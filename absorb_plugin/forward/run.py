@@ -11,8 +11,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from copy import copy
+from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from compressed_tensors.offload import disable_offloading, get_execution_device
@@ -32,6 +33,8 @@ from absorb_plugin.forward.block_io import (
     without_cache_arguments,
 )
 from absorb_plugin.forward.head import OutputHead
+from absorb_plugin.forward.joined import joined_own
+from absorb_plugin.forward.linears import replaced_weights
 from absorb_plugin.forward.memory import Footprint, footprint
 from absorb_plugin.forward.parts import Parts
 from absorb_plugin.forward.probe import Probe, RunBlock
@@ -43,6 +46,8 @@ from absorb_plugin.language_model import (
 )
 
 __all__ = ["NonFiniteHiddenState", "run_probes"]
+
+T = TypeVar("T")
 
 
 class NonFiniteHiddenState(ValueError):
@@ -57,6 +62,8 @@ def run_probes(
     *,
     memory: int | None = None,
     in_parts: bool = False,
+    placeholder: Batch | None = None,
+    joined: bool = False,
     description: str = "Measuring",
 ) -> None:
     """
@@ -70,6 +77,10 @@ def run_probes(
         no limit. What cannot be cut to it goes on with a warning
     :param in_parts: whether blocks may run a batch a few samples at a time, so that
         fewer batches visit every block; the probes tell samples by `current_part`
+    :param placeholder: of one sample, what a rank runs and forgets to keep in step with
+        those that have more batches
+    :param joined: whether ranks in step onload their rows alone of the blocks' own
+        weights, and put them together
     :param description: label of the progress bar
     :raises torch.OutOfMemoryError: if not even one sample fits the device
     :raises NonFiniteHiddenState: naming the first block with NaN or infinity, unless a
@@ -80,7 +91,7 @@ def run_probes(
     with ExitStack() as stack:
         stack.enter_context(calibrating(model))
         parts = Parts()
-        hooks = _BlockHooks(blocks, probes, head, parts)
+        hooks = _BlockHooks(blocks, probes, head, parts, joined)
         stack.push(hooks)  # before they are added: an interrupt may come in between
         hooks.__enter__()
         needs = [probe.needs for probe in probes]
@@ -89,15 +100,48 @@ def run_probes(
         if memory is not None and need.fixed > memory:
             release(model)  # it needs the room of blocks that are kept
         stack.enter_context(parts.applied(blocks.modules))
+        every = _Every.of(probes, placeholder)
         if any(one.single_batch for one in needs):
             batches = _whole(batches, need, memory, parts)
-            _run_all(model, batches, hooks, description, parts)
+            _run_all(model, batches, hooks, description, every, parts)
         elif in_parts:
             batches = [*_in_parts(batches, need, memory, parts)]
-            _run_all(model, batches, hooks, description, parts, divisible=True)
+            _run_all(model, batches, hooks, description, every, parts, divisible=True)
         else:
             batches = [*_within_memory(batches, need, memory)]
-            _run_all(model, batches, hooks, description, divisible=True)
+            _run_all(model, batches, hooks, description, every, divisible=True)
+
+
+@dataclass(frozen=True)
+class _Every:
+    """
+    The ranks that run in step.
+
+    :param placeholder: that this one runs where others have more batches; None if there
+        are no others to wait for
+    :param forgotten: whether what is measured with it is undone
+    """
+
+    placeholder: Batch | None
+    forgotten: bool
+
+    @classmethod
+    def of(cls, probes: Sequence[Probe], placeholder: Batch | None) -> "_Every":
+        in_step = distributed.ranks() > 1 and any(probe.in_step for probe in probes)
+        single = any(probe.needs.single_batch for probe in probes)
+        return cls(placeholder if in_step else None, not single)
+
+    def told(self, item: T) -> list[T]:
+        """What every rank says."""
+        return [item] if self.placeholder is None else distributed.meet(item)
+
+    def equally_many(self, batches: Iterable[Batch]) -> deque[Batch]:
+        """As the rank that has the most."""
+        own = deque(batch for batch in batches if batch is not self.placeholder)
+        for _ in range(max(self.told(len(own))) - len(own)):
+            assert self.placeholder is not None
+            own.append(self.placeholder)
+        return own
 
 
 def _run_all(
@@ -105,6 +149,7 @@ def _run_all(
     batches: Sequence[Batch],
     hooks: "_BlockHooks",
     description: str,
+    every: _Every,
     parts: Parts | None = None,
     divisible: bool = False,
 ) -> None:
@@ -112,45 +157,61 @@ def _run_all(
     Batch by batch; where one does not fit the device, without the blocks that are kept
     there, and where that is not enough, in halves from there on.
 
+    :param every: the ranks that do so together
     :param parts: in which blocks run a batch; None if they run all of it
     :param divisible: whether a batch may be cut
     """
-    waiting = deque(batches)
+    waiting = every.equally_many(batches)
     hidden = not distributed.is_first()
-    with tqdm(total=len(batches), desc=description, disable=hidden) as bar:
+    with tqdm(total=len(waiting), desc=description, disable=hidden) as bar:
         while waiting:
             batch = waiting.popleft()
-            said = _out_of_memory(model, batch, hooks)
+            said = _out_of_memory(model, batch, hooks, every)
             if said is None:
                 bar.update()
                 continue
             waiting.appendleft(batch)
-            if hooks.release(model):
+            if any(every.told(hooks.release(model))):
                 continue
             samples = len(batch["input_ids"])
             at_a_time = 1 if parts is None else min(parts.size or samples, samples)
-            if at_a_time == 1:
+            if said and at_a_time == 1:
                 _check_divisible(said, samples if divisible else 1)
             _warn_of_halves(description)
             if parts is not None and at_a_time > 1:
                 parts.size = at_a_time // 2
-            else:
+            elif divisible and samples > 1:
                 waiting = deque(split_samples(waiting, samples // 2))
+            waiting = every.equally_many(waiting)
             bar.total = bar.n + len(waiting)
 
 
-def _out_of_memory(model: Module, batch: Batch, hooks: "_BlockHooks") -> str | None:
-    """What the device says if a batch does not fit it; all is then as before."""
+def _out_of_memory(
+    model: Module, batch: Batch, hooks: "_BlockHooks", every: _Every
+) -> str | None:
+    """
+    What the device says if a batch does not fit it, nothing ("") if it is another
+    rank's; all is then as before.
+    """
     before = hooks.measured()
     try:
         device = get_execution_device(model)
         hooks.run(model, {name: tensor.to(device) for name, tensor in batch.items()})
+        every.told(None)
+        if batch is every.placeholder and every.forgotten:
+            hooks.forget(before)
         return None
     except torch.OutOfMemoryError as error:
-        said = str(error)
+        said = str(error) or "out of memory"
+    except distributed.OtherRankFailed as error:
+        if not error.again:
+            raise
+        said = ""
     # not earlier: the error holds on to the tensors of the frames that it passed
     hooks.forget(before)
     empty_cache()
+    if said and every.placeholder is not None:
+        distributed.tell_out_of_memory(said)
     return said
 
 
@@ -239,10 +300,15 @@ class _BlockHooks:
     """The hooks on the blocks, as a context manager that leaves none behind."""
 
     def __init__(
-        self, blocks: BlockMap, probes: Sequence[Probe], head: OutputHead, parts: Parts
+        self,
+        blocks: BlockMap,
+        probes: Sequence[Probe],
+        head: OutputHead,
+        parts: Parts,
+        joined: bool,
     ) -> None:
         self._blocks, self._probes, self._head = blocks, probes, head
-        self._parts = parts
+        self._parts, self._joined = parts, joined
         self._hooks = ExitStack()
         self._onloaded = ExitStack()
         self._listening = False
@@ -317,6 +383,9 @@ class _BlockHooks:
         call = BlockCall.of(block, *without_cache_arguments(args, kwargs))
         # from here to the end of _leave the block is onloaded once
         self._onloaded.enter_context(disable_offloading())
+        if self._joined:
+            linears = self._blocks.blocks[index].linears
+            self._onloaded.enter_context(replaced_weights(linears, joined_own(linears)))
         before: torch.Tensor | None = None
         for probe in self._probes:
             probe.enter(index, block)

@@ -14,13 +14,17 @@ from absorb_plugin import distributed
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.cache import ProfileCache
 from absorb_plugin.calibration import join_samples, pad_to_batch
-from absorb_plugin.forward.memory import footprint, limit_by_machine
+from absorb_plugin.devices import is_offloaded
+from absorb_plugin.forward.memory import block_bytes, footprint, limit_by_machine
 from absorb_plugin.forward.probe import Needs, Probe
 from absorb_plugin.forward.resident import kept_onloaded, spare
 from absorb_plugin.forward.run import run_probes
 from absorb_plugin.language_model import language_model
 
 __all__ = ["ProbeRunner"]
+
+# Of the memory that pruned weights may take which ranks put together block by block.
+SHARE_TO_JOIN = 0.25
 
 
 class ProbeRunner:
@@ -29,6 +33,10 @@ class ProbeRunner:
     :param blocks: all decoder blocks
     :param memory: bytes that a probe may take beside the model, or "auto"
     :param cache: directory of measurements, or None
+
+    Attributes:
+        joins_rows: whether the ranks of torch.distributed each make some rows of every
+            masked weight, and put them together block by block
     """
 
     def __init__(
@@ -42,9 +50,21 @@ class ProbeRunner:
         if memory == "auto":
             memory = limit_by_machine(model, blocks.modules)
         self._model, self._blocks, self._memory = model, blocks, memory
+        self.joins_rows = distributed.ranks() > 1 and all(
+            distributed.gather(self._has_room_to_join())
+        )
+        linears = blocks.linears().values()
+        self._joins_own = self.joins_rows and all(
+            distributed.gather(any(map(is_offloaded, linears)))
+        )
         self.cache = (
             None if cache is None else ProfileCache(cache, language_model(model))
         )
+
+    def _has_room_to_join(self) -> bool:
+        """Whether pruned weights of a block, twice, are a small part of the memory."""
+        size = block_bytes(language_model(self._model), self._blocks.modules)
+        return 2 * size <= self._memory * SHARE_TO_JOIN
 
     @contextmanager
     def kept_onloaded(self) -> Iterator[None]:
@@ -54,7 +74,8 @@ class ProbeRunner:
         """
         before, model = self._memory, language_model(self._model)
         less = before // 2 if self._free_to_choose else before
-        with kept_onloaded(model, self._blocks.modules, less) as kept:
+        modules, rows = self._blocks.modules, self.joins_rows
+        with kept_onloaded(model, modules, less, rows=rows) as kept:
             self._memory = less if kept else before
             try:
                 yield
@@ -92,8 +113,7 @@ class ProbeRunner:
         in_parts: bool = False,
     ) -> Any:
         """
-        Under torch.distributed every rank runs its share of the samples, and all of
-        them where a probe takes a single batch.
+        Under torch.distributed every rank runs its share of the samples.
 
         :param what: is measured, for messages and the cache
         :param samples: batches of one, the same on all ranks
@@ -102,9 +122,15 @@ class ProbeRunner:
         """
         tokens = sum(sample["input_ids"].numel() for sample in samples)
         logger.info(f"{what}: {len(samples)} samples, {tokens} tokens")
-        whole = probe.needs.single_batch
-        mine = list(samples) if whole else distributed.share(samples)
-        measure = partial(self._measure, what, mine, probe, in_parts)
+        mine = probe.share(samples)
+        probe.idle = not mine
+        # judges and what prunes are in step anyway; their own weights come whole where
+        # the model is on the device
+        joined = probe.own_weights and self._joins_own
+        if joined:
+            probe.in_step = True
+        shortest = min(samples, key=lambda sample: sample["input_ids"].shape[1])
+        measure = partial(self._measure, what, mine, probe, in_parts, joined, shortest)
         with distributed.fail_together():
             if self.cache is None or not probe.state:
                 measure()
@@ -113,14 +139,22 @@ class ProbeRunner:
         return probe.result()
 
     def _measure(
-        self, what: str, samples: list[dict], probe: Probe, in_parts: bool
+        self,
+        what: str,
+        samples: list[dict],
+        probe: Probe,
+        in_parts: bool,
+        joined: bool,
+        placeholder: dict,
     ) -> None:
-        whole = probe.needs.single_batch
+        whole = probe.needs.single_batch and samples
         run_probes(
             self._model,
             self._blocks,
             [pad_to_batch(samples)] if whole else join_samples(samples),
             [probe],
+            placeholder=placeholder,
+            joined=joined,
             memory=self._memory,
             in_parts=in_parts,
             description=what,

@@ -29,7 +29,7 @@ class MaskedLoss(Probe):
     :param pruner: ranks the weights
     :param input_square_sums: full name of a Linear -> a_j of the dense network
     :param candidates: allocations, each one sparsity per prunable Linear
-    :param quantiles: as of `MaskedWeights`
+    :param quantiles: as of `MaskedWeights`, and so is `joined`
     """
 
     state = ("_losses", "_tokens")
@@ -41,9 +41,13 @@ class MaskedLoss(Probe):
         input_square_sums: Mapping[str, torch.Tensor],
         candidates: Sequence[np.ndarray],
         quantiles: dict[str, torch.Tensor] | None = None,
+        joined: bool = False,
     ) -> None:
         self._blocks = blocks
-        self._masks = MaskedWeights(blocks, pruner, input_square_sums, quantiles)
+        self._masks = MaskedWeights(
+            blocks, pruner, input_square_sums, quantiles, joined
+        )
+        self.in_step = self._masks.joined
         self._candidates = [block_sparsities(blocks, one) for one in candidates]
         self.may_overflow = bool(np.any(candidates[0]))
         self._in_force = ExitStack()
@@ -53,7 +57,8 @@ class MaskedLoss(Probe):
     @property
     def needs(self) -> Needs:
         candidates = len(self._candidates)
-        return Needs(trajectories=candidates - 1, pruned=candidates)
+        joined = 1 if self._masks.joined else 0
+        return Needs(trajectories=candidates - 1, pruned=candidates, joined=joined)
 
     def start(self, batch: Batch) -> None:
         self._hidden: list[torch.Tensor] = []

@@ -24,6 +24,7 @@ from absorb_plugin.forward.linears import given, replaced_weights
 from absorb_plugin.forward.loss import check_predicted, score_states
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.pruners.base import Pruner
+from absorb_plugin.pruners.together import Work, shared_out, told
 from absorb_plugin.pruners.weights import (
     Observed,
     ObservedInputs,
@@ -41,7 +42,8 @@ class PrunedLoss(Probe):
     Each candidate is a trajectory from the first block on. It passes a block twice:
     with the block's own weights, for the inputs of its Linears, in which what is judged
     by has no part, and with the pruned ones. The first takes the model's own pass.
-    Under torch.distributed each rank has its share of the candidates, and all samples.
+    Under torch.distributed each rank has its share of the samples and of the Linears
+    that are to be pruned.
 
     :param blocks: all blocks; their prunable Linears are pruned
     :param pruner: how weights are pruned
@@ -53,6 +55,8 @@ class PrunedLoss(Probe):
     """
 
     state = ("_losses", "_tokens")
+    own_weights = True
+    in_step = True
 
     def __init__(
         self,
@@ -64,21 +68,28 @@ class PrunedLoss(Probe):
     ) -> None:
         self._blocks, self._pruner, self._calibrating = blocks, pruner, calibrating
         self.apart = calibrating
-        mine = distributed.share(candidates)
-        self._candidates = [block_sparsities(blocks, one) for one in mine]
-        self.may_overflow = any(np.any(one) for one in mine[:1])
-        self._at_once = max(1, len(self._candidates)) if together else 1
+        self._candidates = [block_sparsities(blocks, one) for one in candidates]
+        self.may_overflow = bool(np.any(candidates[0]))
+        self._at_once = len(self._candidates) if together else 1
         self._in_force = ExitStack()
         self._losses: list[list[float]] = []
         self._tokens: list[int] = []
 
+    def share(self, samples: Sequence[dict]) -> list[dict]:
+        pruning = distributed.share(samples[: self._calibrating])
+        judged = distributed.share(samples[self._calibrating :])
+        self._calibrating = self.apart = len(pruning)
+        return [*pruning, *judged]
+
     @property
     def needs(self) -> Needs:
+        # of several ranks one may observe while it waits to prune
+        observed = 1 if distributed.ranks() == 1 else 2
         return Needs(
             trajectories=len(self._candidates),
             pruned=len(self._candidates),
             hessians=self._pruner.hessians,
-            sets=self._at_once,
+            sets=max(self._at_once, observed),
             single_batch=True,
         )
 
@@ -95,27 +106,33 @@ class PrunedLoss(Probe):
         self, index: int, before: torch.Tensor, after: torch.Tensor, run: RunBlock
     ) -> torch.Tensor | None:
         self._in_force.close()
-        if not self._candidates:  # there are more ranks
-            return None
         states = [before, *self._hidden[1:]]
         states += [before] * (len(self._candidates) - len(states))
         self._hidden = []
         linears = self._blocks.blocks[index].linears
-        for start in range(0, len(states), self._at_once):
-            some = range(start, min(start + self._at_once, len(states)))
-            observed = [self._observed(index, one, states[one], run) for one in some]
-            wanted = [self._wanted(index, one) for one in some]
-            made = prune_observed(self._pruner, linears, observed, wanted)
-            del observed  # or two sets of Hessians would be held
+        # of several candidates there is work for several ranks
+        size = max(self._at_once, distributed.ranks())
+        for start in range(0, len(states), size):
+            some = range(start, min(start + size, len(states)))
+            loads = [0.0] * distributed.ranks()
+            work = [
+                shared_out(linears, self._observed(index, one, states[one], run), loads)
+                for one in some
+            ]
+            owners = [one.owners for one in work]
+            made = self._pruned(linears, index, some, work)
             for one in some:
-                after = self._run_pruned(linears, made.pop(0), states[one], run)
+                wanted, owned = self._wanted(index, one), owners.pop(0)
+                pruned = told(linears, made.pop(0), wanted, owned)
+                after = self._run_pruned(linears, pruned, states[one], run)
+                del pruned  # or two would be held
                 self._hidden.append(after)
         return self._hidden[0]
 
     def finish(self, batch: Batch, head: OutputHead) -> None:
-        if not self._candidates:
-            return
         judged = judged_rows(batch, self._calibrating)
+        if self.idle or not len(judged["input_ids"]):  # there are more ranks
+            return
         states = [hidden[self._calibrating :] for hidden in self._hidden]
         self._losses, self._tokens = score_states(head, judged, states)
         del self._hidden
@@ -130,10 +147,10 @@ class PrunedLoss(Probe):
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         """As of `MaskedLoss`."""
-        losses = distributed.gather_shares(list(zip(*self._losses)))
-        tokens = distributed.from_first(self._tokens)
+        losses = distributed.gather_shares(self._losses)
+        tokens = distributed.gather_shares(self._tokens)
         check_predicted(sum(tokens))
-        return np.array(losses), np.array(tokens)
+        return np.array(losses).T, np.array(tokens)
 
     def _inputs(self, index: int, mask: torch.Tensor) -> ObservedInputs:
         linears = self._blocks.blocks[index].linears
@@ -147,11 +164,35 @@ class PrunedLoss(Probe):
             found = self._own
             del self._own  # held by no one else, or it would outlive its use
             return found
+        if not self._calibrating:  # there are more ranks than samples
+            return Observed()
         calibrating = slice(self._calibrating)
         watch = self._inputs(index, self._mask[calibrating])
         with watch.watched() as observed:
             run.of_samples(calibrating)(state[calibrating])
         return observed
+
+    def _pruned(
+        self,
+        linears: Mapping[str, Linear],
+        index: int,
+        candidates: Sequence[int],
+        work: list[Work],
+    ) -> list[dict[str, list[torch.Tensor]]]:
+        """
+        What this rank makes of a block for each of some candidates.
+
+        :param work: of each; empty afterwards, or Hessians would outlive their use
+        """
+        made: list[dict[str, list[torch.Tensor]]] = []
+        wanted = [self._wanted(index, one) for one in candidates]
+        while work:
+            some, work[: self._at_once] = work[: self._at_once], []
+            sparsities, wanted = wanted[: len(some)], wanted[len(some) :]
+            observed = [one.observed for one in some]
+            del some
+            made += prune_observed(self._pruner, linears, observed, sparsities)
+        return made
 
     @staticmethod
     def _run_pruned(

@@ -102,7 +102,8 @@ def thresholds_between(
         )
         if bool((inside.sum(dim=1) == between).all()):
             # the slice is the whole, but known without looking at the data
-            picked = scores[inside][: len(scores) * between].view(-1, between)
+            rows = len(scores)
+            picked = scores[inside][: rows * between].view(rows, between)
             found.append(_smallest(picked, [count - ranks[level - 1]])[0])
         else:  # equal scores on both sides of a quantile
             found.append(_smallest(scores, [count])[0])

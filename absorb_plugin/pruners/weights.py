@@ -3,7 +3,7 @@ Pruned weights for a probe: by masks that dense statistics allow, or block after
 as the pruner itself makes them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,10 +13,13 @@ import torch
 from compressed_tensors.offload import get_execution_device
 from torch.nn import Linear, Module
 
+from absorb_plugin import distributed
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.forward.inputs import real_tokens
-from absorb_plugin.forward.linears import Weights
+from absorb_plugin.forward.joined import joined_rows
+from absorb_plugin.forward.linears import Weights, all_given
 from absorb_plugin.forward.parts import current_part
+from absorb_plugin.forward.resident import own_rows
 from absorb_plugin.groups import named
 from absorb_plugin.pruners.base import MaskPruner, Pruner
 from absorb_plugin.pruners.packed import HOST, Packed, unpacked
@@ -66,6 +69,8 @@ class MaskedWeights:
     :param quantiles: what others with the same scores have found out about these, and
         these find out for others: full name of a Linear -> `MaskPruner.quantiles`. None
         to rank anew
+    :param joined: whether each rank makes its rows alone of every weight, for a whole
+        block at once; within a probe that is `in_step`
     """
 
     def __init__(
@@ -74,9 +79,12 @@ class MaskedWeights:
         pruner: MaskPruner,
         input_square_sums: Mapping[str, torch.Tensor],
         quantiles: dict[str, torch.Tensor] | None = None,
+        joined: bool = False,
     ) -> None:
         self._blocks, self._pruner = blocks, pruner
         self._square_sums, self._quantiles = input_square_sums, quantiles
+        # others than by rows look at the whole
+        self.joined = joined and pruner.by_row
         self._thresholds: dict[tuple[str, float], torch.Tensor] = {}
 
     def identity(self) -> list[object]:
@@ -94,13 +102,16 @@ class MaskedWeights:
 
     def weights(self, index: int, sparsities: Mapping[str, float]) -> Weights:
         """:param sparsities: relative name -> sparsity in [0, 1]"""
+        if self.joined:
+            own = {k: self.weight(index, k, sparsities[k]) for k in self.seen(index)}
+            return all_given(joined_rows(self.seen(index), own))
         return {
             name: partial(self.weight, index, name, sparsities[name])
             for name in self.seen(index)
         }
 
     def weight(self, index: int, name: str, sparsity: float) -> torch.Tensor:
-        """The masked weight of one Linear."""
+        """The masked weight of one Linear; of one that is joined this rank's rows."""
         weight, observed, (at,) = self._ranked(index, name, [sparsity])
         return self._pruner.masked(weight, observed, at)
 
@@ -115,8 +126,7 @@ class MaskedWeights:
         self, index: int, name: str, sparsities: Sequence[float]
     ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         """Weight, a_j, and the threshold per row of every sparsity."""
-        block = self._blocks.blocks[index]
-        weight, full = block.linears[name].weight.detach(), block.full_name(name)
+        weight, full = self._own(index, name)
         new = [s for s in sparsities if (full, s) not in self._thresholds]
         if new:
             self.rank(index, name, new)
@@ -125,13 +135,18 @@ class MaskedWeights:
 
     def rank(self, index: int, name: str, sparsities: Sequence[float]) -> None:
         """Find the thresholds of several sparsities at once, which costs as one."""
-        block = self._blocks.blocks[index]
-        weight, full = block.linears[name].weight.detach(), block.full_name(name)
+        weight, full = self._own(index, name)
         observed = self._square_sums[full].to(weight.device)
         known = self._known(full, weight, observed)
         found = self._pruner.thresholds(weight, observed, sparsities, known)
         for sparsity, at in zip(sparsities, found.split(1, dim=1), strict=True):
             self._thresholds[full, sparsity] = at
+
+    def _own(self, index: int, name: str) -> tuple[torch.Tensor, str]:
+        """The dense weight of a Linear, or this rank's rows, and its full name."""
+        block = self._blocks.blocks[index]
+        linear, full = block.linears[name], block.full_name(name)
+        return own_rows(linear) if self.joined else linear.weight.detach(), full
 
     def _known(
         self, full: str, weight: torch.Tensor, observed: torch.Tensor
@@ -163,6 +178,10 @@ class Change:
     factor: float
 
 
+# name of a Linear -> how its weight changes, None where it does not
+Changes = Mapping[str, Callable[[], Change | None]]
+
+
 class MaskedSlopes:
     """
     The weights of an allocation under masks, and how they change with its sparsities.
@@ -181,8 +200,9 @@ class MaskedSlopes:
         allocation: np.ndarray,
         step: float,
     ) -> None:
-        self._masks, self._step = masks, step
+        self._blocks, self._masks, self._step = blocks, masks, step
         self._sparsities = block_sparsities(blocks, allocation)
+        self.joined = masks.joined
         # what the backward pass asks for after a change, made with it
         self._next: dict[tuple[int, str], torch.Tensor] = {}
 
@@ -194,9 +214,26 @@ class MaskedSlopes:
         """Relative name -> weight, of the Linears of a block that are pruned."""
         if index not in self._sparsities:
             return {}
+        if self.joined:
+            return self._masks.weights(index, self._sparsities[index])
         return {
             name: partial(self._weight, index, name) for name in self._masks.seen(index)
         }
+
+    def with_changes(self, index: int) -> tuple[Weights, Changes]:
+        """The same, and how they change; for a backward pass."""
+        if not self.joined or index not in self._sparsities:
+            weights = self.weights(index)
+            return weights, {k: partial(self.change, index, k) for k in weights}
+        linears, own, moving = self._masks.seen(index), {}, {}
+        for name, sparsity in self._sparsities[index].items():
+            if name in linears:
+                own[name], moving[name] = self._masks.weight_and_between(
+                    index, name, sparsity, *band(sparsity, self._step)
+                )
+        weights = all_given(joined_rows(linears, own))
+        joined = joined_rows(linears, moving)
+        return weights, {k: partial(_between, x) for k, x in joined.items()}
 
     def release(self) -> bool:
         """Nothing is kept."""
@@ -215,13 +252,18 @@ class MaskedSlopes:
             index, name, sparsity, *band(sparsity, self._step)
         )
         self._next = {(index, name): weight}
-        share = between.count_nonzero().item() / between.numel()
-        return Change(between, -1 / share) if share > 0 else None
+        return _between(between)
 
     def _weight(self, index: int, name: str) -> torch.Tensor:
         if (made := self._next.pop((index, name), None)) is not None:
             return made
         return self._masks.weight(index, name, self._sparsities[index][name])
+
+
+def _between(weights: torch.Tensor) -> Change | None:
+    """:param weights: that are masked on the way from one sparsity to another"""
+    share = weights.count_nonzero().item() / weights.numel()
+    return Change(weights, -1 / share) if share > 0 else None
 
 
 class PrunedSlopes:
@@ -233,12 +275,13 @@ class PrunedSlopes:
 
     :param blocks: all blocks
     :param kept: index of a block -> name -> weights at s, s − δ and s + δ, packed where
-        the model computes on an accelerator
+        the model computes on an accelerator; of those that are joined this rank's rows
     :param made_at: the allocation of s, one sparsity per prunable Linear
     :param allocation: the one under which the network runs
     :param step: δ
     :param shares: index and name -> of all weights those that go from s − δ to s + δ,
         noted as they are counted
+    :param joined: as of `MaskedWeights`
     """
 
     kept_weights = 3
@@ -252,8 +295,10 @@ class PrunedSlopes:
         *,
         step: float,
         shares: dict[tuple[int, str], float] | None = None,
+        joined: bool = False,
     ) -> None:
         self._blocks, self._kept, self._step = blocks, kept, step
+        self.joined = joined
         self._made_at = made_at
         self._shares = {} if shares is None else shares
         self._made = block_sparsities(blocks, made_at)
@@ -270,6 +315,7 @@ class PrunedSlopes:
             allocation,
             step=self._step,
             shares=self._shares,
+            joined=self.joined,
         )
 
     def identity(self) -> list[object]:
@@ -300,9 +346,30 @@ class PrunedSlopes:
 
     def weights(self, index: int) -> Weights:
         """As of `MaskedSlopes`."""
-        return {
-            name: partial(self._weight, index, name)
-            for name in self._kept.get(index, {})
+        kept = self._kept.get(index, {})
+        if self.joined:
+            own = {name: self._weight(index, name) for name in kept}
+            return all_given(joined_rows(self._blocks.blocks[index].linears, own))
+        return {name: partial(self._weight, index, name) for name in kept}
+
+    def with_changes(self, index: int) -> tuple[Weights, Changes]:
+        """As of `MaskedSlopes`."""
+        weights = self.weights(index)
+        if not self.joined:
+            return weights, {k: partial(self.change, index, k) for k in weights}
+        linears = self._blocks.blocks[index].linears
+        own = {name: self._more_and_fewer(index, name) for name in weights}
+        fewer = {k: n for k, (_, n) in own.items() if (index, k) not in self._shares}
+        everywhere = distributed.meet(fewer) if weights else []
+        for name in fewer:
+            lost = sum(one[name] for one in everywhere)
+            linear = linears[name]
+            size = linear.out_features * linear.in_features
+            self._shares[index, name] = lost / size
+        joined = joined_rows(linears, {name: moved for name, (moved, _) in own.items()})
+        return weights, {
+            name: partial(_moving, moved, self._shares[index, name])
+            for name, moved in joined.items()
         }
 
     def rank(self, index: int) -> None:
@@ -320,12 +387,20 @@ class PrunedSlopes:
 
     def change(self, index: int, name: str) -> Change | None:
         """As of `MaskedSlopes`."""
+        moved, fewer = self._more_and_fewer(index, name)
+        share = self._shares.setdefault((index, name), fewer / moved.numel())
+        return _moving(moved, share)
+
+    def _more_and_fewer(self, index: int, name: str) -> tuple[torch.Tensor, int]:
+        """
+        What a weight gains on the way from s − δ to s + δ, and how many of its entries
+        go; 0 where that has been noted.
+        """
         less, more = (self._at_hand(index, name, which) for which in (1, 2))
+        fewer = 0
         if (index, name) not in self._shares:
-            fewer = less.count_nonzero() - more.count_nonzero()
-            self._shares[index, name] = fewer.item() / less.numel()
-        share = self._shares[index, name]
-        return Change(more - less, 1 / share) if share > 0 else None
+            fewer = int(less.count_nonzero() - more.count_nonzero())
+        return more - less, fewer
 
     def _at_hand(self, index: int, name: str, which: int) -> torch.Tensor:
         """One of the weights that were made, packed ones where the model computes."""
@@ -342,6 +417,11 @@ class PrunedSlopes:
             self._fetched = {k: v for k, v in self._fetched.items() if k[0] == index}
             self._fetched[key] = kept.to(device)
         return self._fetched[key].weight()
+
+
+def _moving(moved: torch.Tensor, share: float) -> Change | None:
+    """:param share: of all weights, those that go on the way"""
+    return Change(moved, 1 / share) if share > 0 else None
 
 
 class _Made:

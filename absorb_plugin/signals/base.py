@@ -51,7 +51,11 @@ class Setting:
     def masks(self) -> MaskedWeights:
         """Masked weights, with thresholds of their own."""
         return MaskedWeights(
-            self.blocks, self.pruner.masks, self.statistics, self.quantiles
+            self.blocks,
+            self.pruner.masks,
+            self.statistics,
+            self.quantiles,
+            self.runner.joins_rows,
         )
 
 

@@ -39,7 +39,7 @@ from absorb_plugin.forward.loss import check_predicted, loss_gradient
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.groups import EXPERT, Groups, linear_names
 from absorb_plugin.precision import widest_float
-from absorb_plugin.pruners.weights import MaskedSlopes, PrunedSlopes
+from absorb_plugin.pruners.weights import Change, MaskedSlopes, PrunedSlopes
 from absorb_plugin.search.descent import Slopes, Stage
 from absorb_plugin.search.standard_error import standard_error
 from absorb_plugin.signals.base import Setting, Signal
@@ -66,6 +66,7 @@ class GradientProbe(Probe):
 
     def __init__(self, blocks: BlockMap, source: MaskedSlopes | PrunedSlopes) -> None:
         self._blocks, self._source = blocks, source
+        self.in_step = source.joined
         self._rows = {name: row for row, name in enumerate(linear_names(blocks))}
         self._in_force = ExitStack()
         # one entry per sample
@@ -83,6 +84,7 @@ class GradientProbe(Probe):
             pruned=3,
             backward=True,
             kept_weights=self._source.kept_weights,
+            joined=2 if self._source.joined else 0,
         )
 
     def start(self, batch: Batch) -> None:
@@ -139,18 +141,25 @@ class GradientProbe(Probe):
     ) -> torch.Tensor:
         """Gradient before the block; the slopes of its Linears are added on the way."""
         linears = self._blocks.blocks[index].linears
-        weights = self._source.weights(index)
-        sinks = {name: partial(self._add_slope, index, name) for name in weights}
+        weights, changes = self._source.with_changes(index)
+        sinks = {
+            name: partial(self._add_slope, index, name, change)
+            for name, change in changes.items()
+        }
         with differentiated(linears, weights, sinks), torch.enable_grad():
             source = before.detach().requires_grad_()
             (found,) = torch.autograd.grad(run(source), source, gradient)
         return found
 
     def _add_slope(
-        self, index: int, name: str, x: torch.Tensor, gradient: torch.Tensor
+        self,
+        index: int,
+        name: str,
+        how: Callable[[], Change | None],
+        x: torch.Tensor,
+        gradient: torch.Tensor,
     ) -> None:
-        change = self._source.change(index, name)
-        if change is None:
+        if (change := how()) is None:
             return
         full = self._blocks.blocks[index].full_name(name)
         row = self._rows[full]
@@ -266,6 +275,7 @@ class _PrunerSlopes:
         model = PrunedModel(
             setting.blocks, setting.pruner, allocation, self._signal.step
         )
+        model.joined = setting.runner.joins_rows
         model.room = setting.runner.spare(model.needs, samples)
         what = f"Pruning as {setting.pruner.name} does"
         return setting.runner.run(what, samples, model)

@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from torch.nn import Module
 
+from absorb_plugin import distributed
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch, token_mask
 from absorb_plugin.forward.linears import given, replaced_weights
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.pruners.base import Pruner
 from absorb_plugin.pruners.packed import HOST, Packed
+from absorb_plugin.pruners.together import shared_out, told
 from absorb_plugin.pruners.weights import (
     ObservedInputs,
     PrunedSlopes,
@@ -36,15 +38,22 @@ class PrunedModel(Probe):
     :param allocation: one sparsity per prunable Linear
     :param step: δ
 
+    Under torch.distributed each rank has its share of the samples and of the Linears
+    that are to be pruned.
+
     Attributes:
         room: bytes of pruned weights that may still stay on an accelerator
+        joined: whether this rank's rows alone are kept
     """
+
+    own_weights = True
+    in_step = True
 
     def __init__(
         self, blocks: BlockMap, pruner: Pruner, allocation: np.ndarray, step: float
     ) -> None:
         self._blocks, self._pruner, self._step = blocks, pruner, step
-        self.room = 0
+        self.room, self.joined = 0, False
         self._allocation = allocation
         self._sparsities = block_sparsities(blocks, allocation)
         self._in_force = ExitStack()
@@ -57,11 +66,14 @@ class PrunedModel(Probe):
             pruned=PrunedSlopes.kept_weights,
             hessians=self._pruner.hessians,
             kept_weights=PrunedSlopes.kept_weights,
+            joined=1 if self.joined else 0,
             single_batch=True,
         )
 
     def start(self, batch: Batch) -> None:
         self._mask = token_mask(batch)
+        if self.idle:
+            self._mask = torch.zeros_like(self._mask)
 
     def enter(self, index: int, block: Module) -> None:
         linears = self._blocks.blocks[index].linears
@@ -77,8 +89,14 @@ class PrunedModel(Probe):
             name: [s, *band(s, self._step)]
             for name, s in self._sparsities.get(index, {}).items()
         }
-        found = prune_observed(self._pruner, linears, [self._observed], [wanted])
-        (pruned,) = found
+        work = shared_out(linears, self._observed, [0.0] * distributed.ranks())
+        del self._observed
+        owners, observed = work.owners, [work.observed]
+        del work
+        (own,) = prune_observed(self._pruner, linears, observed, [wanted])
+        observed.clear()
+        pruned = told(linears, own, wanted, owners)
+        del own
         self._kept[index] = {
             name: self._placed(weights) for name, weights in pruned.items()
         }
@@ -96,9 +114,19 @@ class PrunedModel(Probe):
     def result(self) -> PrunedSlopes:
         """The pruned weights: on the host, or while there is room on the device."""
         made_at = self._allocation
-        return PrunedSlopes(self._blocks, self._kept, made_at, made_at, step=self._step)
+        return PrunedSlopes(
+            self._blocks,
+            self._kept,
+            made_at,
+            made_at,
+            step=self._step,
+            joined=self.joined,
+        )
 
     def _placed(self, weights: Sequence[torch.Tensor]) -> list[torch.Tensor | Packed]:
+        if self.joined:  # copies, or the others' rows would be held too
+            rows = distributed.row_share(len(weights[0]))
+            weights = [weight[rows].clone() for weight in weights]
         if all(weight.device.type == "cpu" for weight in weights):
             return list(weights)
         packed = list(map(Packed.of, weights))

@@ -16,13 +16,15 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
+from compressed_tensors.distributed import greedy_bin_packing
 from gpu_trace import RATES, Cost, tracing
+from imagined_ranks import imagined_ranks
 from llmcompressor.modifiers.pruning.sparsegpt import sgpt_sparsify
 from llmcompressor.modifiers.pruning.wanda import wanda_sparsify
 from loguru import logger
@@ -33,6 +35,7 @@ from absorb_plugin.allocators.base_allocation import base_allocation
 from absorb_plugin.allocators.owl import Owl
 from absorb_plugin.blocks import BlockMap, find_blocks
 from absorb_plugin.calibration import JOINED, Batch
+from absorb_plugin.distributed import row_share
 from absorb_plugin.forward import memory
 from absorb_plugin.forward.inputs import InputStatistics
 from absorb_plugin.forward.memory import footprint
@@ -93,6 +96,7 @@ class Station:
     :param candidates: allocations that are judged at once
     :param pruning: samples that weights are pruned by, among `samples`
     :param in_parts: whether blocks may run fewer samples than a batch has at a time
+    :param gpus: that share its samples and its work on weights
     """
 
     name: str
@@ -104,6 +108,7 @@ class Station:
     candidates: int = 0
     pruning: int = 0
     in_parts: bool = False
+    gpus: int = 1
 
     @property
     def by_part(self) -> bool:
@@ -114,7 +119,7 @@ class Recorder(ProbeRunner):
     """Notes what is to run, and answers something."""
 
     def __init__(self, *args: Any) -> None:
-        self.cache = None
+        self.cache, self.joins_rows = None, False
         self.stations: list[Station] = []
         Recorder.last = self
 
@@ -220,9 +225,10 @@ def make_probe(station: Station, blocks: BlockMap, pruner: Pruner) -> Probe:
         name: torch.ones(linear.in_features, device="meta")
         for name, linear in blocks.linears().items()
     }
+    joined = station.gpus > 1
     # ranked by an earlier station
     quantiles = {
-        name: torch.zeros(linear.out_features, LEVELS + 1)
+        name: torch.zeros(_rows(linear), LEVELS + 1)
         for name, linear in blocks.linears().items()
     }
     count = len(sums)
@@ -231,32 +237,39 @@ def make_probe(station: Station, blocks: BlockMap, pruner: Pruner) -> Probe:
     if station.probe == "InputStatistics":
         return InputStatistics(blocks)
     if station.probe == "PrunedModel":
-        return PrunedModel(blocks, pruner, np.full(count, S), 0.1)
+        probe = PrunedModel(blocks, pruner, np.full(count, S), 0.1)
+        probe.joined = joined
+        return probe
     if station.probe == "GradientProbe" and station.needs.kept_weights:
-        return GradientProbe(blocks, pruned_slopes(blocks))
+        return GradientProbe(blocks, pruned_slopes(blocks, joined))
     if station.probe == "GradientProbe":
-        masks = MaskedWeights(blocks, pruner.masks, sums, quantiles)
+        masks = MaskedWeights(blocks, pruner.masks, sums, quantiles, joined)
         flat = np.full(count, S)
         return GradientProbe(blocks, MaskedSlopes(blocks, masks, flat, 0.05))
     if station.probe == "PrunedLoss":
         together = station.needs.sets > 1
         return PrunedLoss(blocks, pruner, flats, station.pruning, together)
     assert station.probe == "MaskedLoss", station.probe
-    return MaskedLoss(blocks, pruner.masks, sums, flats, quantiles)
+    return MaskedLoss(blocks, pruner.masks, sums, flats, quantiles, joined)
 
 
-def pruned_slopes(blocks: BlockMap) -> PrunedSlopes:
+def _rows(linear: torch.nn.Linear) -> int:
+    rows = row_share(linear.out_features)
+    return rows.stop - rows.start
+
+
+def pruned_slopes(blocks: BlockMap, joined: bool) -> PrunedSlopes:
     """Weights that the pruner has made, a step away from where they are wanted."""
     kept = {
         index: {
-            name: [_packed(linear.weight, 1 - S) for _ in range(3)]
+            name: [_packed(linear.weight[: _rows(linear)], 1 - S) for _ in range(3)]
             for name, linear in blocks.blocks[index].linears.items()
         }
         for index in blocks.prunable
     }
     count = len(blocks.linears())
     made, wanted = np.full(count, S), np.full(count, S + 0.02)
-    return PrunedSlopes(blocks, kept, made, wanted, step=0.1)
+    return PrunedSlopes(blocks, kept, made, wanted, step=0.1, joined=joined)
 
 
 def _packed(weight: torch.Tensor, left: float) -> Packed:
@@ -277,15 +290,29 @@ def traced(
     """Of so many batches through a model of so many blocks."""
     model = build(name, layers)
     blocks = find_blocks(model)
-    probe = make_probe(station, blocks, pruner)
+    with imagined_ranks(station.gpus):
+        probe = make_probe(station, blocks, pruner)
+        probe.share([{}] * station.samples)  # tells it how many it is to prune by
     ids = torch.ones(together, station.tokens, dtype=torch.long, device="meta")
     data: list[Batch] = [{"input_ids": ids} for _ in range(batches)]
     own = dict(model.named_parameters()), dict(model.named_buffers())
     limit = station_limit(station) if station.by_part else None
-    with tracing(*own) as cost, columns_once(cost), picked_by_sample():
+    with (
+        imagined_ranks(station.gpus) as ranks,
+        tracing(*own) as cost,
+        columns_once(cost),
+        picked_by_sample(),
+    ):
         run_probes(
-            model, blocks, data, [probe], memory=limit, in_parts=station.in_parts
+            model,
+            blocks,
+            data,
+            [probe],
+            memory=limit,
+            in_parts=station.in_parts,
+            joined=probe.own_weights and station.gpus > 1,
         )
+    cost.seconds["links"] = sum(ranks.received.values()) / RATES.link
     return cost
 
 
@@ -356,36 +383,31 @@ def station_limit(station: Station) -> int:
     return memory_limit() if whole else memory_limit() // 2
 
 
-def kept_share(name: str) -> float:
-    """Of the blocks, that stay on the card once they are onloaded."""
+def kept_share(name: str, gpus: int) -> float:
+    """
+    Of the blocks, or of this rank's rows of them, that stay on the card once they are
+    onloaded.
+    """
     size = shape(name)
     left = room(FREE, memory_limit() // 2, 2 * size["block"], 2 * 2 * size["head"])
-    return min(1.0, left // (2 * size["block"]) / size["layers"])
+    return min(1.0, left // (2 * size["block"] / gpus) / size["layers"])
 
 
-def copied_share(name: str) -> float:
+def copied_share(name: str, gpus: int) -> float:
     """Of what the pruner has made, that stays beside them (`resident.spare`)."""
-    size = shape(name)
-    own = size["block"] * size["layers"]
+    size, kept = shape(name), kept_share(name, gpus)
+    own = size["block"] * size["layers"] / gpus
     # of a model that does not stay as a whole nothing is left
-    free = FREE - round(kept_share(name) * 2 * own)
+    free = FREE - round(kept * 2 * own)
     left = room(free, memory_limit() // 2, 2 * size["block"], 2 * 2 * size["head"])
     made = own * sum(packed_bytes())
-    return min(1.0, left / made) if kept_share(name) == 1.0 else 0.0
+    return min(1.0, left / made) if kept == 1.0 else 0.0
 
 
 def packed_bytes() -> list[float]:
     """Per weight of each copy that is made: a bit, and the share that is left."""
     sparsities = (S, *band(S, PrunerGradient().step))
     return [1 / 8 + 2 * (1 - sparsity) for sparsity in sparsities]
-
-
-def judging(station: Station, candidates: int) -> Station:
-    """The same of fewer candidates."""
-    sets = min(station.needs.sets, candidates)
-    counts = {"trajectories": candidates, "pruned": candidates, "sets": sets}
-    needs = replace(station.needs, **counts)
-    return replace(station, candidates=candidates, needs=needs)
 
 
 def station_cost(
@@ -400,16 +422,19 @@ def station_cost(
     model = build(name, CONFIGS[name]["num_hidden_layers"])
     blocks = find_blocks(model)
     limit = station_limit(station)
-    if station.probe == "PrunedLoss":  # the ranks share the candidates
-        station = judging(station, math.ceil(station.candidates / gpus))
-    need = footprint(model, blocks.modules, [station.needs], limit)
-    most = need.whole(station.samples, station.tokens)
-    if station.needs.sets > 1 and most > limit:  # `ProbeRunner.has_room`
-        station = replace(station, needs=replace(station.needs, sets=1))
-        need = footprint(model, blocks.modules, [station.needs], limit)
+    station = replace(station, gpus=gpus)
+    with imagined_ranks(gpus):
+        needs = make_probe(station, blocks, pruner).needs
+        need = footprint(model, blocks.modules, [needs], limit)
+        most = need.whole(station.samples, station.tokens)
+        if station.needs.sets > 1 and most > limit:  # `ProbeRunner.has_room`
+            station = replace(station, needs=replace(station.needs, sets=1))
+            needs = make_probe(station, blocks, pruner).needs
+            need = footprint(model, blocks.modules, [needs], limit)
     stay = stay and need.fixed <= limit
     whole = station.needs.single_batch
-    mine = station.samples if whole else math.ceil(station.samples / gpus)
+    judged = station.samples - station.pruning
+    mine = math.ceil(station.pruning / gpus) + math.ceil(judged / gpus)
     fits = need.kept_samples if station.in_parts else need.samples
     together = mine if whole else min(JOINED, mine, fits(station.tokens, limit))
     batches = math.ceil(mine / together)
@@ -418,7 +443,7 @@ def station_cost(
     if station.by_part:
         part = need.part(together, station.tokens, limit)
     cost = _extrapolated(name, station, pruner, together, batches)
-    moved = _moved(name, station, batches, stay)
+    moved = _moved(name, station, batches, stay, gpus)
     took = need.whole(together, station.tokens, part)
     return {
         "station": station.name,
@@ -453,14 +478,15 @@ def _along(found: dict[int, Cost], layers: int) -> Cost:
     return found[1].plus(found[2].plus(found[1], -1), layers - 1)
 
 
-def _moved(name: str, station: Station, batches: int, stay: bool) -> int:
+def _moved(name: str, station: Station, batches: int, stay: bool, gpus: int) -> int:
     """Bytes over the bus where the model is offloaded: blocks, embedding, head."""
     size = shape(name)
     weights, heads = size["layers"] * size["block"], 3 * size["head"]
-    visits = 2.0 if station.needs.backward else 1.0
+    # a rank's rows
+    visits = (2.0 if station.needs.backward else 1.0) / gpus
     if station.probe == "InputStatistics":  # which comes first
         heads = 2 * size["head"]
-    elif stay and (kept := kept_share(name)):
+    elif stay and (kept := kept_share(name, gpus)):
         visits, heads = visits * (1 - kept), 0  # they stay with the first block
     copies = 0.0
     if station.needs.kept_weights:
@@ -469,7 +495,9 @@ def _moved(name: str, station: Station, batches: int, stay: bool) -> int:
         copies = own + less + more
         if station.needs.backward:
             visits, copies = 0.0, copies + own + (less + more) / 2
-        copies *= 1 - copied_share(name)
+        copies *= (1 - copied_share(name, gpus)) / gpus
+    if station.needs.single_batch and gpus > 1:  # what it prunes comes as a whole
+        visits += size["most"]
     return round(batches * (2 * (visits * weights + heads) + copies * weights))
 
 
@@ -483,7 +511,7 @@ def _bus_seconds(station: str, moved: int, gpus: int) -> float:
 
 
 @cache
-def shape(name: str) -> dict[str, int]:
+def shape(name: str) -> dict[str, Any]:
     model = build(name, 1)
     linears = find_blocks(model).linears().values()
     return {
@@ -491,11 +519,14 @@ def shape(name: str) -> dict[str, int]:
         "block": sum(x.in_features * x.out_features for x in linears),
         "head": model.lm_head.in_features * model.lm_head.out_features,
         "widest": max(x.in_features for x in linears),
+        # of a block's weights, the share of the largest Linear
+        "most": max(x.weight.numel() for x in linears)
+        / sum(x.weight.numel() for x in linears),
     }
 
 
 def allocator_cost(name: str, gpus: int) -> dict[str, Any]:
-    """OWL, which reads every weight twice."""
+    """OWL, which reads every weight twice, each rank those of its blocks."""
     costs = {}
     for layers in (1, 2):
         model = build(name, layers)
@@ -509,8 +540,8 @@ def allocator_cost(name: str, gpus: int) -> dict[str, Any]:
             base_allocation(Owl(), blocks, sums, Budget.of(sizes, S, 0.95))
     size = shape(name)
     # the first read brings in what stays
-    reads = 2 - kept_share(name)
-    moved = round(2 * reads * size["layers"] * size["block"])
+    reads = 2 - kept_share(name, gpus) if gpus == 1 else 2
+    moved = round(2 * reads * size["layers"] * size["block"] / gpus)
     return {
         "station": "OWL",
         "runs": 1,
@@ -520,12 +551,14 @@ def allocator_cost(name: str, gpus: int) -> dict[str, Any]:
         "moved": moved,
         "bus seconds": _bus_seconds("OWL", moved, gpus),
         "statement": 0,
-        **_scaled(_along(costs, size["layers"]), 1),
+        **_scaled(_along(costs, size["layers"]), 1 / gpus),
     }
 
 
-def ranking_cost(name: str, pruner: Pruner) -> dict[str, Any]:
-    """Of all weights, once, while a station has them on the device."""
+def ranking_cost(name: str, pruner: Pruner, gpus: int) -> dict[str, Any]:
+    """
+    Of all weights, once, while a station has them on the device; each rank its rows.
+    """
     (block,) = build(name, 1).model.layers
     linears = [x for x in block.modules() if isinstance(x, torch.nn.Linear)]
     with tracing(dict(block.named_parameters())) as cost, torch.no_grad():
@@ -541,20 +574,26 @@ def ranking_cost(name: str, pruner: Pruner) -> dict[str, Any]:
         "moved": 0,
         "bus seconds": 0.0,
         "statement": 0,
-        **_scaled(cost, shape(name)["layers"]),
+        **_scaled(cost, shape(name)["layers"] / gpus),
     }
 
 
-def pruner_cost(name: str, pruner: str, samples: int, tokens: int) -> dict[str, Any]:
-    """llm-compressor's own work: two passes of all samples, observing, pruning."""
+def pruner_cost(
+    name: str, pruner: str, gpus: int, samples: int, tokens: int
+) -> dict[str, Any]:
+    """
+    llm-compressor's own work: two passes of all samples, observing, pruning. Of several
+    ranks each takes its samples and its Linears, as `pruners.ranks` shares them out.
+    """
     model = build(name, 1)
     (block,) = model.model.layers
     with tracing(dict(model.named_parameters())) as forward:
         ids = torch.ones(1, tokens, dtype=torch.long, device="meta")
         with torch.no_grad():
             model.model(input_ids=ids)
-    observe, prune = Cost(), Cost()
-    for module in (m for m in block.modules() if isinstance(m, torch.nn.Linear)):
+    observe, pruning, link = Cost(), [], 0.0
+    modules = [m for m in block.modules() if isinstance(m, torch.nn.Linear)]
+    for module in modules:
         x = torch.ones(1, tokens, module.in_features, device="meta").bfloat16()
         with (
             tracing(dict(module.named_parameters()), {"x": x}) as cost,
@@ -575,10 +614,14 @@ def pruner_cost(name: str, pruner: str, samples: int, tokens: int) -> dict[str, 
             torch.no_grad(),
         ):
             _prune(pruner, module, seen)
-        prune = prune.plus(cost)
+        pruning.append((seen.numel(), cost))
+        link += seen.nbytes + module.weight.nbytes
     size = shape(name)
     each = forward.plus(forward).plus(observe)
-    total = Cost().plus(prune.plus(each, samples), size["layers"])
+    prune = _longest(pruning, gpus)
+    if gpus > 1:
+        prune.seconds["links"] = link / RATES.link
+    total = Cost().plus(prune.plus(each, math.ceil(samples / gpus)), size["layers"])
     moved = 2 * 2 * size["layers"] * size["block"]
     return {
         "station": f"{pruner} itself",
@@ -591,6 +634,22 @@ def pruner_cost(name: str, pruner: str, samples: int, tokens: int) -> dict[str, 
         "statement": 0,
         **_scaled(total, 1),
     }
+
+
+def _longest(pruning: list[tuple[int, Cost]], gpus: int) -> Cost:
+    """
+    Of the rank with the most to prune.
+
+    :param pruning: of every Linear the size of its statistics, and its cost
+    """
+    _, _, owners = greedy_bin_packing(
+        list(range(len(pruning))), gpus, lambda i: pruning[i][0]
+    )
+    shares = [
+        reduce(Cost.plus, (pruning[i][1] for i, own in owners.items() if own == one))
+        for one in set(owners.values())
+    ]
+    return max(shares, key=lambda cost: cost.total)
 
 
 def _prune(pruner: str, module: torch.nn.Linear, seen: torch.Tensor) -> None:
@@ -617,7 +676,7 @@ def model_rows(
     for station in stations:
         stay = all(row["stay"] for row in rows[1:])  # statistics come before them
         rows.append(station_cost(name, station, kind, gpus, stay))
-    rows[1:1] = [allocator_cost(name, gpus), ranking_cost(name, kind)]
+    rows[1:1] = [allocator_cost(name, gpus), ranking_cost(name, kind, gpus)]
     for row in rows:
         row |= {"model": name, "pruner": pruner, "gpus": gpus}
     return rows
@@ -639,9 +698,9 @@ def main() -> None:
     result = []
     for name in options.models:
         for pruner in options.pruners:
-            itself = pruner_cost(name, pruner, options.samples, options.seq_len)
             for gpus in options.gpus:
-                rows = model_rows(name, pruner, gpus, options.samples, options.seq_len)
+                what = (name, pruner, gpus, options.samples, options.seq_len)
+                rows, itself = model_rows(*what), pruner_cost(*what)
                 result.append({"rows": rows, "itself": itself, "gpus": gpus})
     print(json.dumps(result, indent=1) if options.json else tables(result))
 
@@ -652,12 +711,13 @@ def tables(result: list[dict[str, Any]]) -> str:
 
 def _table(rows: list[dict[str, Any]], itself: dict[str, Any], gpus: int) -> str:
     first = rows[0]
-    pruning = _seconds(itself) / gpus
+    pruning = _seconds(itself)
     lines = [
         f"{first['model']}, {first['pruner']}, {gpus} GPU{'s' * (gpus > 1)}:",
         "",
         "| station | runs | samples a GPU | batches | resident, s | onloads, s "
-        "| products, factors, traffic, sorts, launches, s | GiB live | GiB stated |",
+        "| products, factors, traffic, sorts, launches, links, s | GiB live "
+        "| GiB stated |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -666,7 +726,7 @@ def _table(rows: list[dict[str, Any]], itself: dict[str, Any], gpus: int) -> str
         split = [
             *(parts.get(key, 0) for key in ("products", "factors", "traffic")),
             sorts,
-            parts.get("launches", 0),
+            *(parts.get(key, 0) for key in ("launches", "links")),
         ]
         lines.append(
             f"| {row['station']} | {row['runs']} | {row['samples']} × {row['tokens']} "

@@ -36,6 +36,7 @@ class Rates:
     select: float = 5e9  # elements/s of kthvalue, a row per thread block
     bus: float = 10e9  # B/s from pageable host memory
     locked: float = 40e9  # B/s through page-locked memory, one tensor after another
+    link: float = 200e9  # B/s that a GPU receives of the others of its node
 
 
 RATES = Rates()
@@ -49,7 +50,7 @@ class Cost:
     """
     :param count: "launches", "syncs", "FLOP", "bytes", "sorted", "selected"
     :param seconds: by what takes the time: "launches", "products", "factors",
-        "traffic", "sorts", "selections"
+        "traffic", "sorts", "selections", "links"
     :param peak: bytes alive at once, of what was not there before
     """
 

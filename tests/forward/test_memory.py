@@ -5,14 +5,20 @@ import pytest
 import torch
 from compressed_tensors.offload import set_onload_device
 from helpers import tiny
+from helpers.benchmarks import imported
 from helpers.fake_accelerator import fake_accelerator
 from helpers.live_bytes import live_bytes
-from helpers.probes import PROBES, place, run
+from helpers.probes import PROBES, Place, place, run
 
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.cpu import bfloat16_is_slow
 from absorb_plugin.forward.memory import Footprint, footprint, limit_by_machine
-from absorb_plugin.forward.probe import Needs
+from absorb_plugin.forward.probe import Needs, Probe
+from absorb_plugin.judges import MaskedLoss
+from absorb_plugin.pruners import PRUNERS
+from absorb_plugin.pruners.weights import MaskedSlopes, MaskedWeights
+from absorb_plugin.signals.gradient import GradientProbe
+from absorb_plugin.signals.pruned_model import PrunedModel
 
 GIB = 2**30
 bfloat16_is_slow()  # tried out once, and that is no part of any run
@@ -52,6 +58,61 @@ def test_a_run_keeps_to_its_memory(which: str, shape: str) -> None:
             run(model, [batch], probe, memory=limit)
         shares.append(live.peak / limit)
     assert max(shares) <= 1
+
+
+def joined_slopes(where: Place) -> Probe:
+    masks = MaskedWeights(
+        where.blocks, PRUNERS["wanda"]().masks, where.statistics, joined=True
+    )
+    return GradientProbe(
+        where.blocks, MaskedSlopes(where.blocks, masks, where.flat(), 0.1)
+    )
+
+
+def joined_masks(where: Place) -> Probe:
+    masks, candidates = PRUNERS["wanda"]().masks, where.candidates()
+    return MaskedLoss(where.blocks, masks, where.statistics, candidates, joined=True)
+
+
+def joined_copies(where: Place) -> PrunedModel:
+    made = PrunedModel(where.blocks, PRUNERS["sparsegpt"](), where.flat(), 0.1)
+    made.joined = True
+    return made
+
+
+def joined_copies_slopes(where: Place) -> Probe:
+    made = joined_copies(where)
+    run(where.model, [tiny.make_batch(4, 8)], made)
+    return GradientProbe(where.blocks, made.result())
+
+
+JOINED = {
+    "slopes": joined_slopes,
+    "masks": joined_masks,
+    "pruned": joined_copies,
+    "pruned slopes": joined_copies_slopes,
+    "judge": PROBES["pruner of sparsegpt"].make,
+}
+
+
+@pytest.mark.parametrize("shape", ["states", "weights", "experts", "halves"])
+@pytest.mark.parametrize("which", list(JOINED))
+def test_a_rank_keeps_to_its_memory(which: str, shape: str) -> None:
+    fields, tokens = SHAPES[shape]
+    model = tiny.make_model("qwen3_moe" if shape == "experts" else "llama", **fields)
+    if shape == "halves":
+        model = model.half()
+    batch = tiny.make_batch(4, tokens)
+    with imported("imagined_ranks") as script, script.imagined_ranks(4) as ranks:
+        where = place(model, batch)
+        probe = JOINED[which](where)
+        need = footprint(model, where.blocks.modules, [probe.needs], memory=1)
+        limit = (need.fixed + 4 * need.sample(tokens)) * 16 // 11
+        before = sum(ranks.received.values())
+        with live_bytes(model, where.statistics, batch) as live:
+            run(model, [batch], probe, memory=limit)
+        assert sum(ranks.received.values()) > before
+    assert live.peak <= limit
 
 
 def test_samples_at_a_time() -> None:

@@ -11,6 +11,7 @@ from accelerate import dispatch_model
 from compressed_tensors.offload import set_onload_device
 from compressed_tensors.offload.convert import from_accelerate
 from helpers import tiny
+from helpers.benchmarks import imported
 from helpers.fake_accelerator import FakeDevice, fake_accelerator, on_host
 from helpers.probes import PROBES, numbers, place
 from torch.nn import Module
@@ -25,6 +26,7 @@ from absorb_plugin.forward.resident import (
     RESERVE,
     Kept,
     kept_onloaded,
+    own_rows,
     release,
     room,
     spare,
@@ -470,3 +472,34 @@ def test_what_is_left_for_them(
         there = sum(map(bytes_of, outside(offloaded)))
         assert abs(spare(offloaded, blocks.modules, MEMORY) - before - there) <= 34
     assert spare(tiny.make_model("llama"), blocks.modules, MEMORY) == 0
+
+
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_a_rank_onloads_its_rows_alone(
+    blocks: int,
+    device: FakeDevice,
+    offloaded: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = find_blocks(offloaded)
+    linear = found.blocks[1].linears["mlp.down_proj"]
+    with imported("imagined_ranks") as script, script.imagined_ranks(4):
+        quarter = linear.weight.detach().to("cpu")[: len(linear.weight) // 4]
+        # of each of these a rank's rows are a quarter
+        room = 4 * blocks if blocks else 0
+        set_room(offloaded, min(room, len(found)), monkeypatch)
+        with kept_onloaded(offloaded, found.modules, MEMORY, rows=True) as kept:
+            assert kept == (len(found) if blocks else 0)
+            with counted(device) as log:
+                first = own_rows(linear)
+            assert log["bytes"] == quarter.nbytes
+            with counted(device) as log:
+                second = own_rows(linear)
+            assert log["bytes"] == (0 if blocks else quarter.nbytes)
+            assert release(offloaded) == bool(blocks)
+        with counted(device) as log:
+            third = own_rows(linear)
+        assert log["bytes"] == quarter.nbytes
+    for one in (first, second, third):
+        assert one.device == torch.device("fake:0")
+        assert torch.equal(on_host(one), quarter)

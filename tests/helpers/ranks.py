@@ -7,22 +7,29 @@ of llm-compressor serves all of them, and each writes what it found.
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from compressed_tensors.offload.convert import from_accelerate
 from llmcompressor.core import reset_session
 from torch import distributed
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.calibration import pad_to_batch, read_batches
 from absorb_plugin.forward import runner
 from absorb_plugin.hookspecs import hookimpl
+from absorb_plugin.judges import PrunedLoss
 from absorb_plugin.plugins import manager
+from absorb_plugin.signals.gradient import GradientProbe
+from absorb_plugin.signals.pruned_model import PrunedModel
 from helpers import runs, tiny
 
 WORLDS = (1, 2, 3)
@@ -52,6 +59,17 @@ ALLOCATIONS: dict[str, dict[str, Any]] = {
     },
     "pruner": {"signal": "pruner", "kind": "sparsegpt", "level": "part"},
     "alpha": {"allocator": "alpha_pruning", "granularity": "linear"},
+    "offloaded": {"kind": "sparsegpt", "probe_tokens": 8, "offload": True},
+    "lsa": {"allocator": "lsa", "granularity": "linear"},
+    # more ranks than samples of any kind
+    "few": {
+        "kind": "sparsegpt",
+        "signal_samples": 1,
+        "search_samples": 1,
+        "confirm_samples": 2,
+        "statistics_samples": 1,
+        "probe_tokens": 16,
+    },
     "experts": {"architecture": "qwen3_moe", "statistics_samples": 3},
 }
 # how the samples are shared out: number of ranks -> bounds of contiguous shards
@@ -107,8 +125,14 @@ def allocate(fields: dict[str, Any], loader: Sequence[Any]) -> dict[str, Any]:
         fields.pop("architecture", "llama"), seed=fields.pop("seed", 0)
     )
     kind = fields.pop("kind", "wanda")
-    fields = {"signal_samples": 5, "search_samples": 4} | fields
-    found = runs.allocate(model, read_batches(loader), 0.6, kind, **fields)
+    with ExitStack() as stack:
+        if fields.pop("offload", False) and distributed.is_initialized():
+            model = offload_to_host(model)
+            # as on an accelerator, where they are not on the device
+            away = patch.object(runner, "is_offloaded", lambda module: True)
+            stack.enter_context(away)
+        fields = {"signal_samples": 5, "search_samples": 4} | fields
+        found = runs.allocate(model, read_batches(loader), 0.6, kind, **fields)
     noise, search, confirmed = found.noise, found.search, found.confirmed
     return {
         "targets": list(found.linear_sparsities().values()),
@@ -139,6 +163,46 @@ def kept(world: int, rank: int, folder: Path) -> list[dict[str, Any]]:
     second = allocate(fields, shard("unequal", world, rank))
     runner.run_probes = measure
     return [first, second]
+
+
+def in_step(world: int, rank: int, folder: Path) -> dict[str, Any]:
+    """Allocations on whose way one rank is in trouble, and what it says of failures."""
+    mine, last = shard("unequal", world, rank), rank == world - 1
+    found: dict[str, Any] = {}
+    pruner, confirmed = ALLOCATIONS["pruner"], ALLOCATIONS["confirmed"]
+    for name, (probe, step, fields) in {
+        "no room for slopes": (GradientProbe, "_backward", ALLOCATIONS["gradient"]),
+        "no room for pruned slopes": (GradientProbe, "enter", pruner),
+        "no room to judge": (PrunedLoss, "leave", confirmed),
+        "no room to prune": (PrunedModel, "leave", pruner),
+    }.items():
+        error = torch.OutOfMemoryError("it is full")
+        with fails_once(probe, step, error if last else None):
+            found[name] = allocate(fields, mine)
+    for name, probe in {"slopes": GradientProbe, "judge": PrunedLoss}.items():
+        with fails_once(probe, "leave", ValueError("no way") if last else None):
+            found[name] = _error(lambda: allocate(confirmed, mine))
+
+    fields = {**pruner, "profile_cache": folder / f"own{world}-{rank}"}
+    first = allocate(fields, mine)
+    if last:
+        shutil.rmtree(fields["profile_cache"])
+    found["kept by some"] = [first, allocate(fields, mine)]
+    return found
+
+
+@contextmanager
+def fails_once(kind: type, name: str, error: Exception | None) -> Iterator[None]:
+    """Within the context a method fails where it is called the second time."""
+    original, calls = getattr(kind, name), iter([None, error])
+
+    def method(*args: Any, **kwargs: Any) -> Any:
+        if (trouble := next(calls, None)) is not None:
+            raise trouble
+        return original(*args, **kwargs)
+
+    with patch.object(kind, name, method):
+        yield
 
 
 def failures(world: int, rank: int, folder: Path) -> dict[str, str]:
@@ -214,9 +278,8 @@ def prune(
         report_dir=directory / "report",
         reduce_pruner_statistics=reduce_pruner_statistics,
     )
-    if offload:  # as load_offloaded_model does, which wants an accelerator
-        model = model.to("meta") if rank else model
-        from_accelerate(model)
+    if offload:
+        model = offload_to_host(model)
     pruner = runs.pruner(kind)
     observer = Observer()
     manager().register(observer)
@@ -237,6 +300,13 @@ def prune(
     }
 
 
+def offload_to_host(model: PreTrainedModel) -> PreTrainedModel:
+    """As load_offloaded_model does, which wants an accelerator."""
+    model = model.to("meta") if distributed.get_rank() else model
+    from_accelerate(model)
+    return model
+
+
 def run_rank(rank: int, world: int, folder: Path) -> None:
     if world > 1:
         store = f"file://{folder}/store{world}"
@@ -245,6 +315,7 @@ def run_rank(rank: int, world: int, folder: Path) -> None:
     found["kept"] = kept(world, rank, folder)
     if world > 1:
         found["failures"] = failures(world, rank, folder)
+        found["in step"] = in_step(world, rank, folder)
     (folder / f"{world}-{rank}.json").write_text(json.dumps(found))
     torch.save(prunings(world, rank, folder), folder / f"{world}-{rank}.pt")
     if world > 1:
