@@ -3,7 +3,7 @@ The method on one screen: calibration batches -> statistics -> base allocation -
 -> correction, judged on held-out samples -> confirmed by the pruner's own arithmetic.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -84,9 +84,14 @@ def allocate(
     """
     check_ids(model, batches)
     cap = budget_of(blocks, sparsity, settings, pruner)
+    if cap.sparsity < sparsity:
+        logger.info(
+            f"max_sparsity and limits leave {cap.sparsity:.4f} of the sparsity "
+            f"{sparsity:g}, the most that max_loss_increase may find"
+        )
     budget = with_present_zeros(cap, blocks, pruner, {})
     method = Method(model, blocks, batches, pruner=pruner, settings=settings)
-    if pruner.keeps_zeros and (seen := method.setting.statistics):
+    if pruner.zeroes_unused and (seen := method.setting.statistics):
         budget = with_present_zeros(cap, blocks, pruner, seen)
     search, confirmed, quality = None, None, None
     with method.setting.runner.kept_onloaded():
@@ -293,5 +298,9 @@ class Method:
             sums, tokens = masked_loss(self.setting, [nothing, *uniform])
             return [gain(one, sums[0], tokens)[0] for one in sums[1:]]
 
+        rivals: dict[str, Callable[[float], np.ndarray]] = {
+            "base": lambda sparsity: self.base(budget.at(sparsity)).sparsity,
+            "uniform": lambda sparsity: budget.at(sparsity).uniform(),
+        }
         upper, least = budget.sparsity, budget.least()
-        return largest_budget(bound, upper, at, increase, scan, least)
+        return largest_budget(bound, upper, at, increase, scan, least, rivals)

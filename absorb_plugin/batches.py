@@ -12,14 +12,16 @@ __all__ = ["as_tensors"]
 IDS, MASK = "input_ids", "attention_mask"
 # Made by a trainer or a generation loop: of all tokens, whichever samples they are of.
 OF_NO_SAMPLE = ("cache_position", "num_items_in_batch")
+# One entry per token, which llm-compressor's collator does not cut with the ids.
+PER_TOKEN = ("position_ids", "special_tokens_mask", "token_type_ids")
 
 
 def as_tensors(batch: object) -> dict[str, torch.Tensor]:
     """
     Token ids of any integer type as int64, lists and numpy arrays as tensors, one
     sample without a batch dimension as a batch of one; positions that all samples share
-    are repeated. What is no number, such as the text itself, and single numbers, which
-    are of no sample, are left out.
+    are repeated, and what goes by token is cut where the ids were. What is no number,
+    such as the text itself, and single numbers, which are of no sample, are left out.
 
     :return: "input_ids" of shape (batch, tokens) and whatever else there is
     :raises ValueError: naming the field and the remedy
@@ -38,6 +40,8 @@ def as_tensors(batch: object) -> dict[str, torch.Tensor]:
         if tensor is not None and tensor.dim():
             tensor = tensor[None] if ids.dim() == 1 == tensor.dim() else tensor
             found[name] = _of_every_sample(tensor, found[IDS])
+            if name in PER_TOKEN and tensor.dim() == 2:
+                found[name] = found[name][:, : found[IDS].shape[1]]
     if MASK in found and found[MASK].dim() == 2:
         found[MASK] = _mask(found[MASK], found[IDS])
     return found

@@ -237,6 +237,14 @@ def _blocks(
     counts = Counter(
         _weight(linear) for block in stack for linear in _linears(block).values()
     )
+    inside = {module for block in stack for module in block.modules()}
+    # the embedding's, or the head's
+    counts.update(
+        id(parameter)
+        for module in names
+        if module not in inside
+        for parameter in stored(module._parameters).values()
+    )
     blocks, shared = [], set()
     for block in stack:
         routers = _routers(block)

@@ -361,7 +361,8 @@ def cut_tokens(
         digest = hashlib.sha256(salt.encode() + content).digest()
         offset = int.from_bytes(digest[:8], "big") % (room + 1)
     places = real[offset : offset + length].clone()
-    if first:
+    # without a mask positions that jump tell a model that another text begins
+    if first and ("position_ids" not in sample or "attention_mask" in sample):
         places[0] = real[0]
     return {
         name: tensor[:, places.to(tensor.device)]

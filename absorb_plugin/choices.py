@@ -81,6 +81,10 @@ def budget_of(
     :raises ValueError: if max_sparsity and limits leave it out of reach
     """
     low, high = bounds_of(blocks, settings.limits, settings.max_sparsity)
+    if settings.max_loss_increase is not None:  # it is but the most
+        sizes = linear_sizes(blocks)
+        most = float(sizes @ np.minimum(high, settings.max_sparsity) / sizes.sum())
+        sparsity = min(sparsity, most)
     cap = Budget.of(linear_sizes(blocks), sparsity, settings.max_sparsity)
     budget = cap.within(low, high)
     # elsewhere Linears stay equal, and a number's step exactly as long as it says

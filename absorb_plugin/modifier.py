@@ -162,7 +162,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         self._recipe = recipe_text()  # before anything in it is changed
         adapter.warn_of_other_weights(self._blocks)
         self._pruners = adapter.find_pruners(
-            self, state.model, self._blocks, self.ignore, self.max_sparsity
+            self, state.model, self._blocks, self.ignore, self.highest_sparsity()
         )
         self._count_reports_before()
         check_matched(self.limits, [found.blocks for found in self._pruners])

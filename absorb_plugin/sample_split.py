@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from loguru import logger
+
 from absorb_plugin import distributed
 from absorb_plugin.calibration import (
     Batch,
@@ -55,6 +57,8 @@ class SampleSplit:
     others measure. Signals and judges see windows from anywhere in a sample, not its
     beginning, which chat templates and system prompts make alike.
 
+    What is held out once is held out with all its copies.
+
     With fewer than four samples the confirmation shares those of the search.
 
     Under torch.distributed every rank holds all samples and makes the same choices.
@@ -82,9 +86,11 @@ class SampleSplit:
         samples = sort_samples(single_samples(batches, by_loss))
         check_alike(samples)
         self._first = _same_first_token(samples)
-        search, confirm = _held_out(samples, effort) if judged else ([], [])
-        out = {id(sample) for sample in [*search, *confirm]}
-        self._measuring = [sample for sample in samples if id(sample) not in out]
+        search, confirm = [], []
+        if judged:
+            search, confirm = _held_out(_distinct(samples), effort)
+        out = {sample_key(sample) for sample in [*search, *confirm]}
+        self._measuring = [one for one in samples if sample_key(one) not in out]
         self.statistics = evenly_spaced(self._measuring, effort.statistics)
         self._pruning_tokens = pruning_tokens or 0
         self.pruning = [] if pruning_tokens is None else self.next_pruning()
@@ -93,6 +99,10 @@ class SampleSplit:
         least = max(map(count_tokens, self.pruning), default=0)
         confirm = self._judged(confirm, effort.confirm, "confirm", least)
         self.confirm = confirm or self.search
+        longest = max(map(count_tokens, self.confirm), default=0)
+        if self.pruning and longest > least:
+            # in that batch they would be padded, and experts would see it
+            self.pruning = self._pruning_windows(len(self.pruning), longest)
 
     def next_signal(self) -> list[dict]:
         """Other samples in every round, as far as there are any, and other windows."""
@@ -204,6 +214,26 @@ def _held_out(samples: Sequence[dict], effort: Effort) -> tuple[list[dict], list
         [sample for sample in chosen if id(sample) not in by_turn],
         [sample for sample in chosen if id(sample) in by_turn],
     )
+
+
+def _distinct(samples: Sequence[dict]) -> Sequence[dict]:
+    """
+    One of each; all, if that would leave none to measure by.
+
+    :param samples: sorted
+    """
+    distinct = list({sample_key(sample): sample for sample in samples}.values())
+    if len(distinct) < len(samples):
+        logger.warning(
+            f"{len(samples) - len(distinct)} of {len(samples)} calibration samples are "
+            "copies of others, and tell nothing new"
+        )
+    if len(distinct) == 1 < len(samples):
+        raise ValueError(
+            f"all {len(samples)} calibration samples are the same, so that none can be "
+            "held out to judge by: give text that differs, or strength as a number"
+        )
+    return distinct
 
 
 def _same_first_token(samples: Sequence[Batch]) -> bool:

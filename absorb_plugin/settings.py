@@ -161,10 +161,11 @@ class AllocationSettings(BaseModel):
     def validate_quality(self) -> "AllocationSettings":
         if self.max_loss_increase is None:
             return self
-        if self.strength != "auto" or self.confirm_samples == 0:
+        if self.strength != "auto" or self.measuring().confirm < 2:
             raise ValueError(
-                "max_loss_increase is kept by judging allocations on held-out samples: "
-                "leave strength at 'auto' and confirm_samples above 0"
+                "max_loss_increase is kept by judging allocations on held-out samples, "
+                "with a margin of one standard error: leave strength at 'auto', and "
+                "confirm_samples out or at 2 or more"
             )
         if self.signal == "noise":
             raise ValueError(
@@ -172,6 +173,12 @@ class AllocationSettings(BaseModel):
                 "budget: leave signal at 'auto'"
             )
         return self
+
+    def highest_sparsity(self) -> float:
+        """
+        What is asked for may not be above. Where a loss is the aim it is but the most.
+        """
+        return self.max_sparsity if self.max_loss_increase is None else 1.0
 
     def cache_directory(self) -> str | None:
         """Where measurements are kept."""

@@ -118,6 +118,19 @@ def test_a_weight_of_two_linears_is_nobodys(
     assert any("2 Linears share their weight with another" in one for one in warnings)
 
 
+@pytest.mark.parametrize("outside", ["lm_head", "embed_tokens"])
+def test_a_weight_of_the_head_is_no_blocks(
+    outside: str, llama: PreTrainedModel, warnings: list[str]
+) -> None:
+    own = llama.model.layers[1].self_attn.q_proj
+    other = torch.nn.Linear(own.in_features, own.out_features, bias=False)
+    llama.model.layers[1].self_attn.q_proj = other
+    home = llama if outside == "lm_head" else llama.model
+    getattr(home, outside).weight = other.weight
+    assert len(find_blocks(llama).linears()) == 20
+    assert any("1 Linears share their weight" in one for one in warnings)
+
+
 def test_attention_beside_experts_is_no_router(llama: PreTrainedModel) -> None:
     """Experts may lie in the block itself, where sizes alone could deceive."""
     layer = llama.model.layers[0]

@@ -12,6 +12,7 @@ from absorb_plugin.calibration import (
     calibrating,
     cut_tokens,
     evenly_spaced,
+    has_media,
     interleaved,
     join_samples,
     pad_to_batch,
@@ -67,6 +68,26 @@ def test_what_is_no_tensor_is_left_out() -> None:
     batch = {**tiny.make_batch(), "text": ["a", "b", "c"]}
     (cached,) = read_batches([batch])
     assert cached.keys() == {"input_ids", "attention_mask"}
+
+
+def test_what_goes_by_token_is_cut_where_the_ids_were() -> None:
+    """llm-compressor's collator cuts ids and mask alone."""
+    batch = tiny.make_batch(3, 16)
+    uncut = torch.arange(20).expand(3, -1)
+    for name in ("token_type_ids", "special_tokens_mask", "position_ids"):
+        (read,) = read_batches([{**batch, name: uncut}])
+        assert read[name].shape == (3, 16) and not has_media(read)
+        assert torch.equal(read[name], uncut[:, :16])
+
+
+def test_a_window_of_positions_does_not_jump() -> None:
+    """Without a mask it would be another text to the model."""
+    ids = torch.arange(40)[None]
+    plain = {"input_ids": ids, "position_ids": ids}
+    window = cut_tokens(plain, 8, "somewhere", first=True)["position_ids"][0]
+    assert window.diff().eq(1).all() and window[0] > 0
+    masked = {**plain, "attention_mask": torch.ones_like(ids)}
+    assert cut_tokens(masked, 8, "somewhere", first=True)["position_ids"][0, 0] == 0
 
 
 def test_split_and_join_are_inverse() -> None:

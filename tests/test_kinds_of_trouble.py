@@ -596,6 +596,27 @@ def test_features_that_are_always_zero_count() -> None:
     assert not found.low[1:].any()
 
 
+def test_features_that_nothing_uses_count(tmp_path: Path) -> None:
+    """Neurons that were removed: SparseGPT zeroes the columns that read them."""
+    model = tiny.make_model("llama")
+    for layer in model.model.layers:
+        for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            linear.weight.data[:30] = 0
+    recipe = [runs.absorption(), runs.pruner("sparsegpt", sparsity=0.5)]
+    runs.run(model, recipe, tmp_path)
+    assert realised(model) == pytest.approx(0.5, abs=2e-3)
+
+
+def test_a_model_is_pruned_twice_alike(tmp_path: Path) -> None:
+    model = tiny.make_model("llama", hidden_size=128, intermediate_size=128)
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        ours = runs.absorption(allocator="uniform", strength=0)
+        recipe = [ours, runs.pruner("sparsegpt", sparsity=0.5)]
+        runs.run(model, recipe, tmp_path / name)
+        assert 0.5 < realised(model) < 0.5003
+
+
 # --- zeros that are filled -------------------------------------------------------
 
 

@@ -36,7 +36,7 @@ def test_limits_hold_in_the_pruned_model(
     for name, share in zeros.items():
         if name.endswith("down_proj"):
             assert 0.05 < share <= 0.31
-    assert zeros[first] <= 0.05  # SparseGPT zeroes one weight per group of columns
+    assert zeros[first] == 0 and first not in pruner.targets
     total = sum(x.weight.numel() for x in linears.values())
     met = sum(zeros[n] * x.weight.numel() for n, x in linears.items()) / total
     assert met == pytest.approx(0.6, abs=0.03)
@@ -126,6 +126,21 @@ def test_a_bound_on_the_loss_goes_no_lower_than_limits_let_it() -> None:
     assert least < found(0.3) < 0.6
     with pytest.raises(ValueError, match=r"at a sparsity of 0\.24.*lower limits"):
         found(0.1)
+
+
+def test_of_a_bound_on_the_loss_the_sparsity_is_but_the_most() -> None:
+    model, batch = tiny.make_model("llama"), tiny.make_batch(12, 16)
+    fields = {"strength": "auto", "allocator": "uniform", "effort": "quick"}
+    limits = {"re:.*mlp.*": (0.0, 0.2)}
+    with pytest.raises(ValueError, match=r"sparsity=0\.8 cannot be met"):
+        runs.allocate(model, [batch], 0.8, rounds=1, limits=limits, **fields)
+    found = runs.allocate(
+        model, [batch], 0.8, rounds=1, limits=limits, max_loss_increase=9.0, **fields
+    )
+    sizes = {n: x.weight.numel() for n, x in find_blocks(model).linears().items()}
+    most = sum((0.2 if "mlp" in n else 0.9) * size for n, size in sizes.items())
+    assert found.budget.sparsity == pytest.approx(most / sum(sizes.values()))
+    assert found.achieved() == pytest.approx(found.budget.sparsity)
 
 
 def test_no_limits_change_nothing() -> None:

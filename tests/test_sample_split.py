@@ -142,7 +142,7 @@ def test_windows_are_pieces_from_anywhere() -> None:
         # of fewer samples than asked for: longer windows, so that tokens are as many
         ("search", found.search, 16),
         ("confirm", found.confirm, 13),
-        ("pruning", found.pruning, 8),
+        ("pruning", found.pruning, 13),  # in one batch with those
         ("signal", [window for _ in range(3) for window in found.next_signal()], 8),
     ):
         for window in windows:
@@ -152,6 +152,18 @@ def test_windows_are_pieces_from_anywhere() -> None:
     for name, places in starts.items():
         assert len(set(places)) > 2 and max(places) > 16, name
     assert all(one["input_ids"].shape[1] == 40 for one in found.statistics)
+
+
+def test_copies_of_what_is_held_out_measure_nothing(warnings: list[str]) -> None:
+    samples = [sample(i % 12, 40) for i in range(36)]
+    found = split(samples, search=3, confirm=3)
+    assert any("24 of 36 calibration samples are copies" in one for one in warnings)
+    judging = set(numbers([*found.search, *found.confirm]))
+    measuring = numbers(found.in_turn())
+    assert len(judging) == 4 and not judging & set(measuring)
+    assert len(measuring) == 3 * (12 - 4)
+    with pytest.raises(ValueError, match="all 5 calibration samples are the same"):
+        split([sample(0, 40) for _ in range(5)])
 
 
 def test_a_sample_gives_other_windows_in_other_rounds() -> None:

@@ -68,7 +68,7 @@ def allocate_model(
     :param pruner: name of the pruner that it is for, with its default settings
     :raises ValueError: if there are no samples, and they are needed
     """
-    check_budget(sparsity, settings.max_sparsity)
+    check_budget(sparsity, settings.highest_sparsity())
     with set_up(model, settings) as blocks:
         if samples is None:
             return _allocate_by_weights(model, blocks, sparsity, pruner, settings)

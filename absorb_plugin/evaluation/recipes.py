@@ -60,7 +60,7 @@ class RecipeWishes:
             fields = AllocationSettings.model_fields
             raise ValueError(in_words(error, fields)) from error
         settings.base_allocator()
-        check_budget(self._budget(), settings.max_sparsity)
+        check_budget(self._budget(), settings.highest_sparsity())
 
     def text(self, model: PreTrainedModel) -> str:
         """

@@ -71,13 +71,15 @@ class PrunerAdapter:
     def set_sparsities(self, sparsities: Mapping[str, float]) -> None:
         """
         Replace the scalar `sparsity` by a list in the module order of the targets.
-        Where a target holds Linears of unequal sparsity, the targets become the full
-        names of the Linears. Both fields are saved in recipe.yaml, so the run can be
-        replayed without us.
+        Where a target holds Linears of unequal sparsity, or some are to stay dense, the
+        targets become the full names of the Linears that are pruned. Both fields are
+        saved in recipe.yaml, so the run can be replayed without us.
 
         :param sparsities: full name of a Linear -> target, for all of `blocks`
         """
         modifier = self.modifier
+        if min(sparsities.values()) == 0 < max(sparsities.values()):
+            return self._set_by_name(sparsities)
         values: list[float] = []
         for name, layer in self.layers.items():
             inside = {
@@ -98,10 +100,11 @@ class PrunerAdapter:
 
     def _set_by_name(self, sparsities: Mapping[str, float]) -> None:
         modifier = self.modifier
+        # with a target of 0.0 SparseGPT still zeroes a weight per column block
         model_order = {
             name: layer
             for name, layer in _linears_of(self.layers).items()
-            if name in sparsities or name in self.named
+            if sparsities.get(name) or name in self.named
         }
         modifier.targets = list(model_order)
         modifier._target_layers = model_order

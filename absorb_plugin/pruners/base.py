@@ -71,11 +71,20 @@ class Pruner:
         """Whether it refuses to leave a Linear with fewer zeros than it has."""
         return False
 
-    def present(self, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def zeroes_unused(self) -> bool:
+        """Whether weights of a feature that is always zero go, whatever is asked."""
+        return False
+
+    def present(
+        self, zero: torch.Tensor, unused: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Zeros in the parts of a weight that are pruned each to the same sparsity.
 
         :param zero: True where a weight is zero before, (out_features, in_features)
+        :param unused: True where a feature is always zero, (in_features,), of a pruner
+            that `zeroes_unused`
         :return: share of zeros of every part, and its number of weights: (parts,)
         """
         raise NotImplementedError
@@ -164,7 +173,9 @@ class MaskPruner(Pruner):
         ]
         return torch.cat(found)
 
-    def present(self, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def present(
+        self, zero: torch.Tensor, unused: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         parts = zero if self.by_row else zero.reshape(1, -1)
         sizes = torch.full((len(parts),), parts.shape[1])
         return parts.float().mean(dim=1), sizes

@@ -35,11 +35,13 @@ def with_present_zeros(
     """
     zeros, shares = [], []
     for name, linear in blocks.linears().items():
-        zero = linear.weight.detach() == 0
-        if pruner.keeps_zeros and name in statistics:
-            zero |= (statistics[name] == 0).to(zero.device)
-        parts, sizes = pruner.present(zero)
+        zero, unused = linear.weight.detach() == 0, None
+        if pruner.zeroes_unused and name in statistics:
+            unused = (statistics[name] == 0).to(zero.device)
+        parts, sizes = pruner.present(zero, unused)
         zeros.append(LinearZeros.of(parts.cpu().double().numpy(), sizes.numpy()))
+        if unused is not None:
+            zero |= unused
         shares.append(float(zero.count_nonzero()) / zero.numel())
     present = PresentZeros(zeros)
     if max(shares) == 0 or (max(shares) < FEW and not pruner.keeps_zeros):

@@ -77,17 +77,29 @@ class SparseGPT(Pruner):
     def keeps_zeros(self) -> bool:
         return self.preserve
 
-    def present(self, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def zeroes_unused(self) -> bool:
+        return True
+
+    def present(
+        self, zero: torch.Tensor, unused: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Without `preserve` too: where a block of columns has more zeros than are asked
         for, nothing is pruned in it, and no error fills the zeros after it. From the
         first block that has fewer, it does. So a block counts with the least share of
         those before it and its own: never too much, and not falling in what is asked.
+        No error comes to features that are always zero.
         """
+        if unused is not None and self.preserve:
+            zero = zero | unused
         parts = zero.split(self.block_size, dim=1)
         shares = torch.stack([part.float().mean() for part in parts])
         if not self.preserve:
             shares = shares.cummin(dim=0).values
+            if unused is not None:
+                gone = [part.float().mean() for part in unused.split(self.block_size)]
+                shares = torch.maximum(shares, torch.stack(gone))
         return shares, torch.tensor([part.numel() for part in parts])
 
     @property

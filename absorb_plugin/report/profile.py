@@ -28,7 +28,7 @@ from absorb_plugin.report.words import model_name, run_title
 from absorb_plugin.report.write import write_or_warn
 from absorb_plugin.search.descent import Step
 from absorb_plugin.search.line_search import Round, SearchResult
-from absorb_plugin.search.quality import Quality
+from absorb_plugin.search.quality import Point, Quality
 from absorb_plugin.signals.noise import NoiseProfile
 
 if TYPE_CHECKING:
@@ -297,6 +297,10 @@ def search_entry(search: SearchResult | None) -> dict[str, Any] | None:
 def quality_entry(quality: Quality | None) -> dict[str, Any] | None:
     if quality is None:
         return None
+    # of several allocations of a budget the best
+    best: dict[float, Point] = {}
+    for point in sorted(quality.points, key=lambda point: -point.cautious):
+        best[point.sparsity] = point
     return {
         "max_loss_increase": quality.bound,
         "found": quality.found.sparsity,
@@ -305,8 +309,9 @@ def quality_entry(quality: Quality | None) -> dict[str, Any] | None:
                 "sparsity": point.sparsity,
                 "loss_increase": json_number(point.increase),
                 "standard_error": json_number(point.error),
+                "allocation": point.name,
             }
-            for point in sorted(quality.points, key=lambda point: point.sparsity)
+            for _, point in sorted(best.items())
         ],
     }
 

@@ -67,7 +67,8 @@ class Budget:
 
     def above(self, low: np.ndarray, present: PresentZeros) -> "Budget":
         """
-        The same for a model that has zeros already.
+        The same for a model that has zeros already; if these are NEAR enough to S and
+        more, that is met.
 
         :param low: least sparsity of every Linear, beside the one it has; one beyond
             the cap lifts that
@@ -76,6 +77,9 @@ class Budget:
         low = np.maximum(self.low, low)
         high = np.maximum(self.high, low)
         budget = replace(self, low=low, high=high, present=present)
+        if 0 < budget.least() - self.sparsity <= NEAR:
+            # SparseGPT takes a weight more of its columns, and may be run again
+            budget = budget.at(budget.least())
         budget.uniform()  # says if it is out of reach
         return budget
 
@@ -198,7 +202,10 @@ def meet_budget(
             else:
                 most = shift
         shift = most
-    return np.clip(np.round(shifted(shift), DECIMALS), low, high)
+    found = np.round(shifted(shift), DECIMALS)
+    # a third rounded is less, and would cost a weight in every row of 48
+    found[found == round(sparsity, DECIMALS)] = sparsity
+    return np.clip(found, low, high)
 
 
 def _check_bounds(

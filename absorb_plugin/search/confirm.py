@@ -1,6 +1,6 @@
 """The last comparison: by the pruner's arithmetic, on samples that chose nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -63,7 +63,7 @@ def confirm(
     uniform = budget.uniform()
     ballot.ask({"base": base, "uniform": uniform, "searched": found})
     best = min(("base", "uniform"), key=ballot.loss)
-    chosen = "searched"
+    chosen = ballot.twin("searched", (best,))
     loss = ballot.loss("searched")
     if not (np.isfinite(loss) and loss <= ballot.loss(best)):
         middle = budget.meet((ballot.allocations[best] + found) / 2)
@@ -94,17 +94,21 @@ class _Ballot:
         new: dict[str, np.ndarray] = {}
         twins: dict[str, str] = {}
         for name, one in allocations.items():
-            same = [
-                n for n, x in (new | self._known()).items() if np.array_equal(x, one)
-            ]
-            if same:
-                twins[name] = same[0]
-            else:
+            twin = self.twin(name, [*new, *self.sums])
+            if twin == name:
                 new[name] = one
+            else:
+                twins[name] = twin
         if new:
             sums, self._tokens = self._judge(list(new.values()))
             self.sums |= dict(zip(new, sums, strict=True))
         self.sums |= {name: self.sums[twin] for name, twin in twins.items()}
+
+    def twin(self, name: str, others: Sequence[str]) -> str:
+        """One of the others that is the same allocation; itself if none is."""
+        own = self.allocations[name]
+        same = (n for n in others if np.array_equal(self.allocations[n], own))
+        return next(same, name)
 
     def loss(self, name: str) -> float:
         """Nats per token."""
@@ -117,6 +121,3 @@ class _Ballot:
     def beats(self, name: str, other: str) -> bool:
         """By more than a tie and than the standard error."""
         return beyond(*self.gain(name, other))
-
-    def _known(self) -> dict[str, np.ndarray]:
-        return {name: self.allocations[name] for name in self.sums}

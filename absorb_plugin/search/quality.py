@@ -1,12 +1,16 @@
 """The largest budget whose loss stays within a bound."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 
-__all__ = ["LEAST", "RESOLUTION", "Point", "Quality", "largest_budget"]
+__all__ = ["LEAST", "RESOLUTION", "SEARCHED", "Point", "Quality", "largest_budget"]
+
+SEARCHED = "searched"
 
 # Budgets are told apart to this, and none below LEAST is tried.
 RESOLUTION = 0.005
@@ -28,12 +32,14 @@ class Point:
     :param allocation: one sparsity per Linear, shape (N,)
     :param increase: of the loss over the dense model, nats per token
     :param error: standard error of that over samples; NaN for one sample
+    :param name: of the allocation: "searched", "base" or "uniform"
     """
 
     sparsity: float
     allocation: np.ndarray
     increase: float
     error: float
+    name: str = SEARCHED
 
     @property
     def cautious(self) -> float:
@@ -61,11 +67,13 @@ def largest_budget(
     judge: Callable[[np.ndarray], tuple[float, float]],
     scan: Callable[[Sequence[float]], Sequence[float]],
     least: float = 0.0,
+    rivals: Mapping[str, Callable[[float], np.ndarray]] = MappingProxyType({}),
 ) -> Quality:
     """
     The first budget is tried where a cheap curve meets the bound, others around it,
     until one that keeps the bound and one that breaks it are a resolution apart. The
-    logarithm of the increase is nearly straight in the sparsity.
+    logarithm of the increase is nearly straight in the sparsity. Then allocations that
+    need no search are asked whether they bear more.
 
     :param bound: the largest increase
     :param upper: the largest budget
@@ -74,38 +82,35 @@ def largest_budget(
     :param judge: an allocation -> increase of the loss and its standard error
     :param scan: budgets -> increase of the loss, roughly and without a correction
     :param least: the smallest budget that can be had
+    :param rivals: name -> budget -> another allocation
     :raises ValueError: if even that, or LEAST, breaks the bound
     """
     floor = min(max(LEAST, least), upper)
     points: list[Point] = []
-    kept: Point | None = None
-    broken: Point | None = None
 
-    def ask(sparsity: float) -> Point:
-        near = min(points, key=lambda p: abs(p.sparsity - sparsity), default=None)
-        start = None if near is None else near.allocation
-        allocation = allocate(sparsity, start)
-        points.append(Point(sparsity, allocation, *judge(allocation)))
+    def searched(sparsity: float) -> np.ndarray:
+        known = [point for point in points if point.name == SEARCHED]
+        near = min(known, key=lambda p: abs(p.sparsity - sparsity), default=None)
+        return allocate(sparsity, None if near is None else near.allocation)
+
+    def ask(name: str, sparsity: float) -> Point:
+        allocation = rivals.get(name, searched)(sparsity)
+        points.append(Point(sparsity, allocation, *judge(allocation), name))
         return points[-1]
 
-    sparsity, slope = _first(bound, floor, upper, scan)
-    while True:
-        point = ask(sparsity)
-        if point.cautious <= bound:
-            kept = point
-        else:
-            broken = point
-        if kept is not None and kept.sparsity >= upper:
-            return Quality(bound, kept, points)
-        if broken is not None and broken.sparsity <= floor:
-            break
-        if kept is None or broken is None:
-            sparsity = _beyond(point, bound, slope, len(points), floor, upper)
-        elif broken.sparsity - kept.sparsity > RESOLUTION + 1e-9:
-            sparsity = _between(kept, broken, bound)
-        else:
-            return Quality(bound, kept, points)
-    last = points[-1]
+    first, slope = _first(bound, floor, upper, scan)
+    climb = partial(_climb, bound=bound, slope=slope, floor=floor, upper=upper)
+    kept = climb(partial(ask, SEARCHED), first, None)
+    for name in rivals:
+        beyond = floor if kept is None else min(upper, kept.sparsity + RESOLUTION)
+        if kept is None or kept.sparsity < upper:
+            kept = climb(partial(ask, name), beyond, kept)
+    if kept is not None:
+        return Quality(bound, kept, points)
+    last = min(
+        (point for point in points if point.sparsity <= floor),
+        key=lambda point: point.cautious,
+    )
     fewer = ", or lower limits" if least > LEAST else ""
     raise ValueError(
         f"max_loss_increase={bound:g} cannot be kept: at a sparsity of "
@@ -113,6 +118,44 @@ def largest_budget(
         f"{last.error:.2g} nats per token. Raise it above {last.cautious:.4g}, or "
         f"take more calibration samples, whose standard error is smaller{fewer}"
     )
+
+
+def _climb(
+    ask: Callable[[float], Point],
+    sparsity: float,
+    kept: Point | None,
+    *,
+    bound: float,
+    slope: float,
+    floor: float,
+    upper: float,
+) -> Point | None:
+    """
+    The largest budget that keeps the bound, to a resolution.
+
+    :param ask: what judges a budget
+    :param sparsity: the first to ask about, no less than a resolution above `kept`
+    :param kept: one that keeps it, if one is known
+    :return: None if there is none
+    """
+    broken: Point | None = None
+    tried = 0
+    while True:
+        point, tried = ask(sparsity), tried + 1
+        if point.cautious <= bound:
+            kept = point
+        else:
+            broken = point
+        if kept is not None and kept.sparsity >= upper:
+            return kept
+        if kept is None and point.sparsity <= floor:
+            return None
+        if kept is None or broken is None:
+            sparsity = _beyond(point, bound, slope, tried, floor, upper)
+        elif broken.sparsity - kept.sparsity > RESOLUTION + 1e-9:
+            sparsity = _between(kept, broken, bound)
+        else:
+            return kept
 
 
 def _first(

@@ -180,3 +180,9 @@ def test_uniform_as_far_as_bounds_let_it() -> None:
     np.testing.assert_allclose(found, [0.2, 0.5, 0.8])
     found = Budget(np.ones(3), 0.5, low, np.array([0.1, 1.0, 0.9])).uniform()
     np.testing.assert_allclose(found, [0.1, 0.6, 0.8])
+
+
+@pytest.mark.parametrize("columns", [3, 48, 96, 1536])
+def test_a_third_is_a_third_of_every_row(columns: int) -> None:
+    (found,) = set(meet_budget(np.full(4, 1 / 3), np.ones(4), 1 / 3, 0.9).tolist())
+    assert int(columns * found) == columns // 3

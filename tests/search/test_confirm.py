@@ -43,6 +43,13 @@ def test_what_is_confirmed_is_kept() -> None:
     assert len(text.seen) == 3 and text.asked == 1
 
 
+@pytest.mark.parametrize("own", [BASE, UNIFORM], ids=["base", "uniform"])
+def test_what_needed_no_search_keeps_its_name(own: np.ndarray) -> None:
+    found = confirm(own, BASE, BUDGET, Text(distance_from(own)))
+    assert found.chosen == ("base" if own is BASE else "uniform")
+    assert found.losses["searched"] == found.loss
+
+
 def test_what_is_not_is_taken_back() -> None:
     found, text = confirmed(distance_from(BASE))
     assert found.chosen == "base" and found.gain == 0.0

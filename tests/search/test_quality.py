@@ -1,7 +1,9 @@
 """The largest budget that keeps a bound, on loss curves that are known."""
 
 import math
+import re
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import pytest
@@ -67,6 +69,42 @@ def test_the_bound_is_kept_and_a_step_more_breaks_it(
     assert len(model.asked) == len(set(model.asked)) <= most
     if 1.0 <= rough <= 1.3:  # a curve as masks give it
         assert len(model.asked) <= 7
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.floats(0.05, 4), st.floats(0.05, 4), st.floats(1e-2, 1), st.floats(0.3, 0.95))
+def test_no_less_than_what_needs_no_search(
+    base: float, uniform: float, bound: float, upper: float
+) -> None:
+    """:param base: by how much it costs more than what is searched"""
+    model = Model(0.02, 6)
+    worse = {"base": base, "uniform": uniform}
+    rivals = {
+        name: partial(lambda factor, s: np.array([s, factor]), factor)
+        for name, factor in worse.items()
+    }
+
+    def judge(allocation: np.ndarray) -> tuple[float, float]:
+        factor = allocation[1] if len(allocation) > 1 else 1.0
+        return factor * model.increase(float(allocation[0])), 0.0
+
+    least = min(1.0, base, uniform)
+    if least * model.increase(LEAST) > bound:
+        told = f"above {least * model.increase(LEAST):.4g}"
+        with pytest.raises(ValueError, match=re.escape(told)):
+            largest_budget(
+                bound, upper, model.allocate, judge, model.scan, rivals=rivals
+            )
+        return
+    quality = largest_budget(
+        bound, upper, model.allocate, judge, model.scan, rivals=rivals
+    )
+    found = quality.found
+    assert judge(found.allocation)[0] <= bound
+    for factor in (1.0, base, uniform):
+        more = found.sparsity + RESOLUTION + 1e-9
+        assert more > upper or factor * model.increase(more) > bound
+    assert (found.name == "searched") == (len(found.allocation) == 1)
 
 
 @settings(deadline=None, max_examples=300)
