@@ -86,7 +86,8 @@ class SampleSplit:
         samples = sort_samples(single_samples(batches, by_loss))
         check_alike(samples)
         self._first = _same_first_token(samples)
-        search, confirm = [], []
+        search: list[dict] = []
+        confirm: list[dict] = []
         if judged:
             search, confirm = _held_out(_distinct(samples), effort)
         out = {sample_key(sample) for sample in [*search, *confirm]}
