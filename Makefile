@@ -64,8 +64,9 @@ vllm-check: $(DEMO_STAMP)
 	$(BIN)/python -m pytest integration/vllm -rs
 
 # What nobody here has: on a machine with a GPU, make gpu-check, and put the tables into
-# docs/benchmarks.md. MODEL names a directory with a real model for oneshot.
-gpu-check: $(STAMP)
+# docs/benchmarks.md. MODEL names a directory with a real model for oneshot in place of
+# SmolLM2.
+gpu-check: $(DEMO_STAMP)
 	$(BIN)/python integration/gpu_check.py $(if $(DEVICE),--device $(DEVICE)) \
 		$(if $(MODEL),--model $(MODEL)) --json gpu-check.json
 

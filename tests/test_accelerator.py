@@ -4,6 +4,7 @@ device tensors raise, and what comes out is what comes out on the CPU.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -151,17 +152,18 @@ def test_threshold_of_a_large_tensor(
 def test_oneshot(name: str, tmp_path: Path) -> None:
     kind, fields = RECIPES[name]
     found = []
-    for folder in ("host", "device"):
-        (tmp_path / folder).mkdir()
+    for devices in (0, 1, 2) if fields is SEARCH else (0, 1):
+        folder = tmp_path / str(devices)
+        folder.mkdir()
         model, pruner = make_model("llama"), runs.pruner(kind)
-        if folder == "device":
-            with fake_accelerator() as device:
-                runs.run(model, [runs.absorption(**fields), pruner], tmp_path / folder)
-            assert device.log["to device"] > 0
-        else:
-            runs.run(model, [runs.absorption(**fields), pruner], tmp_path / folder)
+        recipe = [runs.absorption(**fields), pruner]
+        with fake_accelerator(devices) if devices else nullcontext() as device:
+            model = over_two(model) if devices > 1 else model
+            runs.run(model, recipe, folder)
+        assert not devices or device.log["to device"] > 0
         found.append(pruner.sparsity)
-    np.testing.assert_allclose(*found, rtol=0, atol=1e-6)
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=0, atol=1e-6)
 
 
 def test_candidates_are_pruned_at_once_where_there_is_room(
