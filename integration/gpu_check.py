@@ -605,8 +605,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", choices=SIZES, help="of the random model")
     parser.add_argument(
         "--model",
-        help="directory of a real model for oneshot; SmolLM2 of the demo if its package "
-        "is installed, and not --size tiny",
+        help="directory of a real model for oneshot; else SmolLM2 of the demo, if its "
+        "package is installed, but not with --size tiny",
     )
     parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args(arguments)

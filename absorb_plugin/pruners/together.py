@@ -11,9 +11,10 @@ from compressed_tensors.offload import disable_onloading, get_execution_device
 from torch.nn import Linear
 
 from absorb_plugin import distributed
-from absorb_plugin.pruners.weights import Observed
+from absorb_plugin.pruners.base import Pruner
+from absorb_plugin.pruners.weights import Observed, prune_observed
 
-__all__ = ["Work", "shared_out", "told"]
+__all__ = ["Work", "pruned_together", "shared_out", "told"]
 
 Names = tuple[str, ...]
 
@@ -93,6 +94,25 @@ def told(
             for weight in whole[name]:
                 distributed.broadcast_in_place(weight, owner)
     return whole
+
+
+def pruned_together(
+    pruner: Pruner,
+    linears: Mapping[str, Linear],
+    observed: Observed,
+    wanted: Mapping[str, list[float]],
+) -> dict[str, list[torch.Tensor]]:
+    """
+    What all ranks make of a block. Within `distributed.fail_together`.
+
+    :param observed: by this rank
+    :param wanted: relative name -> sparsities
+    :return: relative name -> weights, one per sparsity
+    """
+    work = shared_out(linears, observed, [0.0] * distributed.ranks())
+    (own,) = prune_observed(pruner, linears, [work.observed], [wanted])
+    work.observed.groups.clear()
+    return told(linears, own, wanted, work.owners)
 
 
 def _like(linear: Linear) -> torch.Tensor:

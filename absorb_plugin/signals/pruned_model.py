@@ -15,13 +15,12 @@ from absorb_plugin.forward.linears import given, replaced_weights
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.pruners.base import Pruner
 from absorb_plugin.pruners.packed import HOST, Packed
-from absorb_plugin.pruners.together import shared_out, told
+from absorb_plugin.pruners.together import pruned_together
 from absorb_plugin.pruners.weights import (
     ObservedInputs,
     PrunedSlopes,
     band,
     block_sparsities,
-    prune_observed,
 )
 
 __all__ = ["PrunedModel"]
@@ -89,14 +88,8 @@ class PrunedModel(Probe):
             name: [s, *band(s, self._step)]
             for name, s in self._sparsities.get(index, {}).items()
         }
-        work = shared_out(linears, self._observed, [0.0] * distributed.ranks())
+        pruned = pruned_together(self._pruner, linears, self._observed, wanted)
         del self._observed
-        owners, observed = work.owners, [work.observed]
-        del work
-        (own,) = prune_observed(self._pruner, linears, observed, [wanted])
-        observed.clear()
-        pruned = told(linears, own, wanted, owners)
-        del own
         self._kept[index] = {
             name: self._placed(weights) for name, weights in pruned.items()
         }
