@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from loguru import logger
 
-from absorb_plugin.blocks import BlockMap
+from absorb_plugin.blocks import MUCH, BlockMap
 from absorb_plugin.calibration import Batch, count_tokens
 from absorb_plugin.forward.inputs import unseen_linears
 from absorb_plugin.groups import Groups, linear_sizes
@@ -29,6 +29,7 @@ __all__ = [
     "unseen",
     "warn_of_few_tokens",
     "warn_of_granularity",
+    "warn_of_other_weights",
     "widest",
 ]
 
@@ -129,6 +130,17 @@ def warn_of_granularity(settings: AllocationSettings) -> None:
             f"granularity: linear has {settings.allocator} rank single Linears: in "
             "published results before Wanda and SparseGPT models collapse by that. Use "
             "granularity: block; level: linear corrects every Linear by the loss"
+        )
+
+
+def warn_of_other_weights(blocks: BlockMap) -> None:
+    """Where much of the blocks is in no Linear, a sparsity of these says little."""
+    other = blocks.other_weights()
+    if (share := sum(other.values())) > MUCH:
+        logger.warning(
+            f"{share:.0%} of the weights of the blocks are in no Linear "
+            f"({', '.join(other)}), and no pruner of llm-compressor takes them: they "
+            "stay dense, and the sparsity is that of the Linears"
         )
 
 

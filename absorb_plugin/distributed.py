@@ -31,6 +31,7 @@ __all__ = [
     "fail_together",
     "from_first",
     "gather",
+    "gather_rows",
     "gather_shares",
     "is_first",
     "join_rows",
@@ -217,11 +218,19 @@ def join_rows(parts: Sequence[torch.Tensor], rows: Sequence[int]) -> list[torch.
         pieces.append((own, own.new_empty(size * ranks(), own.shape[1])))
     meet()
     for own, joined in pieces:
-        distributed.all_gather_into_tensor(_bytes(joined), _bytes(own))
+        gather_rows(own, joined)
     return [
         joined[:count].to(part.device)
         for (_, joined), part, count in zip(pieces, parts, rows, strict=True)
     ]
+
+
+def gather_rows(own: torch.Tensor, joined: torch.Tensor) -> None:
+    """
+    :param own: rows of this rank, as many on all of them, where collectives run
+    :param joined: takes those of all
+    """
+    distributed.all_gather_into_tensor(_bytes(joined), _bytes(own))
 
 
 @contextmanager

@@ -147,7 +147,12 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         from absorb_plugin.blocks import find_blocks
         from absorb_plugin.calibration import is_empty, read_batches
-        from absorb_plugin.choices import budget_of, choose_signal, needs_loss
+        from absorb_plugin.choices import (
+            budget_of,
+            choose_signal,
+            needs_loss,
+            warn_of_other_weights,
+        )
         from absorb_plugin.language_model import check_predicts_tokens
         from absorb_plugin.limits import check_matched
         from absorb_plugin.pruners import adapter, ranks
@@ -160,7 +165,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         self._start = Path.cwd()
         self._blocks = find_blocks(state.model, kwargs.get("sequential_targets"))
         self._recipe = recipe_text()  # before anything in it is changed
-        adapter.warn_of_other_weights(self._blocks)
+        warn_of_other_weights(self._blocks)
         self._pruners = adapter.find_pruners(
             self, state.model, self._blocks, self.ignore, self.highest_sparsity()
         )

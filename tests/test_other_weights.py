@@ -8,7 +8,9 @@ import torch
 from helpers import runs, tiny
 
 from absorb_plugin.blocks import find_blocks, linear_parameters
+from absorb_plugin.evaluation.allocation import set_up
 from absorb_plugin.report.warnings import find_warnings
+from absorb_plugin.settings import AllocationSettings
 
 
 class FusedExperts(torch.nn.Module):
@@ -44,6 +46,10 @@ def test_experts_in_one_tensor(
     for told in (warnings, find_warnings(profile)):
         named = [one for one in told if "in no Linear (FusedExperts)" in one]
         assert len(named) == fused
+    warnings.clear()
+    with set_up(model, AllocationSettings()):
+        named = [one for one in warnings if "in no Linear (FusedExperts)" in one]
+    assert len(named) == fused
 
 
 def test_a_forward_that_fails_is_told_in_words() -> None:

@@ -21,6 +21,7 @@ from absorb_plugin.choices import (
     choose_signal,
     needs_text,
     warn_of_granularity,
+    warn_of_other_weights,
 )
 from absorb_plugin.devices import computing_on_one_device
 from absorb_plugin.limits import check_matched
@@ -48,6 +49,7 @@ def set_up(model: PreTrainedModel, settings: AllocationSettings) -> Iterator[Blo
         linearize_moe(model)
         blocks = without_ignored(model, find_blocks(model), settings.ignore)
         check_matched(settings.limits, [blocks])
+        warn_of_other_weights(blocks)
         yield blocks
 
 

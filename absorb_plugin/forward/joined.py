@@ -3,8 +3,10 @@ Weights of which each rank of torch.distributed makes or onloads its rows
 (`distributed.row_share`), and which the ranks put together for a block at a time.
 """
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from torch.nn import Linear
 
@@ -12,7 +14,12 @@ from absorb_plugin import distributed
 from absorb_plugin.forward.linears import Weights, all_given
 from absorb_plugin.forward.resident import own_rows
 
-__all__ = ["joined_own", "joined_rows"]
+__all__ = ["joined_before_made", "joined_own", "joined_rows"]
+
+# Rows and columns of a matrix that is joined and masked, to compare.
+TRIED = 8192
+# Times that each is timed.
+TIMES = 3
 
 
 def joined_rows(
@@ -28,6 +35,38 @@ def joined_rows(
         return {}
     rows = [linears[name].out_features for name in own]
     return dict(zip(own, distributed.join_rows([*own.values()], rows), strict=True))
+
+
+def joined_before_made(device: torch.device, dtype: torch.dtype) -> bool:
+    """
+    By the clock: whether the others' rows of a matrix come sooner than it is masked
+    here, as they do over NVLink, and over PCIe do not. The same on all ranks.
+
+    :param device: an accelerator; on a CPU nothing is timed, and it is so
+    """
+    if device.type == "cpu":
+        return True
+    whole = torch.ones(TRIED, TRIED, dtype=dtype, device=device)
+    own = whole[: -(-TRIED // distributed.ranks())]
+
+    def mask() -> None:
+        torch.mul(whole, whole.abs().float() > 2.0)
+
+    def join() -> None:
+        rows = len(own) * distributed.ranks()
+        distributed.gather_rows(own, own.new_empty(rows, TRIED))
+
+    took = [min(_seconds(one, device) for _ in range(TIMES)) for one in (mask, join)]
+    slowest = np.max(distributed.gather(took), axis=0)
+    return bool(slowest[1] <= slowest[0])
+
+
+def _seconds(run: Callable[[], None], device: torch.device) -> float:
+    torch.accelerator.synchronize(device)
+    start = time.perf_counter()
+    run()
+    torch.accelerator.synchronize(device)
+    return time.perf_counter() - start
 
 
 def joined_own(linears: Mapping[str, Linear]) -> Weights:

@@ -14,7 +14,8 @@ from absorb_plugin import distributed
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.cache import ProfileCache
 from absorb_plugin.calibration import join_samples, pad_to_batch
-from absorb_plugin.devices import is_offloaded
+from absorb_plugin.devices import dtype_of, is_offloaded
+from absorb_plugin.forward.joined import joined_before_made
 from absorb_plugin.forward.memory import block_bytes, footprint, limit_by_machine
 from absorb_plugin.forward.probe import Needs, Probe
 from absorb_plugin.forward.resident import kept_onloaded, spare
@@ -50,21 +51,29 @@ class ProbeRunner:
         if memory == "auto":
             memory = limit_by_machine(model, blocks.modules)
         self._model, self._blocks, self._memory = model, blocks, memory
-        self.joins_rows = distributed.ranks() > 1 and all(
-            distributed.gather(self._has_room_to_join())
-        )
-        linears = blocks.linears().values()
-        self._joins_own = self.joins_rows and all(
-            distributed.gather(any(map(is_offloaded, linears)))
-        )
+        self.joins_rows = self._joins_own = False
+        if distributed.ranks() > 1:
+            self._decide_to_join()
         self.cache = (
             None if cache is None else ProfileCache(cache, language_model(model))
         )
 
-    def _has_room_to_join(self) -> bool:
-        """Whether pruned weights of a block, twice, are a small part of the memory."""
-        size = block_bytes(language_model(self._model), self._blocks.modules)
-        return 2 * size <= self._memory * SHARE_TO_JOIN
+    def _decide_to_join(self) -> None:
+        """
+        Where a block's pruned weights, twice, are a small part of the memory; and where
+        a rank gets them sooner than it would make them, as it does if it had to onload
+        the whole.
+        """
+        model = language_model(self._model)
+        size = block_bytes(model, self._blocks.modules)
+        room = 2 * size <= self._memory * SHARE_TO_JOIN
+        away = any(map(is_offloaded, self._blocks.linears().values()))
+        found = distributed.gather((room, away))
+        if all(room for room, _ in found):
+            self._joins_own = all(away for _, away in found)
+            device = torch.device(get_execution_device(model))
+            quick = self._joins_own or joined_before_made(device, dtype_of(model))
+            self.joins_rows = quick
 
     @contextmanager
     def kept_onloaded(self) -> Iterator[None]:

@@ -34,7 +34,6 @@ __all__ = [
     "PrunerAdapter",
     "check_aim",
     "find_pruners",
-    "warn_of_other_weights",
     "without_ignored",
 ]
 
@@ -391,17 +390,6 @@ def _check_targets_within_blocks(
                 "and can have one sparsity only. Target the block class "
                 f"({type(blocks.blocks[0].module).__name__}) or 'Linear'"
             )
-
-
-def warn_of_other_weights(blocks: BlockMap) -> None:
-    """Where much of the blocks is in no Linear, a sparsity of these says little."""
-    other = blocks.other_weights()
-    if (share := sum(other.values())) > MUCH:
-        logger.warning(
-            f"{share:.0%} of the weights of the blocks are in no Linear "
-            f"({', '.join(other)}), and no pruner of llm-compressor takes them: they "
-            "stay dense, and the sparsity is that of the Linears"
-        )
 
 
 def _check_outside(

@@ -21,6 +21,7 @@ from absorb_plugin import devices
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.devices import is_offloaded
 from absorb_plugin.evaluation.allocation import allocate_model
+from absorb_plugin.forward import joined
 from absorb_plugin.forward.inputs import InputStatistics
 from absorb_plugin.forward.resident import (
     RESERVE,
@@ -503,3 +504,19 @@ def test_a_rank_onloads_its_rows_alone(
     for one in (first, second, third):
         assert one.device == torch.device("fake:0")
         assert torch.equal(on_host(one), quarter)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_rows_are_joined_where_that_is_quick(
+    slow: bool, device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joined, "TRIED", 64)
+    took = iter([1.0, 1.0, 1.0, 2.0, 2.0, 2.0] if slow else [1.0] * 6)
+    monkeypatch.setattr(joined, "_seconds", lambda run, device: (run(), next(took))[1])
+    with imported("imagined_ranks") as script, script.imagined_ranks(4) as ranks:
+        model = tiny.make_model("llama").to("fake:0")
+        runner = ProbeRunner(model, find_blocks(model), "auto")
+        assert runner.joins_rows == (not slow)
+        assert ranks.received["all_gather"] == 3 * 48 * 64 * 4
+        away = set_onload_device(tiny.make_model("llama"), torch.device("fake:0"))
+        assert ProbeRunner(away, find_blocks(away), "auto").joins_rows
