@@ -1,7 +1,7 @@
 """Which calibration samples serve what: decided once, and printed in the report."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from loguru import logger
@@ -88,10 +88,13 @@ class SampleSplit:
         self._first = _same_first_token(samples)
         search: list[dict] = []
         confirm: list[dict] = []
+        distinct = _distinct(samples)
+        alike = len(distinct) == 1 < len(samples)  # then nothing is there to leak
         if judged:
-            search, confirm = _held_out(_distinct(samples), effort)
-        out = {sample_key(sample) for sample in [*search, *confirm]}
-        self._measuring = [one for one in samples if sample_key(one) not in out]
+            search, confirm = _held_out(samples if alike else distinct, effort)
+        which: Callable[[dict], object] = id if alike else sample_key
+        out = set(map(which, [*search, *confirm]))
+        self._measuring = [sample for sample in samples if which(sample) not in out]
         self.statistics = evenly_spaced(self._measuring, effort.statistics)
         self._pruning_tokens = pruning_tokens or 0
         self.pruning = [] if pruning_tokens is None else self.next_pruning()
@@ -218,21 +221,12 @@ def _held_out(samples: Sequence[dict], effort: Effort) -> tuple[list[dict], list
 
 
 def _distinct(samples: Sequence[dict]) -> Sequence[dict]:
-    """
-    One of each; all, if that would leave none to measure by.
-
-    :param samples: sorted
-    """
+    """One of each, in their order."""
     distinct = list({sample_key(sample): sample for sample in samples}.values())
     if len(distinct) < len(samples):
         logger.warning(
             f"{len(samples) - len(distinct)} of {len(samples)} calibration samples are "
             "copies of others, and tell nothing new"
-        )
-    if len(distinct) == 1 < len(samples):
-        raise ValueError(
-            f"all {len(samples)} calibration samples are the same, so that none can be "
-            "held out to judge by: give text that differs, or strength as a number"
         )
     return distinct
 

@@ -162,8 +162,8 @@ def test_copies_of_what_is_held_out_measure_nothing(warnings: list[str]) -> None
     measuring = numbers(found.in_turn())
     assert len(judging) == 4 and not judging & set(measuring)
     assert len(measuring) == 3 * (12 - 4)
-    with pytest.raises(ValueError, match="all 5 calibration samples are the same"):
-        split([sample(0, 40) for _ in range(5)])
+    alike = split([sample(0, 40) for _ in range(5)])
+    assert alike.search and alike.in_turn() and len(alike.in_turn()) < 5
 
 
 def test_a_sample_gives_other_windows_in_other_rounds() -> None:

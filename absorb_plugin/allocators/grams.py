@@ -38,7 +38,7 @@ class GramProbe(Probe):
         self._blocks, self._allocator = blocks, allocator
         self._version = version_of(allocator)
         self._numbers: dict[str, float] = {}
-        self._samples = 0
+        self._samples = 0  # of all ranks; 0 if it runs by itself
         self._in_force = ExitStack()
 
     def share(self, samples: Sequence[dict]) -> list[dict]:
@@ -68,7 +68,7 @@ class GramProbe(Probe):
         loads = [0.0] * distributed.ranks()
         work = shared_out(block.linears, self._observed, loads)
         for total, names in work.observed.groups:
-            gram = total / self._samples
+            gram = total / (self._samples or len(self._mask))
             for name in names:
                 weight = block.linears[name].weight.detach()
                 full = block.full_name(name)
