@@ -14,7 +14,7 @@ from torch.nn import Module
 
 from absorb_plugin import distributed
 from absorb_plugin.allocation import Allocation
-from absorb_plugin.allocators.base_allocation import Base, base_allocation
+from absorb_plugin.allocators.base_allocation import Base, Numbers, base_allocation
 from absorb_plugin.allocators.grams import GramProbe
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch
@@ -181,7 +181,7 @@ class Method:
                     by_slope=self.signal.differentiates,
                     by_part=prunes,
                 )
-        self._allocator = settings.base_allocator()
+        self._allocator, self._numbers = settings.base_allocator(), Numbers()
         statistics: Mapping[str, torch.Tensor] = {}
         if by_loss or self._allocator.needs == "activations":
             what, probe = "Input statistics", InputStatistics(blocks)
@@ -216,7 +216,7 @@ class Method:
             budget,
             measured=self._measured,
             granularity=self.settings.granularity,
-            cache=self.setting.runner.cache,
+            cache=self.setting.runner.cache or self._numbers,
         )
 
     def confirmed(

@@ -69,7 +69,7 @@ class ProfileCache:
         Give the probe what it measured in an earlier run, or measure and keep it.
 
         :param what: the station, for messages and the file's name
-        :param samples: all that is run
+        :param samples: all that what is measured depends on
         :param probe: what its attributes are before its first run is part of the
             key, and what it has measured so far
         :param memory: how far batches are split, which rounding depends on

@@ -44,6 +44,8 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+# torch 2.13 has a new name for it
+_NEW, _OLD = "all_gather_single", "all_gather_into_tensor"
 
 
 class OtherRankFailed(RuntimeError):
@@ -150,26 +152,18 @@ def add(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return sums
 
 
-def add_to(
-    tensor: torch.Tensor | None, shape: torch.Size, target: int
-) -> torch.Tensor | None:
+def add_to(tensor: torch.Tensor, target: int) -> torch.Tensor | None:
     """
     Sum over the ranks, on one of them.
 
-    :param tensor: summand of `shape` in float32; None counts as zeros. What it holds
-        afterwards is undefined
+    :param tensor: summand in float32, on all ranks of one shape and kind of device.
+        What it holds afterwards is undefined
     :param target: the rank that gets the sum
-    :return: there the sum, on the device of its summand (if it has none, where
-        collectives run), on the others None
+    :return: there the sum, on the device of its summand, on the others None
     """
-    if tensor is None:
-        total = torch.zeros(shape, device=collective_device())
-    else:
-        total = tensor.to(_device_for(tensor))
+    total = tensor.to(_device_for(tensor))
     distributed.reduce(total, dst=target)
-    if rank() != target:
-        return None
-    return total if tensor is None else total.to(tensor.device)
+    return total.to(tensor.device) if rank() == target else None
 
 
 def broadcast(tensor: torch.Tensor, source: int) -> torch.Tensor:
@@ -230,7 +224,7 @@ def gather_rows(own: torch.Tensor, joined: torch.Tensor) -> None:
     :param own: rows of this rank, as many on all of them, where collectives run
     :param joined: takes those of all
     """
-    distributed.all_gather_into_tensor(_bytes(joined), _bytes(own))
+    _all_gather(_bytes(joined), _bytes(own))
 
 
 @contextmanager
@@ -298,6 +292,10 @@ def collective_device() -> torch.device:
     accelerator = torch.accelerator.current_accelerator()
     assert accelerator is not None
     return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
+def _all_gather(joined: torch.Tensor, own: torch.Tensor) -> None:
+    getattr(distributed, _NEW if hasattr(distributed, _NEW) else _OLD)(joined, own)
 
 
 def _device_for(tensor: torch.Tensor) -> torch.device:

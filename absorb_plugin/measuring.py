@@ -75,7 +75,8 @@ def pruned_loss(setting: Setting, candidates: Sequence[np.ndarray]) -> Losses:
         len(pruning),
         together=setting.pruner.hessians,
     )
-    if not setting.runner.has_room(probe.needs, judged):
+    # the ranks take the same steps, and the room of each is its own
+    if not all(distributed.gather(setting.runner.has_room(probe.needs, judged))):
         probe.release()
     what = f"Pruning as {setting.pruner.name} does"
     return _judged(setting, what, judged, probe)

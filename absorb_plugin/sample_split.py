@@ -12,6 +12,7 @@ from absorb_plugin.calibration import (
     count_tokens,
     cut_tokens,
     evenly_spaced,
+    has_media,
     interleaved,
     sample_key,
     single_samples,
@@ -89,7 +90,8 @@ class SampleSplit:
         search: list[dict] = []
         confirm: list[dict] = []
         distinct = _distinct(samples)
-        alike = len(distinct) == 1 < len(samples)  # then nothing is there to leak
+        # where nothing differs nothing can leak, and images may differ
+        alike = len(distinct) == 1 or any(map(has_media, samples))
         if judged:
             search, confirm = _held_out(samples if alike else distinct, effort)
         which: Callable[[dict], object] = id if alike else sample_key
@@ -222,7 +224,9 @@ def _held_out(samples: Sequence[dict], effort: Effort) -> tuple[list[dict], list
 
 def _distinct(samples: Sequence[dict]) -> Sequence[dict]:
     """One of each, in their order."""
-    distinct = list({sample_key(sample): sample for sample in samples}.values())
+    # images may differ where the words do not
+    keys = [id(one) if has_media(one) else sample_key(one) for one in samples]
+    distinct = list(dict(zip(keys, samples, strict=True)).values())
     if len(distinct) < len(samples):
         logger.warning(
             f"{len(samples) - len(distinct)} of {len(samples)} calibration samples are "

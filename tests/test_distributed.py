@@ -124,7 +124,11 @@ def test_what_fails_on_one_rank_fails_on_all(folder: Path, world: int) -> None:
     assert sum(culprits) == 1
 
 
-USED = {"no room for slopes": "gradient", "no room to judge": "confirmed"}
+USED = {
+    "no room for slopes": "gradient",
+    "no room to judge": "confirmed",
+    "no room for all": "confirmed",
+}
 
 
 @pytest.mark.parametrize("world", SEVERAL)
@@ -132,10 +136,15 @@ def test_ranks_stay_in_step(folder: Path, world: int) -> None:
     alone = found(folder, "allocations", 1)[0]
     said = found(folder, "in step", world)
     for number, entry in enumerate(said):
-        for case in (case for case in entry if case.startswith("no room")):
+        for case in (case for case in entry if case.startswith("no room ")):
             name = USED.get(case, "pruner")
             expected = alone[f"{name}, unequal"]["targets"]
             np.testing.assert_allclose(entry[case]["targets"], expected, 0, 1e-6)
+        plain, halved = entry["no room, even"]
+        np.testing.assert_allclose(halved, plain, rtol=0, atol=1e-6)
+        for case in ("lsa", "confirmed"):
+            before, after = entry[f"{case}, changed"]
+            assert before == after
         for case in ("slopes", "judge"):
             other = f"OtherRankFailed: rank {world - 1} of torch.distributed failed: "
             told = "" if number == world - 1 else other

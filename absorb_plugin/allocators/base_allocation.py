@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from absorb_plugin.groups import linear_names
 from absorb_plugin.plugins import run_allocator, version_of
 from absorb_plugin.search.budget import Budget
 
-__all__ = ["Base", "base_allocation", "groups_of"]
+__all__ = ["Base", "Numbers", "base_allocation", "groups_of"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,25 @@ class Base:
     linear_metrics: Mapping[str, float]
 
 
+class Numbers:
+    """In place of a `ProfileCache`, for as long as it is held."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str, str], float] = {}
+
+    def numbers_for(self, owner: str) -> Callable[[str], Remember]:
+        """As of `ProfileCache`."""
+        return lambda linear: partial(self._number, owner, linear)
+
+    def _number(
+        self, owner: str, linear: str, name: str, compute: Callable[[], float]
+    ) -> float:
+        key = (owner, linear, name)
+        if key not in self._known:
+            self._known[key] = float(compute())
+        return self._known[key]
+
+
 def base_allocation(
     allocator: Allocator,
     blocks: BlockMap,
@@ -46,7 +66,7 @@ def base_allocation(
     *,
     measured: Mapping[str, float] | None = None,
     granularity: str = "block",
-    cache: ProfileCache | None = None,
+    cache: ProfileCache | Numbers | None = None,
 ) -> Base:
     """
     :param statistics: full name of a Linear -> a_j; empty where none are needed

@@ -8,7 +8,7 @@ them; the others come through page-locked memory. The room is given back for a p
 that passes its limit, and where a batch does not fit.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -155,8 +155,7 @@ def kept_onloaded(
     model: PreTrainedModel,
     blocks: Sequence[Module],
     memory: int,
-    *,
-    rows: bool = False,
+    rows: Collection[Linear] = (),
 ) -> Iterator[int]:
     """
     Within the context the first blocks are onloaded once, as many as there is room for:
@@ -164,14 +163,19 @@ def kept_onloaded(
     model that is not offloaded it is none.
 
     :param memory: bytes that a probe may take beside the model
-    :param rows: whether of the blocks' Linears each rank's rows stay, not the whole
+    :param rows: Linears of the blocks of which this rank's rows stay, not the whole
     """
     inside = [_offloaded(block) for block in blocks]
     left, chosen = _room_on_device(model, blocks, memory), 0
-    shares = distributed.ranks() if rows else 1
+    parts = set(rows)
+
+    def size(module: Module) -> int:
+        whole = _size(module)
+        return -(-whole // distributed.ranks()) if module in parts else whole
+
     keep: set[Module] = set()
     for modules in filter(None, inside):  # others are on the device as it is
-        left -= -(-sum(map(_size, modules)) // shares)
+        left -= sum(map(size, modules))
         if left < 0:
             break
         keep |= set(modules)
@@ -179,12 +183,11 @@ def kept_onloaded(
     if chosen:
         keep |= set(_outside(model, blocks))
     onloaded: dict[torch.Tensor, torch.Tensor] = {}
-    whole = set(_outside(model, blocks)) if rows else keep
     with ExitStack() as stack:
         stack.callback(give_back_page_locked)
         for module in _offloaded(model):
-            keeps = module in keep and module in whole
-            keeps_rows = rows and module in keep
+            keeps = module in keep and module not in parts
+            keeps_rows = module in keep and module in parts
             stack.callback(_give_back, module)
             module._parameters = Kept(module._parameters, onloaded, keeps, keeps_rows)
             module._buffers = Kept(module._buffers, onloaded, keeps)

@@ -135,9 +135,13 @@ class _Every:
         """What every rank says."""
         return [item] if self.placeholder is None else distributed.meet(item)
 
+    def own(self, batches: Iterable[Batch]) -> list[Batch]:
+        """Those of this rank's samples."""
+        return [batch for batch in batches if batch is not self.placeholder]
+
     def equally_many(self, batches: Iterable[Batch]) -> deque[Batch]:
         """As the rank that has the most."""
-        own = deque(batch for batch in batches if batch is not self.placeholder)
+        own = deque(self.own(batches))
         for _ in range(max(self.told(len(own))) - len(own)):
             assert self.placeholder is not None
             own.append(self.placeholder)
@@ -181,7 +185,8 @@ def _run_all(
             if parts is not None and at_a_time > 1:
                 parts.size = at_a_time // 2
             elif divisible and samples > 1:
-                waiting = deque(split_samples(waiting, samples // 2))
+                own = every.own(waiting)
+                waiting = deque(split_samples(own, samples // 2))
             waiting = every.equally_many(waiting)
             bar.total = bar.n + len(waiting)
 

@@ -83,8 +83,8 @@ class ProbeRunner:
         """
         before, model = self._memory, language_model(self._model)
         less = before // 2 if self._free_to_choose else before
-        modules, rows = self._blocks.modules, self.joins_rows
-        with kept_onloaded(model, modules, less, rows=rows) as kept:
+        rows = self._blocks.linears().values() if self.joins_rows else ()
+        with kept_onloaded(model, self._blocks.modules, less, rows) as kept:
             self._memory = less if kept else before
             try:
                 yield
@@ -144,7 +144,9 @@ class ProbeRunner:
             if self.cache is None or not probe.state:
                 measure()
             else:
-                self.cache.load_or_run(what, mine, probe, self._memory, measure)
+                # in step, what a rank measures is of the others' samples too
+                seen = samples if probe.in_step else mine
+                self.cache.load_or_run(what, seen, probe, self._memory, measure)
         return probe.result()
 
     def _measure(

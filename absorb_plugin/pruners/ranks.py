@@ -11,7 +11,10 @@ from collections.abc import Callable
 
 import torch
 from compressed_tensors.distributed import greedy_bin_packing
-from compressed_tensors.offload import update_offload_parameter
+from compressed_tensors.offload import (
+    get_execution_device,
+    update_offload_parameter,
+)
 from compressed_tensors.offload.cache import DistributedCPUCache, DistributedDiskCache
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
 from loguru import logger
@@ -131,7 +134,10 @@ def _add_up(
         mean = statistics.pop(module, None)
         if mean is not None:
             mean *= samples.pop(module) / total
-        mean = distributed.add_to(mean, shapes[number], owners[number])
+        if mean is None:
+            device = torch.device(get_execution_device(module))
+            mean = torch.zeros(shapes[number], device=device)
+        mean = distributed.add_to(mean, owners[number])
         if mean is not None:
             statistics[module], samples[module] = mean, total
     return dict(owners)

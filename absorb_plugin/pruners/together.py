@@ -60,7 +60,11 @@ def shared_out(
         owner = loads.index(min(loads))
         loads[owner] += work[names]
         found.owners[names] = owner
-        total = distributed.add_to(mine.pop(names, None), shapes[names], owner)
+        if names not in mine:
+            mine[names] = torch.zeros(shapes[names], device=_device(linears[names[0]]))
+    distributed.meet()  # all memory is there
+    for names, owner in found.owners.items():
+        total = distributed.add_to(mine.pop(names), owner)
         if total is not None:
             found.observed.groups.append((total, list(names)))
     return found
@@ -68,21 +72,22 @@ def shared_out(
 
 def told(
     linears: Mapping[str, Linear],
-    pruned: Mapping[str, list[torch.Tensor]],
+    pruned: dict[str, list[torch.Tensor]],
     wanted: Mapping[str, list[float]],
     owners: Mapping[Names, int],
 ) -> dict[str, list[torch.Tensor]]:
     """
     What all ranks have pruned, on each of them. Within `distributed.fail_together`.
 
-    :param pruned: by this rank, relative name -> weights, one per sparsity
+    :param pruned: by this rank, relative name -> weights, one per sparsity; of several
+        ranks it is empty afterwards
     :param wanted: relative name -> sparsities
     :param owners: of `Work`
     """
     if distributed.ranks() == 1:
-        return dict(pruned)
+        return pruned
     whole = {
-        name: [weight.contiguous() for weight in pruned[name]]
+        name: [weight.contiguous() for weight in pruned.pop(name)]
         if owner == distributed.rank()
         else [_like(linears[name]) for _ in wanted[name]]
         for names, owner in owners.items()
@@ -119,4 +124,8 @@ def _like(linear: Linear) -> torch.Tensor:
     """Room for a weight where the Linear computes, without onloading its own."""
     with disable_onloading():
         own = linear.weight
-    return torch.empty_like(own, device=torch.device(get_execution_device(linear)))
+    return torch.empty(own.shape, dtype=own.dtype, device=_device(linear))
+
+
+def _device(linear: Linear) -> torch.device:
+    return torch.device(get_execution_device(linear))

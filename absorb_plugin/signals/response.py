@@ -78,6 +78,7 @@ class ResponseProbe(Probe):
         step: float,
     ) -> None:
         self._blocks, self._masks = blocks, masks
+        self.in_step = masks.joined
         self._sparsities = block_sparsities(blocks, allocation)
         relaxed = block_sparsities(blocks, relieved(groups, allocation, step))
         self._relief = _reliefs(blocks, groups, self._sparsities, relaxed)
@@ -88,7 +89,8 @@ class ResponseProbe(Probe):
 
     @property
     def needs(self) -> Needs:
-        return Needs(trajectories=self._groups, pruned=2)
+        joined = 1 if self._masks.joined else 0
+        return Needs(trajectories=self._groups, pruned=2, joined=joined)
 
     def start(self, batch: Batch) -> None:
         self._relaxed: dict[int, torch.Tensor] = {}

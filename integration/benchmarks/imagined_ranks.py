@@ -59,7 +59,7 @@ class ImaginedRanks:
         if src and not tensor.is_meta:
             tensor.zero_()
 
-    def all_gather_into_tensor(self, joined: torch.Tensor, own: torch.Tensor) -> None:
+    def all_gather_single(self, joined: torch.Tensor, own: torch.Tensor) -> None:
         self.received["all_gather"] += joined.nbytes - own.nbytes
         if not joined.is_meta:
             joined.view(self.count, -1).copy_(own)

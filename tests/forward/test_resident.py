@@ -489,7 +489,8 @@ def test_a_rank_onloads_its_rows_alone(
         # of each of these a rank's rows are a quarter
         room = 4 * blocks if blocks else 0
         set_room(offloaded, min(room, len(found)), monkeypatch)
-        with kept_onloaded(offloaded, found.modules, MEMORY, rows=True) as kept:
+        rows = found.linears().values()
+        with kept_onloaded(offloaded, found.modules, MEMORY, rows) as kept:
             assert kept == (len(found) if blocks else 0)
             with counted(device) as log:
                 first = own_rows(linear)
@@ -497,6 +498,11 @@ def test_a_rank_onloads_its_rows_alone(
             with counted(device) as log:
                 second = own_rows(linear)
             assert log["bytes"] == (0 if blocks else quarter.nbytes)
+            norm = offloaded.model.layers[1].input_layernorm
+            for _ in range(2):
+                with counted(device) as log:
+                    norm.weight.detach()
+            assert log["bytes"] == (0 if blocks else norm.weight.nbytes)
             assert release(offloaded) == bool(blocks)
         with counted(device) as log:
             third = own_rows(linear)

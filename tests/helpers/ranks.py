@@ -39,6 +39,8 @@ Batches = list[dict[str, torch.Tensor]]
 ALLOCATIONS: dict[str, dict[str, Any]] = {
     "gradient": {"signal": "gradient"},
     "response": {"signal": "response"},
+    # a rank has no sample, or more batches of unequal length than another
+    "response to one": {"signal": "response", "signal_samples": 1},
     "noise": {"signal": "noise", "signal_args": {"samples": 7}, "strength": 0.1},
     "auto": {
         "allocator": "uniform",
@@ -58,6 +60,7 @@ ALLOCATIONS: dict[str, dict[str, Any]] = {
         "kind": "sparsegpt",
     },
     "pruner": {"signal": "pruner", "kind": "sparsegpt", "level": "part"},
+    "columns first": {"signal": "pruner", "kind": "sparsegpt", "turned": True},
     "alpha": {"allocator": "alpha_pruning", "granularity": "linear"},
     "offloaded": {"kind": "sparsegpt", "probe_tokens": 8, "offload": True},
     "lsa": {"allocator": "lsa", "granularity": "linear"},
@@ -125,6 +128,9 @@ def allocate(fields: dict[str, Any], loader: Sequence[Any]) -> dict[str, Any]:
         fields.pop("architecture", "llama"), seed=fields.pop("seed", 0)
     )
     kind = fields.pop("kind", "wanda")
+    if fields.pop("turned", False):  # weights that are no rows in memory
+        for linear in find_blocks(model).linears().values():
+            linear.weight.data = linear.weight.data.t().contiguous().t()
     with ExitStack() as stack:
         if fields.pop("offload", False) and distributed.is_initialized():
             model = offload_to_host(model)
@@ -182,6 +188,27 @@ def in_step(world: int, rank: int, folder: Path) -> dict[str, Any]:
     for name, probe in {"slopes": GradientProbe, "judge": PrunedLoss}.items():
         with fails_once(probe, "leave", ValueError("no way") if last else None):
             found[name] = _error(lambda: allocate(confirmed, mine))
+
+    # a placeholder waits behind batches that are halved
+    wide = {"signal": "gradient", "signal_samples": 16}
+    even = [tiny.make_batch(1, 16, seed=seed) for seed in range(20)][rank::world]
+    found["no room, even"] = [allocate(wide, even)["targets"]]
+    error = torch.OutOfMemoryError("it is full")
+    with fails_once(GradientProbe, "_backward", error if last else None):
+        found["no room, even"].append(allocate(wide, even)["targets"])
+    # of several candidates one rank has room for all
+    room = patch.object(runner.ProbeRunner, "has_room", lambda *_: not rank)
+    with room:
+        found["no room for all"] = allocate(confirmed, mine)
+
+    # what a rank keeps is of the others' samples too
+    cache = folder / f"changed{world}-{rank}"
+    for name in ("lsa", "confirmed"):
+        fields = {**ALLOCATIONS[name], "profile_cache": cache}
+        first = allocate(fields, mine)
+        other = mine if last else [*mine[1:], tiny.make_batch(1, 16, seed=99)]
+        allocate(fields, other)
+        found[f"{name}, changed"] = [first, allocate(fields, mine)]
 
     fields = {**pruner, "profile_cache": folder / f"own{world}-{rank}"}
     first = allocate(fields, mine)
