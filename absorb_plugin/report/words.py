@@ -123,9 +123,11 @@ def quality_found(profile: Mapping[str, Any]) -> dict[str, float | None] | None:
     points = {point["sparsity"]: point for point in quality["curve"]}
     point = points.get(quality["found"])
     confirmed, increase, error = profile["confirmed"], None, None
+    judged = ["searched"]
     if point is not None:
         increase, error = point["loss_increase"], point["standard_error"]
-    if confirmed is not None and confirmed["chosen"] != "searched":
+        judged.append(point.get("allocation", "searched"))
+    if confirmed is not None and confirmed["chosen"] not in judged:
         losses = confirmed["losses"]
         searched, taken = losses["searched"], losses[confirmed["chosen"]]
         known = None not in (increase, searched, taken)

@@ -117,7 +117,12 @@ def make_quality(**changes: Any) -> dict[str, Any]:
     return {
         "max_loss_increase": 0.1,
         "curve": [
-            {"sparsity": s, "loss_increase": loss, "standard_error": error}
+            {
+                "sparsity": s,
+                "loss_increase": loss,
+                "standard_error": error,
+                "allocation": "searched",
+            }
             for s, loss, error in points
         ],
         "found": 0.5,

@@ -183,6 +183,11 @@ def test_a_quality_that_was_asked_for() -> None:
         "Sparsity 50.0% was found. It costs 0.040 nats per token over the dense model, "
         "by the allocation that the last comparison took; max_loss" in render(other)
     )
+    found = make_quality()
+    for point in found["curve"]:
+        point["allocation"] = "base"
+    known = make_profile(quality=found, confirmed=confirmed)
+    assert "It costs 0.080 ± 0.008 nats" in render(known)
     same = make_profile(quality=make_quality(), confirmed=make_confirmed())
     assert "It costs 0.080 ± 0.008 nats" in render(same)
     between = make_profile(quality=make_quality(found=0.52))
