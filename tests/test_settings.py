@@ -191,6 +191,12 @@ def test_a_directory_has_a_name(value: str) -> None:
             AllocationSettings(**{field: value})
 
 
+@pytest.mark.parametrize("fields", [{"strength": 0.1}, {"confirm_samples": 1}])
+def test_a_bound_on_the_loss_is_judged_with_a_margin(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="confirm_samples out or at 2 or more"):
+        AllocationSettings(max_loss_increase=0.1, **fields)
+
+
 NUMBERS = [
     *("strength", "max_loss_increase", "rounds", "statistics_samples"),
     *("signal_samples", "search_samples", "confirm_samples", "probe_tokens"),

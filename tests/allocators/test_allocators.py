@@ -46,12 +46,13 @@ from absorb_plugin.allocators import (
 )
 from absorb_plugin.allocators import alpha_pruning as tail
 from absorb_plugin.allocators.alpha_pruning import fit_tail, spectrum, tail_exponent
-from absorb_plugin.allocators.base_allocation import Base
+from absorb_plugin.allocators.base_allocation import Base, Numbers, base_allocation
 from absorb_plugin.allocators.dlp import median_importance
 from absorb_plugin.allocators.lsa import reconstruction_error
+from absorb_plugin.blocks import find_blocks
 from absorb_plugin.evaluation.allocation import allocate_model
 from absorb_plugin.plugins import allocators, build_allocator, run_allocator
-from absorb_plugin.search.budget import meet_budget
+from absorb_plugin.search.budget import Budget, meet_budget
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(allocators())
@@ -731,3 +732,22 @@ def test_chunks_do_not_change_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = fit_tail(e)
     monkeypatch.setattr(tail, "CHUNK", 200)
     assert fit_tail(e) == whole
+
+
+def test_what_takes_long_is_computed_once_for_all_budgets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    computed: list[float] = []
+
+    def counted(*arguments: Any) -> float:
+        computed.append(tail_exponent(*arguments))
+        return computed[-1]
+
+    monkeypatch.setattr(tail, "tail_exponent", counted)
+    blocks = find_blocks(tiny.make_model("llama"))
+    sizes, numbers = np.ones(len(blocks.linears())), Numbers()
+    for sparsity in (0.3, 0.5):
+        budget = Budget.of(sizes, sparsity, 0.9)
+        found = base_allocation(AlphaPruning(), blocks, {}, budget, cache=numbers)
+        assert found.sparsity.mean() == pytest.approx(sparsity)
+    assert len(computed) == len(sizes)
