@@ -109,7 +109,9 @@ def allocate(
             direction = measure_direction(method.setting, method.signal, final)
             final = budget.meet(corrected(final, direction, float(settings.strength)))
         if method.confirms and final is not base.sparsity:
-            search, confirmed = method.confirmed(final, base, budget, search)
+            # a budget's allocation is settled: base and uniform have been asked
+            settled = quality is not None
+            search, confirmed = method.confirmed(final, base, budget, search, settled)
             final = confirmed.sparsity
             direction = direction if search is None else search.direction
         noise = report_noise(settings, method.setting, method.signal)
@@ -225,15 +227,17 @@ class Method:
         base: Base,
         budget: Budget,
         search: SearchResult | None,
+        settled: bool = False,
     ) -> tuple[SearchResult | None, Confirmed]:
         """
         By the pruner's own arithmetic. Masks choose where the search starts; if that is
         clearly not what the pruner does better with, it is run again from there.
 
         :param search: that found `final`, if one did
+        :param settled: whether `final` is taken in any case
         """
         judge = partial(pruned_loss, self.setting)
-        first = confirm(final, base.sparsity, budget, judge)
+        first = confirm(final, base.sparsity, budget, judge, settled)
         agreed = search is None or first.start in ("", search.start)
         if agreed or self.signal.once:
             return search, first
@@ -283,14 +287,18 @@ class Method:
                 return self.refine(near, there)
             return self.search(self.base(there), there).sparsity
 
+        known: dict[bytes, tuple[float, float]] = {}
+
         def increase(allocation: np.ndarray) -> tuple[float, float]:
+            if (told := known.get(allocation.tobytes())) is not None:
+                return told
             sums, _ = pruned_loss(self.setting, [allocation])
             found, error = gain(sums[0], dense[0], tokens)
             logger.info(
                 f"Sparsity {budget.achieved(allocation):.4f} costs {found:.4f} ± "
                 f"{error:.4f} nats per token; max_loss_increase is {bound:g}"
             )
-            return found, error
+            return known.setdefault(allocation.tobytes(), (found, error))
 
         def scan(sparsities: Sequence[float]) -> list[float]:
             uniform = [budget.at(sparsity).uniform() for sparsity in sparsities]

@@ -90,11 +90,10 @@ class SampleSplit:
         search: list[dict] = []
         confirm: list[dict] = []
         distinct = _distinct(samples)
-        # where nothing differs nothing can leak, and images may differ
-        alike = len(distinct) == 1 or any(map(has_media, samples))
+        alike = len(distinct) == 1 < len(samples)  # then nothing is there to leak
         if judged:
             search, confirm = _held_out(samples if alike else distinct, effort)
-        which: Callable[[dict], object] = id if alike else sample_key
+        which: Callable[[dict], object] = id if alike else _content
         out = set(map(which, [*search, *confirm]))
         self._measuring = [sample for sample in samples if which(sample) not in out]
         self.statistics = evenly_spaced(self._measuring, effort.statistics)
@@ -224,15 +223,18 @@ def _held_out(samples: Sequence[dict], effort: Effort) -> tuple[list[dict], list
 
 def _distinct(samples: Sequence[dict]) -> Sequence[dict]:
     """One of each, in their order."""
-    # images may differ where the words do not
-    keys = [id(one) if has_media(one) else sample_key(one) for one in samples]
-    distinct = list(dict(zip(keys, samples, strict=True)).values())
+    distinct = list({_content(sample): sample for sample in samples}.values())
     if len(distinct) < len(samples):
         logger.warning(
             f"{len(samples) - len(distinct)} of {len(samples)} calibration samples are "
             "copies of others, and tell nothing new"
         )
     return distinct
+
+
+def _content(sample: dict) -> object:
+    """The same of copies; of images, which may differ where words do not, of itself."""
+    return id(sample) if has_media(sample) else sample_key(sample)
 
 
 def _same_first_token(samples: Sequence[Batch]) -> bool:

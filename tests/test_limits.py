@@ -120,6 +120,8 @@ def test_a_bound_on_the_loss_goes_no_lower_than_limits_let_it() -> None:
             max_loss_increase=bound,
         )
         assert allocation.quality is not None
+        found = allocation.quality.found.allocation  # what keeps the bound is taken
+        np.testing.assert_array_equal(allocation.sparsity, found)
         assert min(p.sparsity for p in allocation.quality.points) >= least - 1e-9
         return allocation.quality.found.sparsity
 

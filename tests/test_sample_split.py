@@ -162,6 +162,10 @@ def test_copies_of_what_is_held_out_measure_nothing(warnings: list[str]) -> None
     measuring = numbers(found.in_turn())
     assert len(judging) == 4 and not judging & set(measuring)
     assert len(measuring) == 3 * (12 - 4)
+    picture = {**sample(20, 40), "pixel_values": torch.zeros(1, 3, 4, 4)}
+    mixed = split([*samples, picture], search=3, confirm=3)
+    judging = set(numbers([*mixed.search, *mixed.confirm]))
+    assert not judging & set(numbers(mixed.in_turn()))
     alike = split([sample(0, 40) for _ in range(5)])
     assert alike.search and alike.in_turn() and len(alike.in_turn()) < 5
 

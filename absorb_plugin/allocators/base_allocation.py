@@ -75,7 +75,8 @@ def base_allocation(
     :param cache: of what takes long and depends on a weight alone
     """
     if allocator.needs == "weights":
-        _check_finite(blocks)  # else the forward pass of the statistics tells
+        with distributed.fail_together():
+            _check_finite(blocks)  # else the forward pass of the statistics tells
     remember = None if cache is None else cache.numbers_for(version_of(allocator))
     groups = groups_of(blocks, statistics, granularity, remember, measured)
     answer = run_allocator(allocator, groups, budget.sparsity)

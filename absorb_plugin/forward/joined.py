@@ -6,8 +6,8 @@ Weights of which each rank of torch.distributed makes or onloads its rows
 import time
 from collections.abc import Callable, Mapping
 
-import numpy as np
 import torch
+from loguru import logger
 from torch.nn import Linear
 
 from absorb_plugin import distributed
@@ -16,8 +16,9 @@ from absorb_plugin.forward.resident import own_rows
 
 __all__ = ["joined_before_made", "joined_own", "joined_rows"]
 
-# Rows and columns of a matrix that is joined and masked, to compare.
-TRIED = 8192
+# Rows and columns of matrices that are joined and masked, to compare, and how many a
+# block has, before which the ranks wait for each other.
+TRIED, MATRICES = 8192, 4
 # Times that each is timed.
 TIMES = 3
 
@@ -39,26 +40,35 @@ def joined_rows(
 
 def joined_before_made(device: torch.device, dtype: torch.dtype) -> bool:
     """
-    By the clock: whether the others' rows of a matrix come sooner than it is masked
-    here, as they do over NVLink, and over PCIe do not. The same on all ranks.
+    By the clock: whether the others' rows of matrices come sooner than these are masked
+    here, as they do over NVLink, and over PCIe do not. The same on all ranks; within
+    `distributed.fail_together`.
 
     :param device: an accelerator; on a CPU nothing is timed, and it is so
     """
     if device.type == "cpu":
         return True
-    whole = torch.ones(TRIED, TRIED, dtype=dtype, device=device)
-    own = whole[: -(-TRIED // distributed.ranks())]
+    took = None
+    try:
+        whole = torch.ones(TRIED, TRIED, dtype=dtype, device=device)
+        own = [whole[distributed.row_share(TRIED)]] * MATRICES
 
-    def mask() -> None:
-        torch.mul(whole, whole.abs().float() > 2.0)
+        def mask() -> None:
+            for _ in range(MATRICES):
+                torch.mul(whole, whole.abs().float() > 2.0)
 
-    def join() -> None:
-        rows = len(own) * distributed.ranks()
-        distributed.gather_rows(own, own.new_empty(rows, TRIED))
+        def join() -> None:
+            distributed.join_rows(own, [TRIED] * MATRICES)
 
-    took = [min(_seconds(one, device) for _ in range(TIMES)) for one in (mask, join)]
-    slowest = np.max(distributed.gather(took), axis=0)
-    return bool(slowest[1] <= slowest[0])
+        took = min(_seconds(mask, device) for _ in range(TIMES))
+    except torch.OutOfMemoryError:
+        logger.info(f"{device} has no room to try how soon rows come from other ranks")
+    if None in distributed.meet(took):
+        return False
+    joined = min(_seconds(join, device) for _ in range(TIMES))
+    assert took is not None
+    ahead = distributed.meet(took - joined)
+    return min(ahead) >= 0  # on the rank that it serves least
 
 
 def _seconds(run: Callable[[], None], device: torch.device) -> float:

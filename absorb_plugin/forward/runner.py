@@ -53,7 +53,8 @@ class ProbeRunner:
         self._model, self._blocks, self._memory = model, blocks, memory
         self.joins_rows = self._joins_own = False
         if distributed.ranks() > 1:
-            self._decide_to_join()
+            with distributed.fail_together():
+                self._decide_to_join()
         self.cache = (
             None if cache is None else ProfileCache(cache, language_model(model))
         )
@@ -68,7 +69,7 @@ class ProbeRunner:
         size = block_bytes(model, self._blocks.modules)
         room = 2 * size <= self._memory * SHARE_TO_JOIN
         away = any(map(is_offloaded, self._blocks.linears().values()))
-        found = distributed.gather((room, away))
+        found = distributed.meet((room, away))
         if all(room for room, _ in found):
             self._joins_own = all(away for _, away in found)
             device = torch.device(get_execution_device(model))

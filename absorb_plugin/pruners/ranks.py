@@ -118,14 +118,15 @@ def _add_up(
     :return: index in `modules` -> owner, for those that some rank has seen
     """
     mine = {
-        number: (samples[module], statistics[module].shape)
+        number: (samples[module], statistics[module].shape, statistics[module].device)
         for number, module in enumerate(modules)
         if module in samples
     }
     parts = distributed.gather(mine)
     seen = sorted({number for part in parts for number in part})
     totals = {n: sum(part[n][0] for part in parts if n in part) for n in seen}
-    shapes = {n: shape for part in parts for n, (_, shape) in part.items()}
+    shapes = {n: shape for part in parts for n, (_, shape, _) in part.items()}
+    kinds = {n: where.type for part in parts for n, (*_, where) in part.items()}
     _, _, owners = greedy_bin_packing(
         list(seen), distributed.ranks(), lambda n: shapes[n].numel()
     )
@@ -135,8 +136,9 @@ def _add_up(
         if mean is not None:
             mean *= samples.pop(module) / total
         if mean is None:
-            device = torch.device(get_execution_device(module))
-            mean = torch.zeros(shapes[number], device=device)
+            # Hessians may be offloaded
+            here = get_execution_device(module) if kinds[number] != "cpu" else "cpu"
+            mean = torch.zeros(shapes[number], device=here)
         mean = distributed.add_to(mean, owners[number])
         if mean is not None:
             statistics[module], samples[module] = mean, total

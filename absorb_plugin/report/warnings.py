@@ -107,7 +107,8 @@ def _not_confirmed(profile: Profile) -> str:
     if not confirmed or "searched" not in confirmed["losses"]:
         return ""
     chosen = confirmed["chosen"]
-    if chosen == "searched":
+    told = confirmed["losses"]
+    if told[chosen] == told["searched"]:  # it may be base or uniform itself
         return ""
     losses = ", ".join(
         f"{name} {loss:.3f}"

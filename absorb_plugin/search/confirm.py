@@ -49,7 +49,11 @@ class Confirmed:
 
 
 def confirm(
-    found: np.ndarray, base: np.ndarray, budget: Budget, judge: Judge
+    found: np.ndarray,
+    base: np.ndarray,
+    budget: Budget,
+    judge: Judge,
+    settled: bool = False,
 ) -> Confirmed:
     """
     The outcome of the search if it is no worse than base and uniform, else halfway if
@@ -58,14 +62,15 @@ def confirm(
     :param found: the outcome of the search, shape (N,)
     :param base: the base allocation
     :param judge: the pruner's, on samples that no choice has seen
+    :param settled: whether `found` is taken in any case, and only compared
     """
     ballot = _Ballot(judge)
     uniform = budget.uniform()
     ballot.ask({"base": base, "uniform": uniform, "searched": found})
     best = min(("base", "uniform"), key=ballot.loss)
-    chosen = ballot.twin("searched", (best,))
+    chosen = ballot.twin("searched", ("base", "uniform"))
     loss = ballot.loss("searched")
-    if not (np.isfinite(loss) and loss <= ballot.loss(best)):
+    if not (settled or (np.isfinite(loss) and loss <= ballot.loss(best))):
         middle = budget.meet((ballot.allocations[best] + found) / 2)
         ballot.ask({"halfway": budget.whole(middle)})
         chosen = "halfway" if ballot.beats("halfway", best) else best

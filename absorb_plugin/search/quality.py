@@ -102,7 +102,9 @@ def largest_budget(
     climb = partial(_climb, bound=bound, slope=slope, floor=floor, upper=upper)
     kept = climb(partial(ask, SEARCHED), first, None)
     for name in rivals:
-        beyond = floor if kept is None else min(upper, kept.sparsity + RESOLUTION)
+        beyond = floor
+        if kept is not None:
+            beyond = min(upper, round(kept.sparsity + RESOLUTION, 6))
         if kept is None or kept.sparsity < upper:
             kept = climb(partial(ask, name), beyond, kept)
     if kept is not None:

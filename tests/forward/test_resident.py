@@ -1,8 +1,8 @@
 """Offloaded blocks that stay on the device while there is room for them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -518,11 +518,22 @@ def test_rows_are_joined_where_that_is_quick(
 ) -> None:
     monkeypatch.setattr(joined, "TRIED", 64)
     took = iter([1.0, 1.0, 1.0, 2.0, 2.0, 2.0] if slow else [1.0] * 6)
-    monkeypatch.setattr(joined, "_seconds", lambda run, device: (run(), next(took))[1])
+
+    def seconds(run: Callable[[], None], device: torch.device) -> float:
+        run()
+        return next(took)
+
+    monkeypatch.setattr(joined, "_seconds", seconds)
     with imported("imagined_ranks") as script, script.imagined_ranks(4) as ranks:
         model = tiny.make_model("llama").to("fake:0")
         runner = ProbeRunner(model, find_blocks(model), "auto")
         assert runner.joins_rows == (not slow)
-        assert ranks.received["all_gather"] == 3 * 48 * 64 * 4
+        assert ranks.received["all_gather"] == 3 * joined.MATRICES * 48 * 64 * 4
         away = set_onload_device(tiny.make_model("llama"), torch.device("fake:0"))
         assert ProbeRunner(away, find_blocks(away), "auto").joins_rows
+
+        def full(run: object, device: torch.device) -> NoReturn:
+            raise torch.OutOfMemoryError("no room")
+
+        monkeypatch.setattr(joined, "_seconds", full)
+        assert not ProbeRunner(model, find_blocks(model), "auto").joins_rows

@@ -50,6 +50,14 @@ def test_what_needed_no_search_keeps_its_name(own: np.ndarray) -> None:
     assert found.losses["searched"] == found.loss
 
 
+def test_what_is_settled_is_kept() -> None:
+    text = Text(distance_from(BASE))
+    found = confirm(GOAL, BASE, BUDGET, text, settled=True)
+    assert found.chosen == "searched" and found.gain < 0
+    assert found.losses.keys() == {"base", "uniform", "searched"}
+    np.testing.assert_array_equal(found.sparsity, GOAL)
+
+
 def test_what_is_not_is_taken_back() -> None:
     found, text = confirmed(distance_from(BASE))
     assert found.chosen == "base" and found.gain == 0.0
