@@ -103,10 +103,12 @@ def test_the_pruner_that_follows_judges_with_its_own_settings(
         seen.append(pruner)
         init(self, blocks, pruner, *args, **fields)
 
-    def confirm(found: np.ndarray, base: np.ndarray, budget: Any, judge: Any) -> Any:
+    def confirm(
+        found: np.ndarray, base: np.ndarray, budget: Any, judge: Any, *settled: bool
+    ) -> Any:
         sums, _ = judge([base, found])
         assert np.isfinite(sums).all() and len(sums) == 2
-        return confirmed(found, base, budget, judge)
+        return confirmed(found, base, budget, judge, *settled)
 
     confirmed = method.confirm
     monkeypatch.setattr(PrunedLoss, "__init__", made)
