@@ -107,12 +107,12 @@ class Kept(OffloadCache):
 
     def missing(self) -> int:
         """Bytes that it will keep and has not been asked for."""
-        tensors = self.offloaded_values.values() if self.keeps else ()
-        return sum(
-            tensor.nbytes
-            for tensor in tensors
-            if tensor is not None and tensor not in self._onloaded
-        )
+        if not (self.keeps or self.keeps_rows):
+            return 0
+        kept = self._onloaded if self.keeps else self._rows
+        left = (x for x in self.offloaded_values.values() if x is not None)
+        missing = sum(tensor.nbytes for tensor in left if tensor not in kept)
+        return missing if self.keeps else -(-missing // distributed.ranks())
 
     def holds(self) -> bool:
         """Whether anything is kept at the moment."""

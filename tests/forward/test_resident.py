@@ -492,8 +492,12 @@ def test_a_rank_onloads_its_rows_alone(
         rows = found.linears().values()
         with kept_onloaded(offloaded, found.modules, MEMORY, rows) as kept:
             assert kept == (len(found) if blocks else 0)
+            before = spare(offloaded, found.modules, 0)
             with counted(device) as log:
                 first = own_rows(linear)
+            # what is asked for is no longer to come
+            came = quarter.nbytes if blocks else 0
+            assert spare(offloaded, found.modules, 0) == before + came
             assert log["bytes"] == quarter.nbytes
             with counted(device) as log:
                 second = own_rows(linear)
