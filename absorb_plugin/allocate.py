@@ -109,9 +109,7 @@ def allocate(
             direction = measure_direction(method.setting, method.signal, final)
             final = budget.meet(corrected(final, direction, float(settings.strength)))
         if method.confirms and final is not base.sparsity:
-            # a budget's allocation is settled: base and uniform have been asked
-            settled = quality is not None
-            search, confirmed = method.confirmed(final, base, budget, search, settled)
+            search, confirmed = method.confirmed(final, base, budget, search)
             final = confirmed.sparsity
             direction = direction if search is None else search.direction
         noise = report_noise(settings, method.setting, method.signal)
@@ -227,16 +225,16 @@ class Method:
         base: Base,
         budget: Budget,
         search: SearchResult | None,
-        settled: bool = False,
     ) -> tuple[SearchResult | None, Confirmed]:
         """
         By the pruner's own arithmetic. Masks choose where the search starts; if that is
         clearly not what the pruner does better with, it is run again from there.
 
-        :param search: that found `final`, if one did
-        :param settled: whether `final` is taken in any case
+        :param search: that found `final`; None where a bound on the loss did, and
+            base and uniform have been asked
         """
         judge = partial(pruned_loss, self.setting)
+        settled = search is None
         first = confirm(final, base.sparsity, budget, judge, settled)
         agreed = search is None or first.start in ("", search.start)
         if agreed or self.signal.once:

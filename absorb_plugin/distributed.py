@@ -31,7 +31,6 @@ __all__ = [
     "fail_together",
     "from_first",
     "gather",
-    "gather_rows",
     "gather_shares",
     "is_first",
     "join_rows",
@@ -212,19 +211,11 @@ def join_rows(parts: Sequence[torch.Tensor], rows: Sequence[int]) -> list[torch.
         pieces.append((own, own.new_empty(size * ranks(), own.shape[1])))
     meet()
     for own, joined in pieces:
-        gather_rows(own, joined)
+        _all_gather(_bytes(joined), _bytes(own))
     return [
         joined[:count].to(part.device)
         for (_, joined), part, count in zip(pieces, parts, rows, strict=True)
     ]
-
-
-def gather_rows(own: torch.Tensor, joined: torch.Tensor) -> None:
-    """
-    :param own: rows of this rank, as many on all of them, where collectives run
-    :param joined: takes those of all
-    """
-    _all_gather(_bytes(joined), _bytes(own))
 
 
 @contextmanager

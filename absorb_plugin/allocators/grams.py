@@ -9,7 +9,7 @@ from torch.nn import Module
 from absorb_plugin import distributed
 from absorb_plugin.allocators.base import Allocator
 from absorb_plugin.blocks import BlockMap
-from absorb_plugin.calibration import Batch, token_mask
+from absorb_plugin.calibration import Batch
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.plugins import run_measure, version_of
 from absorb_plugin.pruners.sparsegpt import SparseGPT
@@ -51,9 +51,7 @@ class GramProbe(Probe):
         return Needs(pruned=True, hessians=True, single_batch=True)
 
     def start(self, batch: Batch) -> None:
-        self._mask = token_mask(batch)
-        if self.idle:
-            self._mask = torch.zeros_like(self._mask)
+        self._mask = self.counted(batch)
 
     def enter(self, index: int, block: Module) -> None:
         linears = self._blocks.blocks[index].linears
@@ -65,8 +63,7 @@ class GramProbe(Probe):
     ) -> None:
         self._in_force.close()
         block = self._blocks.blocks[index]
-        loads = [0.0] * distributed.ranks()
-        work = shared_out(block.linears, self._observed, loads)
+        work = shared_out(block.linears, self._observed)
         for total, names in work.observed.groups:
             gram = total / (self._samples or len(self._mask))
             for name in names:

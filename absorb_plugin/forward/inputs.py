@@ -32,6 +32,7 @@ class InputStatistics(Probe):
     """
 
     state = ("_sums", "_samples")
+    own_weights = True
 
     def __init__(self, blocks: BlockMap) -> None:
         self._blocks = blocks
@@ -39,8 +40,6 @@ class InputStatistics(Probe):
         self._samples = 0
         self._handles: list = []
         self._seen: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    own_weights = True
 
     @property
     def needs(self) -> Needs:

@@ -16,7 +16,6 @@ __all__ = [
     "Weights",
     "all_given",
     "differentiated",
-    "given",
     "ignore_entry",
     "input_of",
     "replaced_weights",
@@ -54,13 +53,13 @@ def input_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch
     )
 
 
-def given(weight: torch.Tensor) -> torch.Tensor:
-    """Of a weight that is made already; for `Weights`."""
-    return weight
-
-
 def all_given(weights: Mapping[str, torch.Tensor]) -> Weights:
-    return {name: partial(given, weight) for name, weight in weights.items()}
+    """Of weights that are made already."""
+    return {name: partial(_itself, weight) for name, weight in weights.items()}
+
+
+def _itself(weight: torch.Tensor) -> torch.Tensor:
+    return weight
 
 
 @contextmanager

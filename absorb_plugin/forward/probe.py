@@ -9,7 +9,7 @@ import torch
 from torch.nn import Module
 
 from absorb_plugin import distributed
-from absorb_plugin.calibration import Batch
+from absorb_plugin.calibration import Batch, token_mask
 from absorb_plugin.forward.block_io import BlockCall, hidden_state
 from absorb_plugin.forward.head import OutputHead
 
@@ -94,6 +94,11 @@ class Probe:
     def share(self, samples: Sequence[dict]) -> list[dict]:
         """This rank's part of what is to run, before it does."""
         return distributed.share(samples)
+
+    def counted(self, batch: Batch) -> torch.Tensor:
+        """As `token_mask`; of a rank that is idle no token counts."""
+        mask = token_mask(batch)
+        return torch.zeros_like(mask) if self.idle else mask
 
     @property
     def needs(self) -> Needs:

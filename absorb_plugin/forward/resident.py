@@ -131,14 +131,12 @@ def own_rows(linear: Linear) -> torch.Tensor:
     the host no others are onloaded.
     """
     cache = linear._parameters
-    if isinstance(cache, OffloadCache) and not isinstance(cache, Kept):
+    whole = isinstance(cache, Kept) and cache.keeps
+    if isinstance(cache, OffloadCache) and not whole:
         offloaded = cache.offloaded_values["weight"]
         if offloaded.device.type == "cpu":
-            return _rows(offloaded, cache)
-    if isinstance(cache, Kept) and not cache.keeps:
-        offloaded = cache.offloaded_values["weight"]
-        if offloaded.device.type == "cpu":
-            return cache.rows(offloaded)
+            kept = isinstance(cache, Kept)
+            return cache.rows(offloaded) if kept else _rows(offloaded, cache)
     return linear.weight.detach()[distributed.row_share(linear.out_features)]
 
 

@@ -10,7 +10,6 @@ samples, as the pruner goes about it.
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from absorb_plugin import distributed
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch, token_mask
 from absorb_plugin.forward.head import OutputHead
-from absorb_plugin.forward.linears import given, replaced_weights
+from absorb_plugin.forward.linears import all_given, replaced_weights
 from absorb_plugin.forward.loss import check_predicted, score_states
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.pruners.base import Pruner
@@ -177,21 +176,21 @@ class PrunedLoss(Probe):
         linears: Mapping[str, Linear],
         index: int,
         candidates: Sequence[int],
-        work: list[Work],
+        work: Sequence[Work],
     ) -> list[dict[str, list[torch.Tensor]]]:
         """
         What this rank makes of a block for each of some candidates.
 
-        :param work: of each; empty afterwards, or Hessians would outlive their use
+        :param work: of each; what was observed is let go once it has served
         """
         made: list[dict[str, list[torch.Tensor]]] = []
         wanted = [self._wanted(index, one) for one in candidates]
-        while work:
-            some, work[: self._at_once] = work[: self._at_once], []
-            sparsities, wanted = wanted[: len(some)], wanted[len(some) :]
-            observed = [one.observed for one in some]
-            del some
-            made += prune_observed(self._pruner, linears, observed, sparsities)
+        for start in range(0, len(work), self._at_once):
+            some = slice(start, start + self._at_once)
+            observed = [one.observed for one in work[some]]
+            made += prune_observed(self._pruner, linears, observed, wanted[some])
+            for one in observed:
+                one.groups.clear()
         return made
 
     @staticmethod
@@ -202,7 +201,7 @@ class PrunedLoss(Probe):
         run: RunBlock,
     ) -> torch.Tensor:
         # a function: its weights must be gone when the next are made
-        weights = {name: partial(given, weight) for name, (weight,) in pruned.items()}
+        weights = all_given({name: weight for name, (weight,) in pruned.items()})
         with replaced_weights(linears, weights):
             return run(state)
 

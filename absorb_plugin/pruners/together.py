@@ -34,7 +34,9 @@ class Work:
 
 
 def shared_out(
-    linears: Mapping[str, Linear], observed: Observed, loads: list[float]
+    linears: Mapping[str, Linear],
+    observed: Observed,
+    loads: list[float] | None = None,
 ) -> Work:
     """
     Add up what the ranks observed, each group where it is pruned. Within
@@ -42,10 +44,12 @@ def shared_out(
 
     :param linears: relative name -> Linear
     :param observed: by this rank; it is empty afterwards
-    :param loads: what every rank has got to do of the block so far; added to
+    :param loads: what every rank has got to do of the block so far, added to; None for
+        nothing
     """
     if distributed.ranks() == 1:
         return Work(observed, {})
+    loads = [0.0] * distributed.ranks() if loads is None else loads
     mine = {tuple(names): total for total, names in observed.groups}
     observed.groups.clear()
     shapes: dict[Names, torch.Size] = {}
@@ -114,7 +118,7 @@ def pruned_together(
     :param wanted: relative name -> sparsities
     :return: relative name -> weights, one per sparsity
     """
-    work = shared_out(linears, observed, [0.0] * distributed.ranks())
+    work = shared_out(linears, observed)
     (own,) = prune_observed(pruner, linears, [work.observed], [wanted])
     work.observed.groups.clear()
     return told(linears, own, wanted, work.owners)

@@ -200,7 +200,7 @@ class MaskedSlopes:
         allocation: np.ndarray,
         step: float,
     ) -> None:
-        self._blocks, self._masks, self._step = blocks, masks, step
+        self._masks, self._step = masks, step
         self._sparsities = block_sparsities(blocks, allocation)
         self.joined = masks.joined
         # what the backward pass asks for after a change, made with it

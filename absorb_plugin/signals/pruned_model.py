@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
 
 import numpy as np
 import torch
@@ -10,8 +9,8 @@ from torch.nn import Module
 
 from absorb_plugin import distributed
 from absorb_plugin.blocks import BlockMap
-from absorb_plugin.calibration import Batch, token_mask
-from absorb_plugin.forward.linears import given, replaced_weights
+from absorb_plugin.calibration import Batch
+from absorb_plugin.forward.linears import all_given, replaced_weights
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.pruners.base import Pruner
 from absorb_plugin.pruners.packed import HOST, Packed
@@ -70,9 +69,7 @@ class PrunedModel(Probe):
         )
 
     def start(self, batch: Batch) -> None:
-        self._mask = token_mask(batch)
-        if self.idle:
-            self._mask = torch.zeros_like(self._mask)
+        self._mask = self.counted(batch)
 
     def enter(self, index: int, block: Module) -> None:
         linears = self._blocks.blocks[index].linears
@@ -93,7 +90,7 @@ class PrunedModel(Probe):
         self._kept[index] = {
             name: self._placed(weights) for name, weights in pruned.items()
         }
-        weights = {name: partial(given, found[0]) for name, found in pruned.items()}
+        weights = all_given({name: found[0] for name, found in pruned.items()})
         with replaced_weights(linears, weights):
             return run(before)
 
