@@ -1,67 +1,29 @@
 """
 The method on one screen: calibration batches -> statistics -> base allocation -> signal
 -> correction, judged on held-out samples -> confirmed by the pruner's own arithmetic.
+Each step is one of `method.Method`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Sequence
 
-import numpy as np
-import torch
 from loguru import logger
 from torch.nn import Module
 
 from absorb_plugin import distributed
 from absorb_plugin.allocation import Allocation
-from absorb_plugin.allocators.base_allocation import Base, Numbers, base_allocation
-from absorb_plugin.allocators.grams import GramProbe
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch
-from absorb_plugin.choices import (
-    budget_of,
-    check_judges,
-    choose_level,
-    choose_signal,
-    needs_loss,
-    unseen,
-    warn_of_few_tokens,
-    warn_of_granularity,
-    widest,
-)
-from absorb_plugin.forward.check import check_forward
-from absorb_plugin.forward.inputs import InputStatistics
-from absorb_plugin.forward.runner import ProbeRunner
-from absorb_plugin.groups import Groups
+from absorb_plugin.choices import budget_of, choose_level
 from absorb_plugin.language_model import check_ids
-from absorb_plugin.measuring import (
-    dense_loss,
-    masked_loss,
-    measure_direction,
-    pruned_loss,
-    report_noise,
-    same_stages,
-)
+from absorb_plugin.measuring import report_noise
+from absorb_plugin.method import Method
 from absorb_plugin.pruners import Pruner
 from absorb_plugin.pruners.present import with_present_zeros
-from absorb_plugin.sample_split import SampleSplit, SampleUse
-from absorb_plugin.search.budget import Budget
-from absorb_plugin.search.confirm import Confirmed, confirm
-from absorb_plugin.search.correction import corrected
-from absorb_plugin.search.descent import Stage, refined
-from absorb_plugin.search.line_search import (
-    SearchResult,
-    descent_search,
-    gain,
-    line_search,
-)
-from absorb_plugin.search.quality import Quality, largest_budget
 from absorb_plugin.settings import AllocationSettings
-from absorb_plugin.signals import Setting
 from absorb_plugin.signals.noise import Noise
-from absorb_plugin.torch_state import check_differentiable, plain_torch
+from absorb_plugin.torch_state import plain_torch
 
-__all__ = ["Allocation", "Method", "allocate"]
+__all__ = ["Allocation", "allocate"]
 
 
 @plain_torch()
@@ -89,25 +51,23 @@ def allocate(
             f"max_sparsity and limits leave {cap.sparsity:.4f} of the sparsity "
             f"{sparsity:g}, the most that max_loss_increase may find"
         )
-    budget = with_present_zeros(cap, blocks, pruner, {})
+    with_present_zeros(cap, blocks, pruner, {})  # fails before minutes are spent
     method = Method(model, blocks, batches, pruner=pruner, settings=settings)
-    if pruner.zeroes_unused and (seen := method.setting.statistics):
-        budget = with_present_zeros(cap, blocks, pruner, seen)
-    search, confirmed, quality = None, None, None
+    budget = method.budget(cap)
+    search, confirmed, quality, direction = None, None, None, None
     with method.setting.runner.kept_onloaded():
         if settings.max_loss_increase is not None:
             quality = method.largest_budget(budget, settings.max_loss_increase)
             budget = budget.at(quality.found.sparsity)
         base = method.base(budget)
-        final, direction = base.sparsity, None
+        final = base.sparsity
         if quality is not None:
             final = quality.found.allocation
         elif settings.strength == "auto":
             search = method.search(base, budget)
             final, direction = search.sparsity, search.direction
         elif settings.strength != 0:
-            direction = measure_direction(method.setting, method.signal, final)
-            final = budget.meet(corrected(final, direction, float(settings.strength)))
+            final, direction = method.step(final, budget, settings.strength)
         if method.confirms and final is not base.sparsity:
             search, confirmed = method.confirmed(final, base, budget, search)
             final = confirmed.sparsity
@@ -130,183 +90,3 @@ def allocate(
         samples=method.uses(compared=not (confirmed is None and quality is None)),
         unseen=method.unseen,
     )
-
-
-class Method:
-    """
-    What is measured once, and serves every budget.
-
-    :param model: as of `allocate`, and so are the others
-    """
-
-    def __init__(
-        self,
-        model: Module,
-        blocks: BlockMap,
-        batches: Sequence[Batch],
-        *,
-        pruner: Pruner,
-        settings: AllocationSettings,
-    ) -> None:
-        self.settings = settings
-        self.signal = choose_signal(settings, blocks, pruner)
-        self._effort = settings.measuring()
-        judged = settings.strength == "auto"
-        by_loss = needs_loss(settings, self.signal)
-        self.confirms = judged and self._effort.confirm > 0
-        prunes = self.confirms or (by_loss and self.signal.prunes)
-        samples = SampleSplit(
-            batches,
-            self._effort,
-            judged=judged,
-            by_loss=by_loss,
-            pruning_tokens=pruner.judge_tokens(widest(blocks)) if prunes else None,
-        )
-        check_judges(settings, samples)
-        warn_of_few_tokens(pruner, blocks, batches)
-        warn_of_granularity(settings)
-        runner = ProbeRunner(
-            model, blocks, settings.probe_memory, settings.cache_directory()
-        )
-        if settings.strength != 0:
-            if self.signal.differentiates:
-                check_differentiable(model)
-            with distributed.fail_together():
-                shortest = samples.shortest()
-                check_forward(
-                    model,
-                    blocks,
-                    shortest,
-                    by_loss=by_loss,
-                    by_slope=self.signal.differentiates,
-                    by_part=prunes,
-                )
-        self._allocator, self._numbers = settings.base_allocator(), Numbers()
-        statistics: Mapping[str, torch.Tensor] = {}
-        if by_loss or self._allocator.needs == "activations":
-            what, probe = "Input statistics", InputStatistics(blocks)
-            # it has been checked only then that blocks can run in parts
-            statistics = runner.run(what, samples.statistics, probe, in_parts=prunes)
-        self._measured: Mapping[str, float] = {}
-        self._observes = bool(statistics) or self._allocator.needs == "gram"
-        if self._allocator.needs == "gram":
-            grams = GramProbe(blocks, self._allocator)
-            self._measured = runner.run("Second moments", samples.statistics, grams)
-        self.unseen = unseen(blocks, statistics) if statistics else None
-        groups = Groups.at(choose_level(settings), blocks)
-        self.setting = Setting(blocks, groups, samples, runner, pruner, statistics)
-
-    def uses(self, compared: bool) -> list[SampleUse]:
-        """
-        What samples served, without those set apart that nothing was asked of.
-
-        :param compared: whether the pruner's own arithmetic judged allocations
-        """
-        idle = set() if self._observes else {"statistics"}
-        if not compared:
-            idle |= {"confirm"} if self.signal.prunes else {"confirm", "pruning"}
-        return [one for one in self.setting.samples.uses() if one.use not in idle]
-
-    def base(self, budget: Budget) -> Base:
-        """What the base allocator makes of a budget."""
-        return base_allocation(
-            self._allocator,
-            self.setting.blocks,
-            self.setting.statistics,
-            budget,
-            measured=self._measured,
-            granularity=self.settings.granularity,
-            cache=self.setting.runner.cache or self._numbers,
-        )
-
-    def confirmed(
-        self,
-        final: np.ndarray,
-        base: Base,
-        budget: Budget,
-        search: SearchResult | None,
-    ) -> tuple[SearchResult | None, Confirmed]:
-        """
-        By the pruner's own arithmetic. Masks choose where the search starts; if that is
-        clearly not what the pruner does better with, it is run again from there.
-
-        :param search: that found `final`; None where a bound on the loss did, and
-            base and uniform have been asked
-        """
-        judge = partial(pruned_loss, self.setting)
-        settled = search is None
-        first = confirm(final, base.sparsity, budget, judge, settled)
-        agreed = search is None or first.start in ("", search.start)
-        if agreed or self.signal.once:
-            return search, first
-        again = self.search(base, budget, first.start)
-        second = confirm(again.sparsity, base.sparsity, budget, judge)
-        won = (again, second) if second.loss < first.loss else (search, first)
-        return won[0], replace(won[1], anew=True)
-
-    def search(
-        self, base: Base, budget: Budget, start: str | None = None
-    ) -> SearchResult:
-        """
-        Down the slopes of a signal that has some, else along its direction.
-
-        :param start: of the former, "base" or "uniform"; None for the better one under
-            masks
-        """
-        setting, signal = self.setting, self.signal
-        judge = partial(masked_loss, setting)
-        if signal.once:
-            measure = partial(measure_direction, setting, signal)
-            return line_search(base.sparsity, budget, measure, judge, rounds=1)
-        stages = self._stages()
-        return descent_search(
-            base.sparsity, budget, stages, judge, groups=setting.groups, start=start
-        )
-
-    def refine(self, near: np.ndarray, budget: Budget) -> np.ndarray:
-        """From the allocation of another budget, by a few short steps."""
-        last = self._stages()[-1]
-        found = refined(budget.meet(near), budget, last, self.setting.groups)
-        return budget.whole(found)
-
-    def _stages(self) -> list[Stage]:
-        return same_stages(self.signal.stages(self.setting, self._effort.rounds))
-
-    def largest_budget(self, budget: Budget, bound: float) -> Quality:
-        """
-        :param budget: the largest
-        :param bound: on the increase of the loss over the dense model, nats per token
-        """
-        dense, tokens = dense_loss(self.setting)
-
-        def at(sparsity: float, near: np.ndarray | None) -> np.ndarray:
-            there = budget.at(sparsity)
-            if near is not None:
-                return self.refine(near, there)
-            return self.search(self.base(there), there).sparsity
-
-        known: dict[bytes, tuple[float, float]] = {}
-
-        def increase(allocation: np.ndarray) -> tuple[float, float]:
-            if (told := known.get(allocation.tobytes())) is not None:
-                return told
-            sums, _ = pruned_loss(self.setting, [allocation])
-            found, error = gain(sums[0], dense[0], tokens)
-            logger.info(
-                f"Sparsity {budget.achieved(allocation):.4f} costs {found:.4f} ± "
-                f"{error:.4f} nats per token; max_loss_increase is {bound:g}"
-            )
-            return known.setdefault(allocation.tobytes(), (found, error))
-
-        def scan(sparsities: Sequence[float]) -> list[float]:
-            uniform = [budget.at(sparsity).uniform() for sparsity in sparsities]
-            nothing = np.zeros_like(uniform[0])
-            sums, tokens = masked_loss(self.setting, [nothing, *uniform])
-            return [gain(one, sums[0], tokens)[0] for one in sums[1:]]
-
-        rivals: dict[str, Callable[[float], np.ndarray]] = {
-            "base": lambda sparsity: self.base(budget.at(sparsity)).sparsity,
-            "uniform": lambda sparsity: budget.at(sparsity).uniform(),
-        }
-        upper, least = budget.sparsity, budget.least()
-        return largest_budget(bound, upper, at, increase, scan, least, rivals)

@@ -39,6 +39,7 @@ NOT_MEASURING = {
     "evaluation",
     "files.py",
     "hookspecs.py",
+    "method.py",
     "mistakes.py",
     "modifier.py",
     "overflow.py",

@@ -10,7 +10,7 @@ from helpers import naive, runs, tiny
 from helpers.probes import PRUNERS
 from transformers import PreTrainedModel
 
-from absorb_plugin import allocate as method
+from absorb_plugin import method
 from absorb_plugin.allocators.base_allocation import Base
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.groups import LEVELS, named
@@ -172,7 +172,7 @@ def test_where_the_pruner_prefers_another_start_the_search_begins_there(
         return Confirmed(found, "searched", {"searched": loss}, 0.0, 0.0, preferred)
 
     monkeypatch.setattr(method.Method, "search", search)
-    monkeypatch.setattr("absorb_plugin.allocate.confirm", confirm)
+    monkeypatch.setattr("absorb_plugin.method.confirm", confirm)
     # masks prefer the base
     monkeypatch.setattr(
         "absorb_plugin.search.line_search._means", lambda sums, tokens: [1.0, 2.0]

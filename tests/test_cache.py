@@ -269,6 +269,7 @@ def test_the_models_path_does_not_matter(tmp_path: Path) -> None:
         ("report/page.py", False),
         ("search/line_search.py", False),
         ("allocate.py", False),
+        ("method.py", False),
         ("choices.py", False),
         ("modifier.py", False),
         ("settings.py", False),

@@ -57,7 +57,7 @@ def test_tokens_are_those_that_ours_takes(
     kind: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("absorb_plugin.allocate.check_forward", lambda *_, **__: None)
+    monkeypatch.setattr("absorb_plugin.method.check_forward", lambda *_, **__: None)
     # of random weights too the outcome of the search is taken
     monkeypatch.setattr("absorb_plugin.search.line_search.TIE", -math.inf)
     monkeypatch.setattr(

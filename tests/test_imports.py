@@ -18,6 +18,7 @@ RINGS = [
     {"cli"},
     {"report", "evaluation", "modifier"},
     {"allocate"},
+    {"method"},
     {"allocation", "choices", "measuring"},
     {"allocators.base_allocation", "allocators.grams", "signals", "judges"},
     {"pruners"},

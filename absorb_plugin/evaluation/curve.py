@@ -12,13 +12,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from absorb_plugin import distributed
-from absorb_plugin.allocate import Method
 from absorb_plugin.allocators.base_allocation import Base
 from absorb_plugin.calibration import samples_of
 from absorb_plugin.choices import budget_of
 from absorb_plugin.evaluation.allocation import set_up
 from absorb_plugin.files import json_numbers
 from absorb_plugin.measuring import dense_loss, pruned_loss
+from absorb_plugin.method import Method
 from absorb_plugin.overflow import exp, expm1
 from absorb_plugin.pruners import PRUNERS
 from absorb_plugin.pruners.present import with_present_zeros

@@ -10,7 +10,6 @@ import pytest
 from helpers import tiny
 from helpers.cli import absorb, error_of, files_in
 
-from absorb_plugin.allocate import Method
 from absorb_plugin.cli.curve import _print, parse_sparsities
 from absorb_plugin.evaluation import curve
 from absorb_plugin.evaluation.curve import (
@@ -20,6 +19,7 @@ from absorb_plugin.evaluation.curve import (
     knee,
     measure_curve,
 )
+from absorb_plugin.method import Method
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.settings import AllocationSettings
 
