@@ -23,6 +23,7 @@ from absorb_plugin.evaluation.check_report import (
     planned_share,
     zero_share,
 )
+from absorb_plugin.evaluation.check_shapes import check_shapes
 from absorb_plugin.evaluation.plan import (
     make_skeleton,
     model_class,
@@ -54,6 +55,8 @@ OWN_ZEROS, OWN_ZEROS_8_BITS, OWN_ZEROS_4_BITS = 0.05, 0.1, 0.5
 
 HEAD_WEIGHTS = ("weight", "weight_packed", "qweight")
 FLOATS = ("BF16", "F16", "F32", "F64")
+# The format whose matrices do not tell their shape.
+PACKED = "pack-quantized"
 
 
 def check_checkpoint(directory: Path, load: bool = False) -> CheckReport:
@@ -71,6 +74,7 @@ def check_checkpoint(directory: Path, load: bool = False) -> CheckReport:
     plan = _plan(checkpoint, skeleton, report)
     _count_linears(checkpoint, skeleton, plan, schemes, report)
     _check_head(checkpoint, skeleton, report)
+    check_shapes(checkpoint, skeleton, report)
     _check_rest(checkpoint, report)
     _check_plan(report)
     if load:
@@ -239,6 +243,13 @@ def _count_linears(
             )
     bar = tqdm(names.items(), desc="Counting zeros", unit="Linear", leave=False)
     for name, saved in bar:
+        if lacks := _absent_part(checkpoint, saved, schemes):
+            report.linears.clear()
+            report.problems.append(
+                f"{saved}.{lacks} is in none of the files, without which its "
+                "quantised weight says nothing: quantise again"
+            )
+            return
         count = _count(checkpoint, saved, stored[saved], schemes)
         if count is None:
             report.linears.clear()
@@ -301,6 +312,22 @@ def _schemes(
     except Exception as error:  # its validators raise of any kind
         reason = f"{type(error).__name__}: {error}"
     return None, [f"the quantisation in config.json is not understood: {reason}"]
+
+
+def _absent_part(
+    checkpoint: Checkpoint, name: str, schemes: QuantizationConfig | None
+) -> str | None:
+    """Local name of what a quantised weight cannot be read without."""
+    scheme = None if schemes is None else _scheme_of(name, schemes)
+    if schemes is None or scheme is None:
+        return None
+    packed = f"{name}.weight_packed" in checkpoint
+    if not packed and checkpoint.dtype(f"{name}.weight") in FLOATS:
+        return None
+    form = str(scheme.format or schemes.format)
+    wanted = ["weight_shape"] if form == PACKED else []
+    wanted += [] if f"{name}.weight_global_scale" in checkpoint else ["weight_scale"]
+    return next((x for x in wanted if f"{name}.{x}" not in checkpoint), None)
 
 
 def _count(

@@ -374,7 +374,7 @@ def _document(row: Mapping[str, Any], column: str | None, where: str) -> Documen
         return ""
     check_letters(value, f"{where}: field `{name}`")
     if isinstance(value, list) and value and all(map(_is_turn, value)):
-        return value
+        return [_as_text(turn, f"{where}: field `{name}`") for turn in value]
     if not isinstance(value, str):
         raise ValueError(
             f"{where}: field `{name}` is not a string, nor a chat of turns with `role` "
@@ -385,3 +385,23 @@ def _document(row: Mapping[str, Any], column: str | None, where: str) -> Documen
 
 def _is_turn(turn: object) -> bool:
     return isinstance(turn, dict) and {"role", "content"} <= turn.keys()
+
+
+def _as_text(turn: dict[str, Any], where: str) -> dict[str, Any]:
+    """
+    With the text of content that is a list of parts, of which many templates would make
+    what Python prints.
+
+    :raises ValueError: if a part is no text
+    """
+    parts = turn["content"]
+    if not isinstance(parts, list):
+        return turn
+    told = [part.get("text") if isinstance(part, dict) else None for part in parts]
+    texts = [text for text in told if isinstance(text, str)]
+    if len(texts) < len(parts):
+        raise ValueError(
+            f"{where}: the content of a turn has parts that are no text (images, "
+            "sounds, calls): only text is read. Leave such chats out"
+        )
+    return turn | {"content": "".join(texts)}

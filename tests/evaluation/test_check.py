@@ -373,6 +373,37 @@ def test_a_head_that_is_missing(plain: Path) -> None:
     assert report.tied and report.loads and not report.problems
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
+def test_a_norm_or_embeddings_that_are_missing(plain: Path, name: str) -> None:
+    change_weights(plain, lambda tensors: tensors.pop(name))
+    (warning,) = check_checkpoint(plain).warnings
+    assert name.removesuffix(".weight") in warning and "up at random" in warning
+    expect_problem(plain, "missing", load=True)
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "vocab_size"])
+def test_a_config_of_another_model(plain: Path, field: str) -> None:
+    change_json(plain / "config.json", **{field: 48})
+    expect_problem(plain, "another shape than config.json says", "and not")
+
+
+def test_a_linear_of_another_shape(plain: Path) -> None:
+    change_weights(plain, lambda x: x.update({DOWN: x[DOWN][:64].clone()}))
+    expect_problem(plain, DOWN, "64 x 128, and not 128 x 128")
+
+
+@pytest.mark.parametrize(
+    "scheme, part", [("W8A8", "weight_scale"), ("W4A16", "weight_shape")]
+)
+def test_a_quantised_weight_without_its_scale(
+    scheme: str, part: str, tmp_path: Path
+) -> None:
+    model = save_pruned(tmp_path / "model", scheme)
+    name = DOWN.replace("weight", part)
+    change_weights(model, lambda tensors: tensors.pop(name))
+    expect_problem(model, f"{name} is in none of the files")
+
+
 @pytest.mark.parametrize("architecture", ["gemma3", "opt"])
 def test_a_tied_head_by_default(architecture: str, tmp_path: Path) -> None:
     """transformers 4 writes what differs from its class's defaults."""

@@ -188,6 +188,18 @@ def test_chats_of_every_format(tmp_path: Path, name: str) -> None:
     assert list(read_text(named, "turns")) == [CHAT]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_chats_in_parts(tmp_path: Path, name: str) -> None:
+    parts = [{"type": "text", "text": one} for one in ("Hello ", "there")]
+    turn = {"role": "user", "content": parts}
+    path = write_rows(tmp_path / name, [{"messages": [turn]}])
+    assert list(read_text(path)) == [[{"role": "user", "content": "Hello there"}]]
+    seen = {"role": "user", "content": [{"type": "image", "url": "x"}, *parts[:1]]}
+    path = write_rows(tmp_path / f"b{path.suffix}", [{"messages": [turn, seen]}])
+    with pytest.raises(ValueError, match="messages`: the content .* no text"):
+        list(read_text(path))
+
+
 def test_chats_that_are_none(tmp_path: Path) -> None:
     path = write_jsonl(
         tmp_path / "a.jsonl", [{"messages": [{"from": "x", "value": 1}]}]
