@@ -51,9 +51,9 @@ def allocate(
             f"max_sparsity and limits leave {cap.sparsity:.4f} of the sparsity "
             f"{sparsity:g}, the most that max_loss_increase may find"
         )
-    with_present_zeros(cap, blocks, pruner, {})  # fails before minutes are spent
+    present = with_present_zeros(cap, blocks, pruner, {})
     method = Method(model, blocks, batches, pruner=pruner, settings=settings)
-    budget = method.budget(cap)
+    budget = method.budget(cap, present)
     search, confirmed, quality, direction = None, None, None, None
     with method.setting.runner.kept_onloaded():
         if settings.max_loss_increase is not None:

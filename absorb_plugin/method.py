@@ -131,13 +131,17 @@ class Method:
             idle |= {"confirm"} if self.signal.prunes else {"confirm", "pruning"}
         return [one for one in self.setting.samples.uses() if one.use not in idle]
 
-    def budget(self, cap: Budget) -> Budget:
+    def budget(self, cap: Budget, present: Budget) -> Budget:
         """
         :param cap: of all weights
-        :return: of those that are not zero already, nor certain to become it
+        :param present: of those that are not zero already
+        :return: of these without what the pruner zeroes whatever is asked for
         """
-        seen = self.setting.statistics if self.setting.pruner.zeroes_unused else {}
-        return with_present_zeros(cap, self.setting.blocks, self.setting.pruner, seen)
+        setting = self.setting
+        if not (setting.pruner.zeroes_unused and setting.statistics):
+            return present
+        seen = setting.statistics
+        return with_present_zeros(cap, setting.blocks, setting.pruner, seen)
 
     def base(self, budget: Budget) -> Base:
         """What the base allocator makes of a budget."""

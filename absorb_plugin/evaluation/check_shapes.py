@@ -61,7 +61,7 @@ def check_shapes(
         report.warnings.append(
             f"{len(absent)} norms or embeddings are in none of the files by their "
             f"names, {absent[0]} for one: where transformers knows them by no other "
-            "name it makes them up at random, which `--load` tells"
+            "name it makes them up at random, which loading it tells"
         )
 
 

@@ -30,7 +30,8 @@ from llmcompressor.modifiers.pruning.wanda import wanda_sparsify
 from loguru import logger
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from absorb_plugin import allocate as method
+from absorb_plugin import method
+from absorb_plugin.allocate import allocate
 from absorb_plugin.allocators.base_allocation import base_allocation
 from absorb_plugin.allocators.owl import Owl
 from absorb_plugin.blocks import BlockMap, find_blocks
@@ -194,7 +195,7 @@ def schedule(pruner: Pruner, widest: int, samples: int, tokens: int) -> list[Sta
         patch.object(method, "ProbeRunner", Recorder),
         patch.object(method, "widest", return_value=widest),
     ):
-        method.allocate(
+        allocate(
             model,
             find_blocks(model),
             batches,

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from absorb_plugin import allocate
+from absorb_plugin import method
 from absorb_plugin.search.line_search import SearchResult, descent_search
 
 __all__ = ["STEEP", "search_ends_at_uniform"]
@@ -21,4 +21,4 @@ def search_ends_at_uniform(patch: pytest.MonkeyPatch) -> None:
         found = descent_search(base, budget, *args, **options)
         return replace(found, sparsity=budget.uniform())
 
-    patch.setattr(allocate, "descent_search", search)
+    patch.setattr(method, "descent_search", search)
