@@ -51,9 +51,10 @@ def allocate(
             f"max_sparsity and limits leave {cap.sparsity:.4f} of the sparsity "
             f"{sparsity:g}, the most that max_loss_increase may find"
         )
-    present = with_present_zeros(cap, blocks, pruner, {})
+    budget = with_present_zeros(cap, blocks, pruner, {})
     method = Method(model, blocks, batches, pruner=pruner, settings=settings)
-    budget = method.budget(cap, present)
+    if pruner.zeroes_unused and (seen := method.setting.statistics):
+        budget = with_present_zeros(cap, blocks, pruner, seen)
     search, confirmed, quality, direction = None, None, None, None
     with method.setting.runner.kept_onloaded():
         if settings.max_loss_increase is not None:

@@ -36,7 +36,6 @@ from absorb_plugin.measuring import (
     same_stages,
 )
 from absorb_plugin.pruners import Pruner
-from absorb_plugin.pruners.present import with_present_zeros
 from absorb_plugin.sample_split import SampleSplit, SampleUse
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.search.confirm import Confirmed, confirm
@@ -130,18 +129,6 @@ class Method:
         if not compared:
             idle |= {"confirm"} if self.signal.prunes else {"confirm", "pruning"}
         return [one for one in self.setting.samples.uses() if one.use not in idle]
-
-    def budget(self, cap: Budget, present: Budget) -> Budget:
-        """
-        :param cap: of all weights
-        :param present: of those that are not zero already
-        :return: of these without what the pruner zeroes whatever is asked for
-        """
-        setting = self.setting
-        if not (setting.pruner.zeroes_unused and setting.statistics):
-            return present
-        seen = setting.statistics
-        return with_present_zeros(cap, setting.blocks, setting.pruner, seen)
 
     def base(self, budget: Budget) -> Base:
         """What the base allocator makes of a budget."""

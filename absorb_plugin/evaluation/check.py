@@ -243,14 +243,12 @@ def _count_linears(
             )
     bar = tqdm(names.items(), desc="Counting zeros", unit="Linear", leave=False)
     for name, saved in bar:
-        if lacks := _absent_part(checkpoint, saved, schemes):
+        try:
+            count = _count(checkpoint, saved, stored[saved], schemes)
+        except _AbsentPart as error:
             report.linears.clear()
-            report.problems.append(
-                f"{saved}.{lacks} is in none of the files, without which its "
-                "quantised weight says nothing: quantise again"
-            )
+            report.problems.append(str(error))
             return
-        count = _count(checkpoint, saved, stored[saved], schemes)
         if count is None:
             report.linears.clear()
             report.warnings.append(
@@ -314,20 +312,8 @@ def _schemes(
     return None, [f"the quantisation in config.json is not understood: {reason}"]
 
 
-def _absent_part(
-    checkpoint: Checkpoint, name: str, schemes: QuantizationConfig | None
-) -> str | None:
-    """Local name of what a quantised weight cannot be read without."""
-    scheme = None if schemes is None else _scheme_of(name, schemes)
-    if schemes is None or scheme is None:
-        return None
-    packed = f"{name}.weight_packed" in checkpoint
-    if not packed and checkpoint.dtype(f"{name}.weight") in FLOATS:
-        return None
-    form = str(scheme.format or schemes.format)
-    wanted = ["weight_shape"] if form == PACKED else []
-    wanted += [] if f"{name}.weight_global_scale" in checkpoint else ["weight_scale"]
-    return next((x for x in wanted if f"{name}.{x}" not in checkpoint), None)
+class _AbsentPart(ValueError):
+    """A quantised weight lacks what it cannot be read without."""
 
 
 def _count(
@@ -336,18 +322,29 @@ def _count(
     local: Sequence[str],
     schemes: QuantizationConfig | None,
 ) -> Count | None:
-    if "weight_scale" not in local and "weight_packed" not in local:
-        if checkpoint.dtype(f"{name}.weight") not in FLOATS:
-            return None
+    """
+    :return: None of a format that is not known
+    :raises _AbsentPart: if the files lack a part of it
+    """
+    alone = "weight_scale" not in local and "weight_packed" not in local
+    if alone and checkpoint.dtype(f"{name}.weight") in FLOATS:
         return count_dense(checkpoint.pieces(f"{name}.weight"))
     scheme = None if schemes is None else _scheme_of(name, schemes)
     if scheme is None:
         return None
     assert schemes is not None
+    form = str(scheme.format or schemes.format)
+    wanted = ["weight_shape", "weight_scale"] if form == PACKED else ["weight_scale"]
+    for part in wanted:
+        if part not in local:
+            raise _AbsentPart(
+                f"{name}.{part} is in none of the files, without which its "
+                "quantised weight says nothing: quantise again"
+            )
     tensors = {
         one: checkpoint.read(f"{name}.{one}") for one in local if one.startswith("w")
     }
-    return count_quantized(tensors, scheme, str(scheme.format or schemes.format))
+    return count_quantized(tensors, scheme, form)
 
 
 def _scheme_of(name: str, schemes: QuantizationConfig) -> QuantizationScheme | None:

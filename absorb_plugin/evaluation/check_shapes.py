@@ -37,30 +37,25 @@ def check_shapes(
         for name in checkpoint.names
         if name.endswith(".weight")
     }
-    names = stored_names(wanted, there)
-    other = [
-        (saved, wanted[name])
-        for name, saved in names.items()
-        if name == saved and there[saved] != wanted[name] and 0 not in wanted[name]
-    ]
+    other = [name for name in wanted.keys() & there if there[name] != wanted[name]]
     if other:
-        name, shape = other[0]
+        name = min(other)
         report.problems.append(
             f"{len(other)} tensors have another shape than config.json says, "
-            f"{name}.weight for one: {_times(there[name])}, and not {_times(shape)}. "
-            "Copy the config.json of this very model, or the files"
+            f"{name}.weight for one: {_times(there[name])}, and not "
+            f"{_times(wanted[name])}. Copy the config.json of this very model, or the "
+            "files"
         )
+    # transformers may save them under other names
     absent = [
         name
-        for name, module in modules.items()
-        if name in wanted
-        and name not in names
-        and not isinstance(module, torch.nn.Linear)
+        for name in wanted.keys() - stored_names(wanted, there)
+        if not isinstance(modules[name], torch.nn.Linear)
     ]
     if absent:
         report.warnings.append(
             f"{len(absent)} norms or embeddings are in none of the files by their "
-            f"names, {absent[0]} for one: where transformers knows them by no other "
+            f"names, {min(absent)} for one: where transformers knows them by no other "
             "name it makes them up at random, which loading it tells"
         )
 
