@@ -18,7 +18,7 @@ from absorb_plugin.language_model import check_ids
 from absorb_plugin.measuring import report_noise
 from absorb_plugin.method import Method
 from absorb_plugin.pruners import Pruner
-from absorb_plugin.pruners.present import with_present_zeros
+from absorb_plugin.pruners.present import ModelZeros
 from absorb_plugin.settings import AllocationSettings
 from absorb_plugin.signals.noise import Noise
 from absorb_plugin.torch_state import plain_torch
@@ -51,10 +51,10 @@ def allocate(
             f"max_sparsity and limits leave {cap.sparsity:.4f} of the sparsity "
             f"{sparsity:g}, the most that max_loss_increase may find"
         )
-    budget = with_present_zeros(cap, blocks, pruner, {})
+    zeros = ModelZeros.of(blocks, pruner)
+    zeros.within(cap, warn=True)  # more than the budget are told of at once
     method = Method(model, blocks, batches, pruner=pruner, settings=settings)
-    if pruner.zeroes_unused and (seen := method.setting.statistics):
-        budget = with_present_zeros(cap, blocks, pruner, seen)
+    budget = method.zeros(zeros).within(cap)
     search, confirmed, quality, direction = None, None, None, None
     with method.setting.runner.kept_onloaded():
         if settings.max_loss_increase is not None:

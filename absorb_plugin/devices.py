@@ -62,7 +62,7 @@ def dtype_of(model: PreTrainedModel) -> torch.dtype:
 def free_memory(device: torch.device) -> int | None:
     """
     Bytes that the driver has, and that torch holds without using them; None if torch
-    cannot tell (before 2.9).
+    cannot tell (before 2.10).
 
     :param device: an accelerator
     """

@@ -36,6 +36,7 @@ from absorb_plugin.measuring import (
     same_stages,
 )
 from absorb_plugin.pruners import Pruner
+from absorb_plugin.pruners.present import ModelZeros
 from absorb_plugin.sample_split import SampleSplit, SampleUse
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.search.confirm import Confirmed, confirm
@@ -129,6 +130,17 @@ class Method:
         if not compared:
             idle |= {"confirm"} if self.signal.prunes else {"confirm", "pruning"}
         return [one for one in self.setting.samples.uses() if one.use not in idle]
+
+    def zeros(self, present: ModelZeros) -> ModelZeros:
+        """
+        With the weights of features that no token used, where the pruner zeroes them.
+
+        :param present: zeros of the model's own weights
+        """
+        setting = self.setting
+        if not (setting.pruner.zeroes_unused and setting.statistics):
+            return present
+        return ModelZeros.of(setting.blocks, setting.pruner, setting.statistics)
 
     def base(self, budget: Budget) -> Base:
         """What the base allocator makes of a budget."""

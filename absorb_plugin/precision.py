@@ -17,6 +17,7 @@ BACKENDS: tuple[Any, ...] = (
     torch.backends.cuda.matmul,
     torch.backends.mkldnn.matmul if hasattr(torch.backends.mkldnn, "matmul") else None,
     getattr(torch.backends.cudnn, "conv", None),
+    getattr(torch.backends.cudnn, "rnn", None),
 )
 # Features whose products are made at once, at least.
 BAND = 256
@@ -36,14 +37,20 @@ def ieee_float32() -> Iterator[None]:
     factor Hessians and measure rounding against float32. Afterwards all is as it was.
     """
     overall, single = _overall(), [_get(backend) for backend in BACKENDS]
+    cudnn = _cudnn()
     try:
         torch.set_float32_matmul_precision("highest")
+        if cudnn is not None:
+            # or torch refuses to say what it is, as `torch.backends.cudnn.flags` asks
+            torch.backends.cudnn.allow_tf32 = False
         for backend in BACKENDS:
             _set(backend, "ieee")
         yield
     finally:
         if overall is not None:
             torch.set_float32_matmul_precision(overall)
+        if cudnn is not None:
+            torch.backends.cudnn.allow_tf32 = cudnn
         for backend, precision in zip(BACKENDS, single, strict=True):
             _set(backend, precision)
 
@@ -56,6 +63,8 @@ def widest_float(device: torch.device) -> torch.dtype:
     """
     try:
         torch.zeros(1, dtype=torch.float64, device=device)
+    except torch.OutOfMemoryError:  # says nothing about the device for good
+        raise
     except (TypeError, RuntimeError):
         return torch.float32
     return torch.float64
@@ -107,6 +116,13 @@ def _overall() -> str | None:
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:  # torch refuses where backends were set one by one
+        return None
+
+
+def _cudnn() -> bool | None:
+    try:
+        return torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # likewise
         return None
 
 

@@ -151,6 +151,8 @@ def test_ranks_stay_in_step(folder: Path, world: int) -> None:
             assert entry[case] == f"{told}ValueError: no way"
         first, second = entry["kept by some"]
         assert first == second
+        here = ["here"] * world
+        assert entry["joined"] == [[True, here], [False, here]]
 
 
 def agreement(one: dict[str, Any], other: dict[str, Any]) -> float:

@@ -31,7 +31,7 @@ from absorb_plugin.forward.head import OutputHead
 from absorb_plugin.forward.loss import cross_entropy_sums
 from absorb_plugin.language_model import language_model
 from absorb_plugin.pruners import PRUNERS
-from absorb_plugin.pruners.present import with_present_zeros
+from absorb_plugin.pruners.present import ModelZeros
 from absorb_plugin.pruners.sparsegpt import SparseGPT
 from absorb_plugin.search.budget import Budget
 
@@ -578,7 +578,7 @@ def test_a_dense_model_has_the_budget_it_had() -> None:
     blocks = find_blocks(tiny.make_model("llama"))
     budget = Budget.of(np.ones(len(blocks.linears())), 0.5, 0.9)
     for pruner in (PRUNERS["wanda"](), SparseGPT(preserve=True)):
-        assert with_present_zeros(budget, blocks, pruner, {}) is budget
+        assert ModelZeros.of(blocks, pruner).within(budget) is budget
 
 
 def test_features_that_are_always_zero_count() -> None:
@@ -591,7 +591,8 @@ def test_features_that_are_always_zero_count() -> None:
     seen = {name: torch.ones(x.in_features) for name, x in linears.items()}
     seen[first][:16] = 0
     budget = Budget.of(np.ones(len(linears)), 0.5, 0.9)
-    found = with_present_zeros(budget, blocks, SparseGPT(preserve=True), seen)
+    zeros = ModelZeros.of(blocks, SparseGPT(preserve=True), seen)
+    found = zeros.within(budget)
     assert found.low[0] == pytest.approx(0.5, abs=1e-3) and found.low[0] >= 0.5
     assert not found.low[1:].any()
 

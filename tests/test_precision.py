@@ -9,15 +9,17 @@ from helpers import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from absorb_plugin.calibration import calibrating
-from absorb_plugin.precision import gram, ieee_float32
+from absorb_plugin.precision import gram, ieee_float32, widest_float
 
 MATMUL = torch.backends.cuda.matmul
 ONEDNN = torch.backends.mkldnn.matmul
 CONV = torch.backends.cudnn.conv
+RNN = torch.backends.cudnn.rnn
+BACKENDS = (MATMUL, ONEDNN, CONV, RNN)
 
 
 def settings() -> list[str]:
-    return [x.fp32_precision for x in (MATMUL, ONEDNN, CONV)]
+    return [x.fp32_precision for x in BACKENDS]
 
 
 def legacy() -> None:
@@ -37,18 +39,40 @@ def restored() -> Iterator[None]:
     overall, before = torch.get_float32_matmul_precision(), settings()
     yield
     torch.set_float32_matmul_precision(overall)
-    for backend, precision in zip((MATMUL, ONEDNN, CONV), before, strict=True):
+    for backend, precision in zip(BACKENDS, before, strict=True):
         backend.fp32_precision = precision
 
 
-@pytest.mark.parametrize("user", [legacy, one_backend, nothing])
+def mixed() -> None:
+    CONV.fp32_precision = "ieee"
+
+
+@pytest.mark.parametrize("user", [legacy, one_backend, mixed, nothing])
 def test_float32_is_float32_while_we_measure(user: Callable[[], None]) -> None:
     user()
     before = settings()
     with calibrating(tiny.make_model("llama")):
-        assert settings() == ["ieee"] * 3
+        assert settings() == ["ieee"] * 4
         assert torch.get_float32_matmul_precision() == "highest"
+        if user is not mixed:  # torch refuses to say, as it did before
+            assert not torch.backends.cudnn.allow_tf32
     assert settings() == before
+    CONV.fp32_precision = "tf32"
+    assert torch.backends.cudnn.allow_tf32
+
+
+def test_a_full_device_says_nothing_about_float64(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*sizes: int, **kwargs: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    device = torch.device("cpu", 7)  # that no other test asks about
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "zeros", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            widest_float(device)
+    assert widest_float(device) == torch.float64
 
 
 def test_restored_after_an_error() -> None:

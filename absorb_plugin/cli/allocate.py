@@ -47,7 +47,7 @@ def allocate(
     ] = None,
     text: options.Text = None,
     dataset: options.DatasetName = None,
-    split: options.Split = "train",
+    split: options.Split = None,
     text_column: options.TextColumn = None,
     samples: options.Samples = 128,
     seq_len: options.SeqLen = 512,
@@ -128,8 +128,7 @@ def allocate(
             if ratios_out is not None:
                 came_from: dict[str, Any] = {"model": model, "data": None}
                 if data is not None:
-                    name = str(text) if dataset is None else f"{dataset} ({split})"
-                    came_from |= {"data": name, "samples": samples}
+                    came_from |= {"data": source.name, "samples": samples}
                     came_from |= {"seq_len": seq_len, "seed": seed}
                 content = ratios(found, settings, pruner.value, **came_from)
                 replace_file(ratios_out, json.dumps(content, indent=1).encode())

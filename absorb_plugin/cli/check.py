@@ -78,6 +78,9 @@ def _summary(report: "CheckReport") -> str:
     ]
     if report.zeros is not None:
         planned = "" if report.planned is None else f", planned {report.planned:.4f}"
+        if report.ignored and report.planned_zeros is not None:
+            planned = f"; in those of the plan {report.planned_zeros:.4f}{planned}"
+            planned += f" ({report.ignored} Linears are not in it)"
         lines.append(f"zeros in all Linears but the head: {report.zeros:.4f}{planned}")
     if report.loads is not None:
         lines.append(f"transformers loads it: {'yes' if report.loads else 'NO'}")
@@ -88,10 +91,16 @@ def _table(report: "CheckReport") -> "Table":
     from rich.markup import escape
     from rich.table import Table
 
-    from absorb_plugin.evaluation.check_report import planned_share, zero_share
+    from absorb_plugin.evaluation.check_report import (
+        planned_share,
+        planned_zero_share,
+        zero_share,
+    )
 
     table = Table()
-    for column in ("block", "weights", "planned", "zeros", "fewest", "most"):
+    # over the Linears of the plan, of which the other columns are not
+    there = ["zeros there"] if report.ignored else []
+    for column in ("block", "weights", "planned", *there, "zeros", "fewest", "most"):
         table.add_column(column, justify="left" if column == "block" else "right")
     for name, linears in report.blocks().items():
         shares = [one.count.share for one in linears]
@@ -99,6 +108,7 @@ def _table(report: "CheckReport") -> "Table":
             escape(name),
             f"{sum(one.count.weights for one in linears):,}",
             _four_digits(planned_share(linears)),
+            *(_four_digits(planned_zero_share(linears)) for _ in there),
             _four_digits(zero_share(linears)),
             _four_digits(min(shares)),
             _four_digits(max(shares)),

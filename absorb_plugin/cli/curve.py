@@ -28,7 +28,7 @@ def curve(
     model: options.Model,
     text: options.Text = None,
     dataset: options.DatasetName = None,
-    split: options.Split = "train",
+    split: options.Split = None,
     text_column: options.TextColumn = None,
     pruner: Annotated[
         options.PrunerName, typer.Option(help="Whose arithmetic judges.")

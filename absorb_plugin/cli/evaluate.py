@@ -24,7 +24,7 @@ def evaluate(
     ] = None,
     text: options.Text = None,
     dataset: options.DatasetName = None,
-    split: options.Split = "test",
+    split: options.Split = None,
     text_column: options.TextColumn = None,
     seq_len: options.SeqLen = 512,
     windows: Annotated[
@@ -75,7 +75,7 @@ def evaluate(
         check_result_file(out, "--out", is_result)
         read = read_tasks([*(tasks or []), *(more or [])], limit)
         has_text = text is not None or dataset is not None
-        source = Source(text, dataset, split, text_column)
+        source = Source(text, dataset, split, text_column, "test")
         documents = source.documents() if has_text else None
         config, tokenizer = read_model(
             model, dtype, trust_remote_code, seq_len if has_text else None

@@ -12,12 +12,26 @@ __all__ = ["Source", "check_samples", "check_sparsity", "read_model"]
 
 @dataclass(frozen=True)
 class Source:
-    """Where the text comes from: --text or --dataset, --split and --text-column."""
+    """
+    Where the text comes from: --text or --dataset, --split and --text-column.
+
+    :param usual: the split where none is named
+    """
 
     text: Path | None
     dataset: str | None
-    split: str
+    split: str | None
     column: str | None
+    usual: str = "train"
+
+    @property
+    def name(self) -> str:
+        """Of the file, or of the dataset and its split."""
+        return f"{self.dataset} ({self._split})" if self.dataset else str(self.text)
+
+    @property
+    def _split(self) -> str:
+        return self.split or self.usual
 
     def documents(self) -> Iterator[Any]:
         """
@@ -27,10 +41,12 @@ class Source:
 
         if self.text is not None and self.dataset is not None:
             raise ValueError("give --text or --dataset, not both")
+        if self.text is not None and self.split is not None:
+            raise ValueError(f"--split {self.split}: a file has no splits, omit it")
         if self.text is not None:
             return read_text(self.text, self.column)
         if self.dataset is not None:
-            return read_dataset(self.dataset, self.split, self.column)
+            return read_dataset(self.dataset, self._split, self.column)
         raise ValueError("no text: give --text FILE or --dataset NAME")
 
 

@@ -35,7 +35,7 @@ def noise(
     ] = "1e-4,1e-3,1e-2,0.1,0.3,1",
     text: options.Text = None,
     dataset: options.DatasetName = None,
-    split: options.Split = "train",
+    split: options.Split = None,
     text_column: options.TextColumn = None,
     samples: options.Samples = 8,
     seq_len: options.SeqLen = 128,

@@ -55,7 +55,12 @@ Text = Annotated[
 DatasetName = Annotated[
     str | None, typer.Option(metavar="NAME[:CONFIG]", help="Dataset of the hub.")
 ]
-Split = Annotated[str, typer.Option(help="Split of --dataset.")]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Of --dataset; by default train, for `eval` test."
+    ),
+]
 TextColumn = Annotated[
     str | None,
     typer.Option(

@@ -80,7 +80,7 @@ def prune(
     ignore: options.Ignore = None,
     text: options.Text = None,
     dataset: options.DatasetName = None,
-    split: options.Split = "train",
+    split: options.Split = None,
     text_column: options.TextColumn = None,
     samples: options.Samples = 128,
     seq_len: options.SeqLen = 512,

@@ -27,7 +27,7 @@ from absorb_plugin.devices import computing_on_one_device
 from absorb_plugin.limits import check_matched
 from absorb_plugin.pruners import PRUNERS
 from absorb_plugin.pruners.adapter import without_ignored
-from absorb_plugin.pruners.present import with_present_zeros
+from absorb_plugin.pruners.present import ModelZeros
 from absorb_plugin.search.budget import check_budget
 from absorb_plugin.settings import AllocationSettings
 from absorb_plugin.torch_state import plain_torch
@@ -100,7 +100,7 @@ def _allocate_by_weights(
         )
     arithmetic, directory = PRUNERS[pruner](), settings.profile_cache
     cap = budget_of(blocks, sparsity, settings, arithmetic)
-    budget = with_present_zeros(cap, blocks, arithmetic, {})
+    budget = ModelZeros.of(blocks, arithmetic).within(cap, warn=True)
     warn_of_granularity(settings)
     base = base_allocation(
         settings.base_allocator(),

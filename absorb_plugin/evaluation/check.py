@@ -5,18 +5,17 @@ The files are read tensor by tensor and the model is not loaded, so a checkpoint
 size is checked in little memory.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
-from compressed_tensors.utils import match_targets
+from compressed_tensors.quantization import QuantizationConfig
 from pydantic import ValidationError
-from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedModel
 
+from absorb_plugin.evaluation.check_linears import FLOATS, block_of, count_linears
 from absorb_plugin.evaluation.check_report import (
     CheckReport,
     LinearZeros,
@@ -29,10 +28,9 @@ from absorb_plugin.evaluation.plan import (
     model_class,
     pruned_linears,
     read_modifiers,
-    stored_names,
 )
 from absorb_plugin.evaluation.shards import Checkpoint
-from absorb_plugin.evaluation.zeros import Count, count_dense, count_quantized
+from absorb_plugin.evaluation.zeros import count_dense
 from absorb_plugin.mistakes import in_words
 from absorb_plugin.other_modifiers import DESTROYS_ZEROS
 
@@ -54,9 +52,6 @@ UNCALLED = 0.1
 OWN_ZEROS, OWN_ZEROS_8_BITS, OWN_ZEROS_4_BITS = 0.05, 0.1, 0.5
 
 HEAD_WEIGHTS = ("weight", "weight_packed", "qweight")
-FLOATS = ("BF16", "F16", "F32", "F64")
-# The format whose matrices do not tell their shape.
-PACKED = "pack-quantized"
 
 
 def check_checkpoint(directory: Path, load: bool = False) -> CheckReport:
@@ -72,7 +67,7 @@ def check_checkpoint(directory: Path, load: bool = False) -> CheckReport:
     _check_config(checkpoint, report)
     skeleton = _skeleton(checkpoint, report)
     plan = _plan(checkpoint, skeleton, report)
-    _count_linears(checkpoint, skeleton, plan, schemes, report)
+    count_linears(checkpoint, skeleton, plan, schemes, report)
     _check_head(checkpoint, skeleton, report)
     check_shapes(checkpoint, skeleton, report)
     _check_rest(checkpoint, report)
@@ -212,81 +207,6 @@ def _plan(
     return plan
 
 
-def _count_linears(
-    checkpoint: Checkpoint,
-    skeleton: PreTrainedModel | None,
-    plan: Mapping[str, float],
-    schemes: QuantizationConfig | None,
-    report: CheckReport,
-) -> None:
-    if report.other_method:
-        report.warnings.append(
-            f"quantised by {report.other_method}: zeros are not counted"
-        )
-        return
-    stored = _stored_linears(checkpoint)
-    names = {name: name for name in stored if _block_of(name)}
-    if skeleton is not None:
-        modules = dict(skeleton.named_modules())
-        head = skeleton.get_output_embeddings()
-        linears = [
-            name
-            for name, module in modules.items()
-            if isinstance(module, torch.nn.Linear) and module is not head
-        ]
-        names = stored_names(linears, stored)
-        absent = [name for name in plan if name in linears and name not in names]
-        if absent:
-            report.problems.append(
-                f"{len(absent)} Linears of recipe.yaml are not in the files, "
-                f"{absent[0]} for one"
-            )
-    bar = tqdm(names.items(), desc="Counting zeros", unit="Linear", leave=False)
-    for name, saved in bar:
-        try:
-            count = _count(checkpoint, saved, stored[saved], schemes)
-        except _AbsentPart as error:
-            report.linears.clear()
-            report.problems.append(str(error))
-            return
-        if count is None:
-            report.linears.clear()
-            report.warnings.append(
-                f"the weights of {saved} are in no format that this check knows: "
-                "zeros are not counted"
-            )
-            return
-        columns = max(1, count.weights // max(1, _rows(checkpoint, saved)))
-        planned = plan.get(name)
-        report.linears[saved] = LinearZeros(_block_of(saved), count, columns, planned)
-
-
-def _stored_linears(checkpoint: Checkpoint) -> dict[str, list[str]]:
-    """Name of a module with a matrix -> local names of its tensors."""
-    found: dict[str, list[str]] = {}
-    for name in checkpoint.names:
-        module, _, local = name.rpartition(".")
-        found.setdefault(module, []).append(local)
-    return {
-        module: names
-        for module, names in found.items()
-        if "weight_packed" in names
-        or ("weight" in names and len(checkpoint.shape(f"{module}.weight")) == 2)
-    }
-
-
-def _rows(checkpoint: Checkpoint, name: str) -> int:
-    local = "weight" if f"{name}.weight" in checkpoint else "weight_packed"
-    return checkpoint.shape(f"{name}.{local}")[0]
-
-
-def _block_of(name: str) -> str:
-    """The first numbered part of a name, which is that of its decoder block."""
-    parts = name.split(".")
-    numbered = [place for place, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[: numbered[0] + 1]) if numbered else ""
-
-
 def _schemes(
     config: Mapping[str, Any],
 ) -> tuple[QuantizationConfig | None, list[str]]:
@@ -310,52 +230,6 @@ def _schemes(
     except Exception as error:  # its validators raise of any kind
         reason = f"{type(error).__name__}: {error}"
     return None, [f"the quantisation in config.json is not understood: {reason}"]
-
-
-class _AbsentPart(ValueError):
-    """A quantised weight lacks what it cannot be read without."""
-
-
-def _count(
-    checkpoint: Checkpoint,
-    name: str,
-    local: Sequence[str],
-    schemes: QuantizationConfig | None,
-) -> Count | None:
-    """
-    :return: None of a format that is not known
-    :raises _AbsentPart: if the files lack a part of it
-    """
-    alone = "weight_scale" not in local and "weight_packed" not in local
-    if alone and checkpoint.dtype(f"{name}.weight") in FLOATS:
-        return count_dense(checkpoint.pieces(f"{name}.weight"))
-    scheme = None if schemes is None else _scheme_of(name, schemes)
-    if scheme is None:
-        return None
-    assert schemes is not None
-    form = str(scheme.format or schemes.format)
-    wanted = ["weight_shape", "weight_scale"] if form == PACKED else ["weight_scale"]
-    for part in wanted:
-        if part not in local:
-            raise _AbsentPart(
-                f"{name}.{part} is in none of the files, without which its "
-                "quantised weight says nothing: quantise again"
-            )
-    tensors = {
-        one: checkpoint.read(f"{name}.{one}") for one in local if one.startswith("w")
-    }
-    return count_quantized(tensors, scheme, form)
-
-
-def _scheme_of(name: str, schemes: QuantizationConfig) -> QuantizationScheme | None:
-    """Of the first group whose targets match the name or the class."""
-    linear = torch.nn.Linear(1, 1, device="meta")
-    for scheme in schemes.config_groups.values():
-        if isinstance(scheme, QuantizationScheme) and match_targets(
-            name, linear, scheme.targets
-        ):
-            return scheme
-    return None
 
 
 def _check_head(
@@ -396,7 +270,7 @@ def _has_head(checkpoint: Checkpoint, skeleton: PreTrainedModel) -> bool:
     return any(
         checkpoint.shape(name) == tuple(module.weight.shape)
         for name in checkpoint.names
-        if not _block_of(name) and name != f"{embedding}.weight"
+        if not block_of(name) and name != f"{embedding}.weight"
     )
 
 

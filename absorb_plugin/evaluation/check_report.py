@@ -8,7 +8,13 @@ from typing import Any
 
 from absorb_plugin.evaluation.zeros import Count
 
-__all__ = ["CheckReport", "LinearZeros", "planned_share", "zero_share"]
+__all__ = [
+    "CheckReport",
+    "LinearZeros",
+    "planned_share",
+    "planned_zero_share",
+    "zero_share",
+]
 
 # What takes each format (docs/deploy.md says what of this was tried).
 RUNTIMES: dict[str | None, dict[str, str]] = {
@@ -99,6 +105,17 @@ class CheckReport:
         return planned_share(list(self.linears.values()))
 
     @property
+    def planned_zeros(self) -> float | None:
+        """Share over the Linears that the plan names."""
+        return planned_zero_share(list(self.linears.values()))
+
+    @property
+    def ignored(self) -> int:
+        """Linears that the plan does not name, where there is one."""
+        named = sum(one.planned is not None for one in self.linears.values())
+        return len(self.linears) - named if named else 0
+
+    @property
     def runtimes(self) -> dict[str, str]:
         return UNTRIED if self.other_method else RUNTIMES.get(self.format, UNTRIED)
 
@@ -128,11 +145,13 @@ class CheckReport:
             "quantization": self.quantization,
             "zeros": self.zeros,
             "planned": self.planned,
+            "planned_zeros": self.planned_zeros,
             "blocks": [
                 {
                     "name": name,
                     "parameters": sum(one.count.weights for one in linears),
                     "planned": planned_share(linears),
+                    "planned_zeros": planned_zero_share(linears),
                     "zeros": zero_share(linears),
                 }
                 for name, linears in self.blocks().items()
@@ -156,6 +175,10 @@ class CheckReport:
 def zero_share(linears: Sequence[LinearZeros]) -> float | None:
     total = sum(one.count.weights for one in linears)
     return sum(one.count.zeros for one in linears) / total if total else None
+
+
+def planned_zero_share(linears: Sequence[LinearZeros]) -> float | None:
+    return zero_share([one for one in linears if one.planned is not None])
 
 
 def planned_share(linears: Sequence[LinearZeros]) -> float | None:

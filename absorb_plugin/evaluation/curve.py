@@ -21,7 +21,7 @@ from absorb_plugin.measuring import dense_loss, pruned_loss
 from absorb_plugin.method import Method
 from absorb_plugin.overflow import exp, expm1
 from absorb_plugin.pruners import PRUNERS
-from absorb_plugin.pruners.present import with_present_zeros
+from absorb_plugin.pruners.present import ModelZeros
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.search.confirm import confirm
 from absorb_plugin.search.line_search import Losses, gain
@@ -86,17 +86,13 @@ def measure_curve(
     """
     arithmetic = PRUNERS[pruner]()
     with set_up(model, settings) as blocks:
-        budgets = {
-            sparsity: with_present_zeros(
-                budget_of(blocks, sparsity, settings, arithmetic),
-                blocks,
-                arithmetic,
-                {},
-            )
-            for sparsity in sparsities
-        }
+        caps = {s: budget_of(blocks, s, settings, arithmetic) for s in sparsities}
+        zeros = ModelZeros.of(blocks, arithmetic)
+        for cap in caps.values():  # what cannot be met is told of at once
+            zeros.within(cap, warn=cap is caps[sparsities[0]])
         batches = samples_of(samples)
         method = Method(model, blocks, batches, pruner=arithmetic, settings=settings)
+        zeros = method.zeros(zeros)
         with method.setting.runner.kept_onloaded():
             dense, tokens = dense_loss(method.setting)
             ours: dict[float, np.ndarray] = {}
@@ -105,7 +101,7 @@ def measure_curve(
             order = _from_the_middle(sparsities)
             hidden = not distributed.is_first()
             for sparsity in tqdm(order, desc="Sparsities", disable=hidden):
-                budget = budgets[sparsity]
+                budget = zeros.within(caps[sparsity])
                 base = method.base(budget)
                 found = _found(method, base, budget, _near(ours, sparsity))
                 taken = confirm(found, base.sparsity, budget, judge)

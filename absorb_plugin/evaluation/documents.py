@@ -123,7 +123,10 @@ def _load_dataset(name: str, split: str) -> Iterable[Mapping[str, Any]]:
         if (folder / "state.json").is_file():
             return load_from_disk(name)
         if (folder / "dataset_dict.json").is_file():
-            return load_from_disk(name)[split]
+            splits = load_from_disk(name)
+            if split not in splits:
+                raise ValueError(f"its splits are {', '.join(splits)}")
+            return splits[split]
         return load_dataset(path, config or None, split=split, streaming=True)
     except Exception as error:  # each kind of dataset has its own errors
         raise ValueError(

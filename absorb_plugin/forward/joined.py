@@ -48,7 +48,6 @@ def joined_before_made(device: torch.device, dtype: torch.dtype) -> bool:
     """
     if device.type == "cpu":
         return True
-    took = None
     try:
         whole = torch.ones(TRIED, TRIED, dtype=dtype, device=device)
         own = [whole[distributed.row_share(TRIED)]] * MATRICES
@@ -61,13 +60,16 @@ def joined_before_made(device: torch.device, dtype: torch.dtype) -> bool:
             distributed.join_rows(own, [TRIED] * MATRICES)
 
         took = min(_seconds(mask, device) for _ in range(TIMES))
-    except torch.OutOfMemoryError:
+        joined = min(_seconds(join, device) for _ in range(TIMES))
+        ahead = distributed.meet(took - joined)
+    except torch.OutOfMemoryError as error:
         logger.info(f"{device} has no room to try how soon rows come from other ranks")
-    if None in distributed.meet(took):
+        distributed.tell_out_of_memory(str(error))
         return False
-    joined = min(_seconds(join, device) for _ in range(TIMES))
-    assert took is not None
-    ahead = distributed.meet(took - joined)
+    except distributed.OtherRankFailed as error:
+        if not error.again:
+            raise
+        return False
     return min(ahead) >= 0  # on the rank that it serves least
 
 

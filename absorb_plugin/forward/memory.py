@@ -34,8 +34,10 @@ CHUNK_COPIES = 5
 # Share of the limit that a chunk may take.
 CHUNK_SHARE = 16
 # Alive with a chunk of a Linear's scores: weight and product in float32, ranked copy;
-# or two weights, their difference and its quotient.
+# or two weights, their difference and its quotient. An accelerator's sort gives ranks
+# of 64 bits beside the scores, and has a copy of both.
 SCORE_COPIES = 5
+SORTED_COPIES = 9
 # Matrices d × d in float32 beside what was observed: its dampened copy, turned round,
 # the factor, and that turned back.
 FACTOR_COPIES = 3
@@ -72,6 +74,10 @@ class Footprint:
     def inside(self, tokens: int) -> int:
         """Of these what it takes while a block runs it."""
         return self.per_token * tokens + self.per_pair * tokens**2
+
+    def left(self, samples: int, tokens: int, memory: int) -> int:
+        """Of the limit, beside a batch of so many samples that a block runs at once."""
+        return max(0, memory - self.whole(samples, tokens, samples))
 
     def whole(self, samples: int, tokens: int, at_a_time: int = 1) -> int:
         """Of samples that are all kept, while a block runs so many of them."""
@@ -189,7 +195,7 @@ def footprint(
     chunk = output_head.CHUNK_BYTES if memory is None else max(1, memory // CHUNK_SHARE)
     chunk = min(output_head.CHUNK_BYTES, chunk)
     fixed = (
-        max(_pruning(shapes, element, need), CHUNK_COPIES * chunk)
+        max(_pruning(model, shapes, element, need), CHUNK_COPIES * chunk)
         + _thresholds(shapes, need)
         + (4 * shapes.columns if need.sums else 0)
         + _kept(model, shapes, element, need)
@@ -247,7 +253,7 @@ def _inside(hidden: int, shapes: _Shapes, element: int, need: Needs) -> int:
     return inside
 
 
-def _pruning(shapes: _Shapes, element: int, need: Needs) -> int:
+def _pruning(model: PreTrainedModel, shapes: _Shapes, element: int, need: Needs) -> int:
     """
     One Linear at a time, but the pruner's own weights, and those that the ranks put
     together, a block at a time.
@@ -255,7 +261,8 @@ def _pruning(shapes: _Shapes, element: int, need: Needs) -> int:
     if not need.pruned:
         return 0
     copies = 3 if need.backward else 1  # both sides of a band, and their difference
-    scores = SCORE_COPIES * min(chunks.CHUNK_BYTES, 4 * shapes.linear)
+    scores = SCORE_COPIES if _on_cpu(model) else SORTED_COPIES
+    scores *= min(chunks.CHUNK_BYTES, 4 * shapes.linear)
     pruning = copies * element * shapes.linear + scores
     pruning += need.joined * element * shapes.block
     if need.single_batch:
@@ -292,10 +299,9 @@ def _kept(model: PreTrainedModel, shapes: _Shapes, element: int, need: Needs) ->
     Pruned copies of the model: on a CPU all; on an accelerator those of the block that
     runs, packed, for the others lie on the host or in what is spare.
     """
-    if torch.device(get_execution_device(model)).type == "cpu":
+    weights = shapes.block if need.backward else 0
+    if _on_cpu(model):
         weights = shapes.total
-    else:
-        weights = shapes.block if need.backward else 0
     shares = distributed.ranks() if need.joined else 1
     return need.kept_weights * element * -(-weights // shares)
 
@@ -312,6 +318,10 @@ def _float32_copies(model: PreTrainedModel, shapes: _Shapes, need: Needs) -> int
     head = model.get_output_embeddings()
     size = head.in_features * head.out_features if isinstance(head, Linear) else 0
     return 4 * max(size, shapes.block if need.backward else shapes.linear)
+
+
+def _on_cpu(model: PreTrainedModel) -> bool:
+    return torch.device(get_execution_device(model)).type == "cpu"
 
 
 def _weights(linears: Sequence[tuple[int, int]]) -> int:

@@ -81,6 +81,8 @@ class Probe:
             every block together, for they share the work on its weights
         idle: this rank has no sample of its own, and runs another's to keep in step. Of
             probes that take a single batch it is not to count; of others it is undone
+        left: bytes of the limit that are over when the next batch runs, beside what
+            `needs` says
     """
 
     state: tuple[str, ...] = ()
@@ -90,6 +92,7 @@ class Probe:
     own_weights: bool = False
     in_step: bool = False
     idle: bool = False
+    left: int = 0
 
     def share(self, samples: Sequence[dict]) -> list[dict]:
         """This rank's part of what is to run, before it does."""

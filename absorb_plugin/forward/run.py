@@ -7,8 +7,9 @@ has come this far: noisy copies, or copies that met other weights on their way. 
 block is onloaded once per batch, whatever the number of trajectories.
 """
 
+import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass
@@ -91,11 +92,12 @@ def run_probes(
     with ExitStack() as stack:
         stack.enter_context(calibrating(model))
         parts = Parts()
-        hooks = _BlockHooks(blocks, probes, head, parts, joined)
-        stack.push(hooks)  # before they are added: an interrupt may come in between
-        hooks.__enter__()
         needs = [probe.needs for probe in probes]
         need = footprint(model, blocks.modules, needs, memory)
+        left = partial(need.left, memory=sys.maxsize if memory is None else memory)
+        hooks = _BlockHooks(blocks, probes, head, parts, joined, left)
+        stack.push(hooks)  # before they are added: an interrupt may come in between
+        hooks.__enter__()
         head.chunk_bytes = need.chunk
         if memory is not None and need.fixed > memory:
             release(model)  # it needs the room of blocks that are kept
@@ -311,9 +313,10 @@ class _BlockHooks:
         head: OutputHead,
         parts: Parts,
         joined: bool,
+        left: Callable[[int, int], int],
     ) -> None:
         self._blocks, self._probes, self._head = blocks, probes, head
-        self._parts, self._joined = parts, joined
+        self._parts, self._joined, self._left = parts, joined, left
         self._hooks = ExitStack()
         self._onloaded = ExitStack()
         self._listening = False
@@ -348,6 +351,7 @@ class _BlockHooks:
     def run(self, model: Module, batch: Batch) -> None:
         """The whole of a batch."""
         for probe in self._probes:
+            probe.left = self._left(*batch["input_ids"].shape)
             probe.start(batch)
         self._listening, self._shape = True, batch["input_ids"].shape
         try:

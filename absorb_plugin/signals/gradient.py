@@ -10,7 +10,8 @@ For a pruner that masks this is −Σ_band g_ij·w_ij / 2δ over the weights who
 within ±δ of the threshold: restoring a masked weight changes the loss by about
 +g_ij·w_ij, masking a kept one by about −g_ij·w_ij, and the second-order terms of the
 two have opposite signs. For SparseGPT it contains how the weights that remain make up
-for the others. It costs four block passes per block (forward, recomputation, backward).
+for the others. It costs four block passes per block (forward, recomputation, backward
+and that of the change), one less where there is room to keep the forward's graph.
 
 ∂loss/∂W̃ is never made: with x what enters the Linear and y' the gradient of what leaves
 it, the slope is Σ over tokens of y'·(dW̃/ds x), which is known for each sample, and so
@@ -18,7 +19,7 @@ is its standard error.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -33,6 +34,7 @@ from absorb_plugin import distributed
 from absorb_plugin._llmcompressor import get_calibrate_all_experts_flag
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch
+from absorb_plugin.forward.graphs import KeptGraphs
 from absorb_plugin.forward.head import OutputHead
 from absorb_plugin.forward.linears import differentiated, replaced_weights
 from absorb_plugin.forward.loss import check_predicted, loss_gradient
@@ -75,6 +77,8 @@ class GradientProbe(Probe):
         self._losses: list[float] = []
         # Linears whose tokens are of no known sample: experts
         self._mixed: set[int] = set()
+        self._may_keep = not source.joined  # of the others' rows none would stay
+        self._graphs = KeptGraphs(0)
 
     @property
     def needs(self) -> Needs:
@@ -91,28 +95,39 @@ class GradientProbe(Probe):
         self._shape = batch["input_ids"].shape
         # by Linear, on the device: to fetch each at once would have it wait
         self._current: list[tuple[int, torch.Tensor]] = []
-        self._visits: list[tuple[torch.Tensor, RunBlock]] = []
+        self._visits: list[tuple[torch.Tensor, torch.Tensor | None, RunBlock]] = []
+        self._graphs = KeptGraphs(self.left if self._may_keep else 0)
 
     def enter(self, index: int, block: Module) -> None:
         if not self._slopes:  # of the first batch
             self._source.rank(index)
+        if self._graphs.may_keep(block):
+            self._in_force.enter_context(self._differentiated(index))
+            self._in_force.enter_context(self._graphs.recording(block))
+            return
         linears = self._blocks.blocks[index].linears
         weights = self._source.weights(index)
         self._in_force.enter_context(replaced_weights(linears, weights))
 
+    def redirect(self, index: int, before: torch.Tensor) -> torch.Tensor | None:
+        # where a graph is recorded, from here on
+        return before.detach().requires_grad_() if torch.is_grad_enabled() else None
+
     def leave(
         self, index: int, before: torch.Tensor, after: torch.Tensor, run: RunBlock
-    ) -> None:
+    ) -> torch.Tensor:
+        recorded = torch.is_grad_enabled()
         self._in_force.close()
-        self._visits.append((before, run))
-        self._last = after
+        kept = after if recorded and self._graphs.keep() else None
+        self._visits.append((before, kept, run))
+        self._last = after.detach()
+        return self._last
 
     def finish(self, batch: Batch, head: OutputHead) -> None:
         losses, gradient = loss_gradient(head, batch, self._last)
         for index in reversed(range(len(self._visits))):
-            before, run = self._visits.pop()
             with disable_offloading():
-                gradient = self._backward(index, before, run, gradient)
+                gradient = self._backward(index, *self._visits.pop(), gradient)
         slopes = np.zeros((self._shape[0], len(self._rows)))
         for row, by_sample in self._current:
             slopes[:, row] += by_sample.cpu().numpy()
@@ -122,10 +137,13 @@ class GradientProbe(Probe):
         del self._last, self._current
 
     def release(self) -> bool:
-        return self._source.release()
+        held = self._source.release() or self._graphs.bytes > 0
+        self._may_keep = False
+        return held
 
     def close(self) -> None:
         self._in_force.close()
+        self._visits = []
 
     def result(self) -> "LinearSlopes":
         """Means over all samples."""
@@ -137,19 +155,33 @@ class GradientProbe(Probe):
         return LinearSlopes(slopes, tokens, mixed, loss)
 
     def _backward(
-        self, index: int, before: torch.Tensor, run: RunBlock, gradient: torch.Tensor
+        self,
+        index: int,
+        before: torch.Tensor,
+        after: torch.Tensor | None,
+        run: RunBlock,
+        gradient: torch.Tensor,
     ) -> torch.Tensor:
-        """Gradient before the block; the slopes of its Linears are added on the way."""
-        linears = self._blocks.blocks[index].linears
+        """
+        Gradient before the block; the slopes of its Linears are added on the way.
+
+        :param after: with the graph from `before` on; None to run the block again
+        """
+        if after is None:
+            with self._differentiated(index), torch.enable_grad():
+                before = before.detach().requires_grad_()
+                after = run(before)
+        (found,) = torch.autograd.grad(after, before, gradient)
+        return found
+
+    def _differentiated(self, index: int) -> AbstractContextManager[None]:
+        """Under the weights of the source; the backward pass adds slopes."""
         weights, changes = self._source.with_changes(index)
         sinks = {
             name: partial(self._add_slope, index, name, change)
             for name, change in changes.items()
         }
-        with differentiated(linears, weights, sinks), torch.enable_grad():
-            source = before.detach().requires_grad_()
-            (found,) = torch.autograd.grad(run(source), source, gradient)
-        return found
+        return differentiated(self._blocks.blocks[index].linears, weights, sinks)
 
     def _add_slope(
         self,

@@ -21,6 +21,7 @@ def test_for_people(saved: Path) -> None:
     done = absorb("check", saved, "--load")
     assert done.exit_code == 0, done.output
     assert "model.layers.1" in done.stdout and "0.5000" in done.stdout
+    assert "zeros there" not in done.stdout
     assert "transformers loads it: yes" in done.stdout
     assert f"serve: vllm serve {saved}" in done.stdout
     assert done.stdout.endswith("nothing is broken\n")
@@ -35,6 +36,25 @@ def test_json(saved: Path) -> None:
     assert found["planned"] == 0.5 and found["zeros"] == pytest.approx(0.5, abs=0.02)
     assert found["loads"] is None and found["problems"] == []
     assert len(found["linears"]) == 14
+
+
+def test_what_is_planned_stands_beside_the_zeros_of_the_same(tmp_path: Path) -> None:
+    """Over all Linears there are fewer, where some are ignored."""
+    model = tiny.make_model("llama", num_hidden_layers=2)
+    ignore = ["re:.*lm_head", "re:.*layers.0.mlp.*"]
+    out = tmp_path / "model"
+    runs.run(model, [runs.pruner(ignore=ignore)], tmp_path, output_dir=str(out))
+    done = absorb("check", out)
+    told = done.stdout.splitlines()[1]
+    assert told.endswith(
+        "in those of the plan 0.5000, planned 0.5000 (3 Linears are not in it)"
+    )
+    assert "zeros there" in done.stdout
+    found = json.loads(absorb("check", out, "--json").stdout)
+    assert found["planned"] == found["planned_zeros"] == 0.5 and found["zeros"] < 0.4
+    first, second = found["blocks"]
+    assert first["planned_zeros"] == second["planned_zeros"] == 0.5
+    assert first["zeros"] < 0.3 and second["zeros"] == 0.5
 
 
 def test_what_is_broken_ends_with_1(saved: Path, tmp_path: Path) -> None:

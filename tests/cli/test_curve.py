@@ -10,8 +10,10 @@ import pytest
 from helpers import tiny
 from helpers.cli import absorb, error_of, files_in
 
+from absorb_plugin.allocators.base_allocation import Base
 from absorb_plugin.cli.curve import _print, parse_sparsities
 from absorb_plugin.evaluation import curve
+from absorb_plugin.evaluation.allocation import allocate_model
 from absorb_plugin.evaluation.curve import (
     Curve,
     CurvePoint,
@@ -176,6 +178,28 @@ def test_what_prune_would_fall_back_to(
         assert (better > 0.09) == (search == "good") and better >= 0
     # of two that are equal one is asked for, and halfway where the outcome is worse
     assert asked == ([2, 2] if search == "good" else [2, 1, 2, 1])
+
+
+def test_features_that_nothing_uses_count_as_they_do_in_an_allocation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SparseGPT zeroes the columns that read neurons that were removed."""
+    model, data, base, asked = tiny.small(), tiny.make_dataset(8), Method.base, []
+    for layer in model.model.layers:
+        for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            linear.weight.data[:30] = 0
+
+    def noted(method: Method, budget: Budget) -> Base:
+        asked.append(budget)
+        return base(method, budget)
+
+    monkeypatch.setattr(Method, "base", noted)
+    settings = AllocationSettings(allocator="uniform", effort="quick")
+    allocate_model(model, data, 0.5, settings, pruner="sparsegpt")
+    measure_curve(model, data, [0.5], settings, pruner="sparsegpt")
+    of_allocation, of_curve = asked
+    np.testing.assert_array_equal(of_curve.low, of_allocation.low)
+    assert of_curve.low.max() > 0.6
 
 
 def test_of_few_samples_it_is_said_that_the_search_saw_them(

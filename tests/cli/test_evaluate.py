@@ -88,6 +88,7 @@ def test_eval_of_a_dataset(model_dir, tmp_path):
         ({"--seq-len": "65"}, "longer than the model's 64 positions"),
         ({"--windows": "1000"}, "the text is too short: 1000 windows of 16 tokens"),
         ({"--dataset": "wikitext"}, "not both"),
+        ({"--split": "train"}, "--split train: a file has no splits"),
     ],
 )
 def test_eval_errors(model_dir, text_file, change, message):

@@ -24,13 +24,15 @@ from transformers import PreTrainedModel
 
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.calibration import pad_to_batch, read_batches
-from absorb_plugin.forward import runner
+from absorb_plugin.forward import joined, runner
+from absorb_plugin.forward.joined import joined_before_made
 from absorb_plugin.hookspecs import hookimpl
 from absorb_plugin.judges import PrunedLoss
 from absorb_plugin.plugins import manager
 from absorb_plugin.signals.gradient import GradientProbe
 from absorb_plugin.signals.pruned_model import PrunedModel
 from helpers import runs, tiny
+from helpers.fake_accelerator import fake_accelerator
 
 WORLDS = (1, 2, 3)
 Batches = list[dict[str, torch.Tensor]]
@@ -215,11 +217,35 @@ def in_step(world: int, rank: int, folder: Path) -> dict[str, Any]:
     if last:
         shutil.rmtree(fields["profile_cache"])
     found["kept by some"] = [first, allocate(fields, mine)]
+    found["joined"] = [joined_where_one_is_full(None), joined_where_one_is_full(last)]
     return found
 
 
+def joined_where_one_is_full(full: bool | None) -> list[Any]:
+    """
+    Whether rows are joined, and that the ranks meet again after that was tried.
+
+    :param full: whether this rank has no room to try it; None if all have
+    """
+    from absorb_plugin import distributed as ranks  # not torch's
+
+    error = torch.OutOfMemoryError("it is full") if full else None
+    with (
+        fake_accelerator(),
+        patch.object(joined, "TRIED", 64),
+        patch.object(joined, "_seconds", lambda run, device: run() or 1.0),
+        ranks.fail_together(),
+    ):
+        if full is None:
+            found = joined_before_made(torch.device("fake:0"), torch.float32)
+        else:
+            with fails_once(ranks, "join_rows", error):
+                found = joined_before_made(torch.device("fake:0"), torch.float32)
+        return [found, ranks.meet("here")]
+
+
 @contextmanager
-def fails_once(kind: type, name: str, error: Exception | None) -> Iterator[None]:
+def fails_once(kind: Any, name: str, error: Exception | None) -> Iterator[None]:
     """Within the context a method fails where it is called the second time."""
     original, calls = getattr(kind, name), iter([None, error])
 

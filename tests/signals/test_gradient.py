@@ -4,22 +4,34 @@ copies, and against finite differences of the loss.
 """
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.offload import set_onload_device
 from helpers import naive, tiny
-from helpers.probes import PRUNERS, STEP, Place, by_block, place, run
+from helpers.fake_accelerator import fake_accelerator
+from helpers.live_bytes import live_bytes
+from helpers.probes import PRUNERS, STEP, Place, by_block, first_linears, place, run
 from helpers.upstream import as_upstream, inputs_of, pruned_copy
 from transformers import PreTrainedModel
 
+from absorb_plugin.blocks import find_blocks
 from absorb_plugin.calibration import Batch
+from absorb_plugin.cpu import bfloat16_is_slow
+from absorb_plugin.forward import head
+from absorb_plugin.forward.graphs import KeptGraphs
+from absorb_plugin.forward.memory import footprint
 from absorb_plugin.groups import Groups, named
 from absorb_plugin.pruners import Pruner, SparseGPT, Wanda
 from absorb_plugin.pruners.weights import MaskedSlopes, PrunedSlopes, band
 from absorb_plugin.search.standard_error import standard_error
 from absorb_plugin.signals.gradient import GradientProbe, LinearSlopes
 from absorb_plugin.signals.pruned_model import PrunedModel
+
+GIB = 2**30
+bfloat16_is_slow()  # tried out once, and that is no part of any run
 
 
 def test_slope_equals_autograd_through_a_masked_copy(
@@ -251,3 +263,76 @@ def test_experts_have_slopes_without_an_error() -> None:
     of_experts = {int(g) for g in groups.of[experts]}
     assert set(np.flatnonzero(np.isnan(slopes.error))) == of_experts
     assert np.isfinite(slopes.mean).all()
+
+
+@pytest.mark.parametrize("kind", ["masks", "sparsegpt"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", "gemma3", "opt", "mixtral", "falcon_h1", "bloom"]
+)
+def test_graphs_that_are_kept_change_nothing(
+    architecture: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But that a block does not run again: none, some and all of them kept."""
+    monkeypatch.setattr(head, "CHUNK_BYTES", 2**12)  # whatever the limit
+    model, batch = tiny.make_model(architecture), tiny.make_batch(2, 24)
+    where = place(model, batch)
+    source = slopes_of(kind, where, batch)
+    needs = GradientProbe(where.blocks, source).needs
+    need = footprint(model, where.blocks.modules, [needs], GIB)
+    least, found, ran = need.whole(2, 24, 2), [], []
+
+    def measured(memory: int) -> int:
+        probe = GradientProbe(where.blocks, source)
+        with (
+            tiny.counted(first_linears(where.blocks)) as passes,
+            live_bytes(model, where.statistics, batch) as live,
+        ):
+            run(model, [batch], probe, memory=memory)
+        found.append(probe.result())
+        ran.append(sum(passes.values()))
+        assert live.peak <= memory
+        return probe._graphs.bytes
+
+    assert measured(least) == 0
+    all_kept = measured(GIB)
+    measured(least + all_kept * 2 // 3)
+    blocks = len(where.blocks)
+    assert (ran[0], ran[1]) == (2 * blocks, blocks) and blocks < ran[2] < 2 * blocks
+    for one in found[1:]:
+        np.testing.assert_array_equal(one.slopes, found[0].slopes)
+        assert one.loss == found[0].loss
+
+
+def test_graphs_go_where_memory_runs_out(
+    llama: PreTrainedModel, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, found, backward = tiny.make_batch(2, 24), [], GradientProbe._backward
+    where, errors = place(llama, batch), [torch.OutOfMemoryError("it is full")]
+
+    def full_once(*args: Any) -> torch.Tensor:
+        if errors:
+            raise errors.pop()
+        return backward(*args)
+
+    for method in (backward, full_once):
+        monkeypatch.setattr(GradientProbe, "_backward", method)
+        probe = GradientProbe(where.blocks, slopes_of("masks", where, batch))
+        run(llama, [batch], probe)
+        assert (probe._graphs.bytes == 0) == (method is full_once)
+        found.append(probe.result().slopes)
+    np.testing.assert_array_equal(*found)
+    # that was enough: the batch need not be halved
+    assert not warnings
+
+
+def test_of_blocks_that_are_offloaded_no_graph_is_kept() -> None:
+    with fake_accelerator():
+        model = set_onload_device(tiny.make_model("llama"), torch.device("fake:0"))
+        batch = {name: x.to("fake:0") for name, x in tiny.make_batch(2, 24).items()}
+        where = place(model, batch)
+        for block in where.blocks.modules:
+            assert not KeptGraphs(GIB).may_keep(block)
+        there = tiny.make_model("llama").to("fake:0")
+        for block in find_blocks(there).modules:
+            assert KeptGraphs(GIB).may_keep(block)
+            assert not KeptGraphs(0).may_keep(block)

@@ -1,0 +1,63 @@
+"""
+Graphs of autograd that blocks leave behind, kept from the forward to the backward pass
+while there is room: such a block need not run again for its backward pass.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.nn import Module
+
+from absorb_plugin.devices import is_offloaded
+
+__all__ = ["KeptGraphs"]
+
+
+class KeptGraphs:
+    """
+    The graphs of one batch.
+
+    :param room: bytes that they may take; the one that passes it is not kept
+
+    Attributes:
+        bytes: that those take which are kept
+    """
+
+    def __init__(self, room: int) -> None:
+        self._room, self.bytes = room, 0
+        self._recorded = 0
+
+    def may_keep(self, block: Module) -> bool:
+        """
+        Not of one that is offloaded: it is onloaded again for the backward pass, and
+        what autograd holds on to would stay.
+        """
+        return self._room > 0 and not any(map(is_offloaded, block.modules()))
+
+    @contextmanager
+    def recording(self, block: Module) -> Iterator[None]:
+        """Within the context what the block runs is differentiated, and counted."""
+        self._recorded = 0
+        seen = {one.untyped_storage()._cdata for one in block.parameters()}
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in seen:
+                seen.add(storage._cdata)
+                self._recorded += storage.nbytes()
+            return tensor
+
+        with (
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
+        ):
+            yield
+
+    def keep(self) -> bool:
+        """Whether the one just recorded may be kept; if not, none after it."""
+        if self.bytes + self._recorded > self._room:
+            self._room = 0
+            return False
+        self.bytes += self._recorded
+        return True
