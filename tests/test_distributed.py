@@ -155,6 +155,17 @@ def test_ranks_stay_in_step(folder: Path, world: int) -> None:
         assert entry["joined"] == [[True, here], [False, here]]
 
 
+def test_ranks_with_a_card_each(folder: Path) -> None:
+    """Whether the weights lie on it or away from it."""
+    alone = found(folder, "allocations", 1)[0]
+    for entry in found(folder, "on cards", 2):
+        assert entry.keys() == ranks.ON_CARDS.keys()
+        for case, one in entry.items():
+            expected = alone[f"{case}, unequal"]["targets"]
+            np.testing.assert_allclose(one["targets"], expected, 0, 5e-6, case)
+            assert one["exchanged"] > 0
+
+
 def agreement(one: dict[str, Any], other: dict[str, Any]) -> float:
     """Share of weights that are zero in both or in neither."""
     weights = one["weights"]

@@ -16,6 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from compressed_tensors.offload import set_onload_device
 from compressed_tensors.offload.convert import from_accelerate
 from llmcompressor.core import reset_session
 from torch import distributed
@@ -33,6 +34,7 @@ from absorb_plugin.signals.gradient import GradientProbe
 from absorb_plugin.signals.pruned_model import PrunedModel
 from helpers import runs, tiny
 from helpers.fake_accelerator import fake_accelerator
+from helpers.strict_collectives import CARD, strict_collectives
 
 WORLDS = (1, 2, 3)
 Batches = list[dict[str, torch.Tensor]]
@@ -76,6 +78,12 @@ ALLOCATIONS: dict[str, dict[str, Any]] = {
         "probe_tokens": 16,
     },
     "experts": {"architecture": "qwen3_moe", "statistics_samples": 3},
+}
+# tried where each rank has a card of its own, and whether the model lies on it
+ON_CARDS = {
+    "gradient": "there",
+    "pruner": "away",
+    "confirmed": "there",
 }
 # how the samples are shared out: number of ranks -> bounds of contiguous shards
 SHARDS: dict[str, dict[int, tuple[int, ...]]] = {
@@ -124,7 +132,10 @@ def shard(scheme: str, world: int, rank: int) -> Batches:
     return [pad_to_batch(mine[i : i + 2]) for i in range(0, len(mine), 2)]
 
 
-def allocate(fields: dict[str, Any], loader: Sequence[Any]) -> dict[str, Any]:
+def allocate(
+    fields: dict[str, Any], loader: Sequence[Any], card: str = ""
+) -> dict[str, Any]:
+    """:param card: where the model is, "there" on one or "away" from it"""
     fields = dict(fields)
     model = tiny.make_model(
         fields.pop("architecture", "llama"), seed=fields.pop("seed", 0)
@@ -133,6 +144,10 @@ def allocate(fields: dict[str, Any], loader: Sequence[Any]) -> dict[str, Any]:
     if fields.pop("turned", False):  # weights that are no rows in memory
         for linear in find_blocks(model).linears().values():
             linear.weight.data = linear.weight.data.t().contiguous().t()
+    if card == "there":
+        model = model.to(CARD)
+    elif card == "away":
+        model = set_onload_device(model, CARD)
     with ExitStack() as stack:
         if fields.pop("offload", False) and distributed.is_initialized():
             model = offload_to_host(model)
@@ -160,6 +175,17 @@ def allocations(world: int, rank: int) -> dict[str, Any]:
     for name, fields in ALLOCATIONS.items():
         for scheme in SCHEMES if name == "auto" and world > 1 else ["unequal"]:
             found[f"{name}, {scheme}"] = allocate(fields, shard(scheme, world, rank))
+    return found
+
+
+def on_cards(world: int, rank: int) -> dict[str, Any]:
+    """By collectives as strict as NCCL's, and how many tensors went over them."""
+    mine = shard("unequal", world, rank)
+    found = {}
+    for name, where in ON_CARDS.items():
+        with strict_collectives() as strict:
+            found[name] = allocate(ALLOCATIONS[name], mine, where)
+        found[name]["exchanged"] = strict.tensors
     return found
 
 
@@ -369,6 +395,8 @@ def run_rank(rank: int, world: int, folder: Path) -> None:
     if world > 1:
         found["failures"] = failures(world, rank, folder)
         found["in step"] = in_step(world, rank, folder)
+    if world == 2:
+        found["on cards"] = on_cards(world, rank)
     (folder / f"{world}-{rank}.json").write_text(json.dumps(found))
     torch.save(prunings(world, rank, folder), folder / f"{world}-{rank}.pt")
     if world > 1:
