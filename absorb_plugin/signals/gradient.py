@@ -50,8 +50,10 @@ from absorb_plugin.signals.pruned_model import PrunedModel
 __all__ = ["Gradient", "GradientProbe", "LinearSlopes", "PrunerGradient"]
 
 
-# Of the way that masks lead, before a pruner that repairs; and the lengths of the steps
-# by that pruner's own slopes after it (`search.descent`).
+# Before a pruner that repairs, masks lead in fewer and longer steps, and of their way a
+# share is gone; then come the steps by that pruner's own slopes (`search.descent`).
+ROUNDS_OF_MASKS = 2 / 3
+LENGTHS_OF_MASKS = (0.084, 0.014)
 SHARE_OF_MASKS = 0.7
 LENGTHS_AFTER_MASKS = (0.03, 0.012)
 
@@ -65,6 +67,9 @@ class GradientProbe(Probe):
     """
 
     state = ("_slopes", "_tokens", "_losses", "_mixed")
+    # of the class until a batch runs, for they are no part of what is measured
+    _may_keep = True
+    _graphs = KeptGraphs(0)
 
     def __init__(self, blocks: BlockMap, source: MaskedSlopes | PrunedSlopes) -> None:
         self._blocks, self._source = blocks, source
@@ -77,8 +82,6 @@ class GradientProbe(Probe):
         self._losses: list[float] = []
         # Linears whose tokens are of no known sample: experts
         self._mixed: set[int] = set()
-        self._may_keep = not source.joined  # of the others' rows none would stay
-        self._graphs = KeptGraphs(0)
 
     @property
     def needs(self) -> Needs:
@@ -96,7 +99,9 @@ class GradientProbe(Probe):
         # by Linear, on the device: to fetch each at once would have it wait
         self._current: list[tuple[int, torch.Tensor]] = []
         self._visits: list[tuple[torch.Tensor, torch.Tensor | None, RunBlock]] = []
-        self._graphs = KeptGraphs(self.left if self._may_keep else 0)
+        # blocks that the ranks put together would not stay apart
+        keeps = self._may_keep and not self._source.joined
+        self._graphs = KeptGraphs(self.left if keeps else 0)
 
     def enter(self, index: int, block: Module) -> None:
         if not self._slopes:  # of the first batch
@@ -280,9 +285,9 @@ class PrunerGradient(Gradient):
 
     def stages(self, setting: Setting, rounds: int) -> list[Stage]:
         masks = Gradient(step=self.step).measurer(setting)
-        own = max(1, rounds // 2)
+        first, own = max(1, round(rounds * ROUNDS_OF_MASKS)), max(1, rounds // 2)
         return [
-            Stage(masks, rounds, share=SHARE_OF_MASKS),
+            Stage(masks, first, LENGTHS_OF_MASKS, SHARE_OF_MASKS),
             Stage(self.measurer(setting), own, LENGTHS_AFTER_MASKS),
         ]
 

@@ -38,6 +38,7 @@ from absorb_plugin.blocks import BlockMap, find_blocks
 from absorb_plugin.calibration import JOINED, Batch
 from absorb_plugin.distributed import row_share
 from absorb_plugin.forward import memory
+from absorb_plugin.forward.graphs import KeptGraphs
 from absorb_plugin.forward.inputs import InputStatistics
 from absorb_plugin.forward.memory import footprint
 from absorb_plugin.forward.probe import Needs, Probe
@@ -299,6 +300,8 @@ def traced(
     own = dict(model.named_parameters()), dict(model.named_buffers())
     limit = station_limit(station) if station.by_part else None
     with (
+        # a limit may have room for some blocks' graphs, and then these do not run again
+        patch.object(KeptGraphs, "may_keep", lambda *_: False),
         imagined_ranks(station.gpus) as ranks,
         tracing(*own) as cost,
         columns_once(cost),
