@@ -43,6 +43,8 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+# Set on an error that the other ranks have been told of.
+TOLD = "_told_to_all_ranks"
 # torch 2.13 has a new name for it
 _NEW, _OLD = "all_gather_single", "all_gather_into_tensor"
 
@@ -226,22 +228,31 @@ def fail_together() -> Iterator[None]:
     can keep a rank from.
 
     The rank that failed says so before it tells the others, for after an error of its
-    device that may fail as well.
+    device that may fail as well. One of these contexts may lie within another.
 
     :raises OtherRankFailed: on the other ranks, naming the one that failed and why
     """
     try:
         yield
-    except OtherRankFailed:  # all have been told
-        raise
     except Exception as error:
+        if _is_told(error):
+            raise
         if active():
             logger.error(f"rank {rank()} of torch.distributed failed: {error!r}")
+        setattr(error, TOLD, True)
         try:
             gather(_News(error=f"{type(error).__name__}: {error}"))
         finally:
             raise error
     meet()
+
+
+def _is_told(error: BaseException | None) -> bool:
+    """Whether all ranks know of an error, or of what it came from."""
+    if error is None:
+        return False
+    told = isinstance(error, OtherRankFailed) or hasattr(error, TOLD)
+    return told or _is_told(error.__cause__)
 
 
 def meet(item: T | None = None) -> list[T]:

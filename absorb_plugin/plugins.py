@@ -32,6 +32,7 @@ from absorb_plugin.allocators.base import (
     LinearGroup,
     Needs,
 )
+from absorb_plugin.distributed import OtherRankFailed
 
 __all__ = [
     "PluginError",
@@ -234,6 +235,8 @@ def run_allocator(
     owner = owner_of(allocator)
     try:
         result = allocator.allocate(groups, sparsity)
+    except OtherRankFailed:
+        raise
     except Exception as error:
         raise PluginError(f"{owner} failed in allocate: {error!r}") from error
     if not isinstance(result, BaseAllocation):

@@ -79,7 +79,8 @@ def base_allocation(
             _check_finite(blocks)  # else the forward pass of the statistics tells
     remember = None if cache is None else cache.numbers_for(version_of(allocator))
     groups = groups_of(blocks, statistics, granularity, remember, measured)
-    answer = run_allocator(allocator, groups, budget.sparsity)
+    with distributed.fail_together():  # another package's may fail on one rank alone
+        answer = run_allocator(allocator, groups, budget.sparsity)
     found = distributed.from_first(answer)
     by_block = granularity == "block"
     wished = _by_linear(groups, np.asarray(found.sparsity), by_block)

@@ -23,6 +23,7 @@ from torch import distributed
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from absorb_plugin.allocators import owl
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.calibration import pad_to_batch, read_batches
 from absorb_plugin.forward import joined, runner
@@ -300,6 +301,16 @@ def failures(world: int, rank: int, folder: Path) -> dict[str, str]:
     # no other sample has this token; the shortest one every rank tries
     batches[0]["input_ids"][:] = 1
     found["infinity"] = _error(lambda: runs.allocate(model, batches, 0.6))
+    # in an allocator, and in what the ranks share of its work
+    model, mine = tiny.make_model("llama"), read_batches(samples()[rank::world])
+    for case, (place, name) in {
+        "allocator": (owl.Owl, "allocate"),
+        "metric": (owl, "_outlier_percent"),
+    }.items():
+        with ExitStack() as stack:
+            if rank == world - 1:
+                stack.enter_context(patch.object(place, name, _no_metric))
+            found[case] = _error(lambda: runs.allocate(model, mine, 0.6))
     unlike = samples()[rank:]
     found["not alike"] = _error(lambda: runs.allocate(model, unlike, 0.6))
 
@@ -312,6 +323,10 @@ def failures(world: int, rank: int, folder: Path) -> dict[str, str]:
     found["no directory"] = _error(lambda: runs.run(model, recipe, own))
     reset_session()
     return found
+
+
+def _no_metric(*_: Any, **__: Any) -> Any:
+    raise ValueError("no metric")
 
 
 def _error(call: Callable[[], object]) -> str:
