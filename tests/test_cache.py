@@ -69,7 +69,9 @@ def allocate(
         tiny.small() if model is None else model,
         [tiny.make_batch(6, seed=seed, padding="right")],
         sparsity,
-        **{"strength": "auto", "report_dir": "unused", "rounds": 2, **fields},
+        # what is free on a busy machine may be another next time
+        **{"strength": "auto", "report_dir": "unused", "rounds": 2}
+        | {"probe_memory": 2**30, **fields},
         profile_cache=cache,
     )
 

@@ -36,10 +36,12 @@ class KeptGraphs:
         return self._room > 0 and not any(map(is_offloaded, block.modules()))
 
     @contextmanager
-    def recording(self, block: Module) -> Iterator[None]:
-        """Within the context what the block runs is differentiated, and counted."""
-        self._recorded = 0
-        seen = {one.untyped_storage()._cdata for one in block.parameters()}
+    def recording(self) -> Iterator[None]:
+        """
+        Within the context what a block runs is differentiated, and what autograd holds
+        on to is counted.
+        """
+        self._recorded, seen = 0, set[int]()
 
         def count(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()

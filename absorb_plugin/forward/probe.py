@@ -82,7 +82,7 @@ class Probe:
         idle: this rank has no sample of its own, and runs another's to keep in step. Of
             probes that take a single batch it is not to count; of others it is undone
         left: bytes of the limit that are over when the next batch runs, beside what
-            `needs` says
+            `needs` says; none for a probe that is not alone in its forward
     """
 
     state: tuple[str, ...] = ()

@@ -350,8 +350,9 @@ class _BlockHooks:
 
     def run(self, model: Module, batch: Batch) -> None:
         """The whole of a batch."""
+        left = self._left(*batch["input_ids"].shape) if len(self._probes) == 1 else 0
         for probe in self._probes:
-            probe.left = self._left(*batch["input_ids"].shape)
+            probe.left = left
             probe.start(batch)
         self._listening, self._shape = True, batch["input_ids"].shape
         try:

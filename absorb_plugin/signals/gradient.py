@@ -108,7 +108,7 @@ class GradientProbe(Probe):
             self._source.rank(index)
         if self._graphs.may_keep(block):
             self._in_force.enter_context(self._differentiated(index))
-            self._in_force.enter_context(self._graphs.recording(block))
+            self._in_force.enter_context(self._graphs.recording())
             return
         linears = self._blocks.blocks[index].linears
         weights = self._source.weights(index)
@@ -283,9 +283,14 @@ class PrunerGradient(Gradient):
     def measurer(self, setting: Setting) -> Callable[[np.ndarray], Slopes]:
         return _PrunerSlopes(setting, self).measure
 
+    @staticmethod
+    def shared_out(rounds: int) -> tuple[int, int]:
+        """In how many rounds masks lead, and in how many the pruner after them."""
+        return max(1, round(rounds * ROUNDS_OF_MASKS)), max(1, rounds // 2)
+
     def stages(self, setting: Setting, rounds: int) -> list[Stage]:
         masks = Gradient(step=self.step).measurer(setting)
-        first, own = max(1, round(rounds * ROUNDS_OF_MASKS)), max(1, rounds // 2)
+        first, own = self.shared_out(rounds)
         return [
             Stage(masks, first, LENGTHS_OF_MASKS, SHARE_OF_MASKS),
             Stage(self.measurer(setting), own, LENGTHS_AFTER_MASKS),

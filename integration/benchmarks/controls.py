@@ -57,7 +57,8 @@ def tokens_of(
 ) -> int:
     """
     Tokens that ours takes before a pruner, beside the inputs' statistics, in those of a
-    forward of the model: a round's backward counts as four. Left out are the candidate
+    forward of the model: a round's backward counts as four, also where graphs that are
+    kept make it three. Left out are the candidate
     halfway, which the last comparison asks for where the outcome of the search loses,
     and a search that begins anew where the pruner prefers another start.
 
@@ -79,8 +80,8 @@ def tokens_of(
     rounds, candidates = effort.rounds, 5
     if not isinstance(pruner, MaskPruner):
         # a second stage by the pruner's slopes in place of three points of the path
-        own, candidates = max(1, effort.rounds // 2), 2
-        rounds += own
+        masked, own = PrunerGradient.shared_out(effort.rounds)
+        rounds, candidates = masked + own, 2
         for _ in range(math.ceil(own / PrunerGradient().refresh)):
             total += 2 * tokens_in(split.next_pruning())
     total += candidates * tokens_in(split.search)
