@@ -10,7 +10,7 @@ unequal hardware must not part ways over a last digit.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -239,7 +239,8 @@ def fail_together() -> Iterator[None]:
             raise
         if active():
             logger.error(f"rank {rank()} of torch.distributed failed: {error!r}")
-        setattr(error, TOLD, True)
+        with suppress(Exception):  # as a frozen dataclass refuses it
+            setattr(error, TOLD, True)
         try:
             gather(_News(error=f"{type(error).__name__}: {error}"))
         finally:
@@ -252,7 +253,7 @@ def _is_told(error: BaseException | None) -> bool:
     if error is None:
         return False
     told = isinstance(error, OtherRankFailed) or hasattr(error, TOLD)
-    return told or _is_told(error.__cause__)
+    return told or _is_told(error.__cause__ or error.__context__)
 
 
 def meet(item: T | None = None) -> list[T]:

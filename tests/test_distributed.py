@@ -124,6 +124,7 @@ def test_what_fails_on_one_rank_fails_on_all(folder: Path, world: int) -> None:
             told = f"OtherRankFailed: rank {last} of torch.distributed failed: {kind}"
             told = "PluginError: allocator 'owl'" if number == last else told
             assert entry[case].startswith(told) and "no metric" in entry[case]
+        assert "no outliers" in entry["metric in other words"]
     culprits = [x["infinity"].startswith("NonFinite") for x in said]
     assert sum(culprits) == 1
 

@@ -93,6 +93,7 @@ def measure_curve(
         batches = samples_of(samples)
         method = Method(model, blocks, batches, pruner=arithmetic, settings=settings)
         zeros = method.zeros(zeros)
+        budgets = {sparsity: zeros.within(cap) for sparsity, cap in caps.items()}
         with method.setting.runner.kept_onloaded():
             dense, tokens = dense_loss(method.setting)
             ours: dict[float, np.ndarray] = {}
@@ -101,7 +102,7 @@ def measure_curve(
             order = _from_the_middle(sparsities)
             hidden = not distributed.is_first()
             for sparsity in tqdm(order, desc="Sparsities", disable=hidden):
-                budget = zeros.within(caps[sparsity])
+                budget = budgets[sparsity]
                 base = method.base(budget)
                 found = _found(method, base, budget, _near(ours, sparsity))
                 taken = confirm(found, base.sparsity, budget, judge)

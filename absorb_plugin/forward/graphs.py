@@ -22,10 +22,11 @@ class KeptGraphs:
 
     Attributes:
         bytes: that those take which are kept
+        tried: whether any block has run so
     """
 
     def __init__(self, room: int) -> None:
-        self._room, self.bytes = room, 0
+        self._room, self.bytes, self.tried = room, 0, False
         self._recorded = 0
 
     def may_keep(self, block: Module) -> bool:
@@ -41,18 +42,19 @@ class KeptGraphs:
         Within the context what a block runs is differentiated, and what autograd holds
         on to is counted.
         """
-        self._recorded, seen = 0, set[int]()
+        self.tried, self._recorded, seen = True, 0, set[int]()
 
-        def count(tensor: torch.Tensor) -> torch.Tensor:
+        def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
             storage = tensor.untyped_storage()
             if storage._cdata not in seen:
                 seen.add(storage._cdata)
                 self._recorded += storage.nbytes()
-            return tensor
+            # what an operation puts out would hold itself, and never be let go
+            return tensor.detach(), tensor._version
 
         with (
             torch.enable_grad(),
-            torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
+            torch.autograd.graph.saved_tensors_hooks(pack, _unpacked),
         ):
             yield
 
@@ -63,3 +65,14 @@ class KeptGraphs:
             return False
         self.bytes += self._recorded
         return True
+
+
+def _unpacked(packed: tuple[torch.Tensor, int]) -> torch.Tensor:
+    """As autograd checks where it has no hooks."""
+    tensor, version = packed
+    if tensor._version != version:
+        raise RuntimeError(
+            f"a tensor of shape {tuple(tensor.shape)} that a block's gradient needs "
+            "has been modified by an inplace operation"
+        )
+    return tensor

@@ -38,6 +38,7 @@ class ProbeRunner:
     Attributes:
         joins_rows: whether the ranks of torch.distributed each make some rows of every
             masked weight, and put them together block by block
+        out_of_memory: whether a probe had to give back what it may do without
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class ProbeRunner:
         if memory == "auto":
             memory = limit_by_machine(model, blocks.modules)
         self._model, self._blocks, self._memory = model, blocks, memory
-        self.joins_rows = self._joins_own = False
+        self.joins_rows = self._joins_own = self.out_of_memory = False
         if distributed.ranks() > 1:
             with distributed.fail_together():
                 self._decide_to_join()

@@ -64,11 +64,14 @@ class GradientProbe(Probe):
 
     :param blocks: all blocks
     :param source: the weights under which the network runs, and how they change
+
+    Attributes:
+        keeps_graphs: of blocks while there is room; not any more after memory ran out
     """
 
     state = ("_slopes", "_tokens", "_losses", "_mixed")
     # of the class until a batch runs, for they are no part of what is measured
-    _may_keep = True
+    keeps_graphs = True
     _graphs = KeptGraphs(0)
 
     def __init__(self, blocks: BlockMap, source: MaskedSlopes | PrunedSlopes) -> None:
@@ -100,7 +103,7 @@ class GradientProbe(Probe):
         self._current: list[tuple[int, torch.Tensor]] = []
         self._visits: list[tuple[torch.Tensor, torch.Tensor | None, RunBlock]] = []
         # blocks that the ranks put together would not stay apart
-        keeps = self._may_keep and not self._source.joined
+        keeps = self.keeps_graphs and not self._source.joined
         self._graphs = KeptGraphs(self.left if keeps else 0)
 
     def enter(self, index: int, block: Module) -> None:
@@ -142,9 +145,10 @@ class GradientProbe(Probe):
         del self._last, self._current
 
     def release(self) -> bool:
-        held = self._source.release() or self._graphs.bytes > 0
-        self._may_keep = False
-        return held
+        held, self._graphs = self._graphs.tried, KeptGraphs(0)
+        if held:
+            self.keeps_graphs = False
+        return self._source.release() or held
 
     def close(self) -> None:
         self._in_force.close()
@@ -325,5 +329,8 @@ class _PrunerSlopes:
 
 def _slopes(setting: Setting, source: MaskedSlopes | PrunedSlopes) -> Slopes:
     probe = GradientProbe(setting.blocks, source)
+    if setting.runner.out_of_memory:  # where an earlier round had to go on without
+        probe.keeps_graphs = False
     found = setting.runner.run("Loss slope", setting.samples.next_signal(), probe)
+    setting.runner.out_of_memory |= not probe.keeps_graphs
     return found.of_groups(setting.groups)

@@ -202,6 +202,22 @@ def test_features_that_nothing_uses_count_as_they_do_in_an_allocation(
     assert of_curve.low.max() > 0.6
 
 
+def test_what_cannot_be_met_is_told_before_any_budget_is_searched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where what nothing uses alone is more than the least sparsity asked for."""
+    model = tiny.make_model("opt")
+    for layer in model.model.decoder.layers:
+        layer.fc1.bias.data[:40] = -1e3
+    monkeypatch.setattr(Method, "search", lambda *_: pytest.fail("it was searched"))
+    settings = AllocationSettings(effort="quick")
+    with pytest.raises(ValueError, match="sparsity=0.1 cannot be met"):
+        sparsities = [0.1, 0.3, 0.5]
+        measure_curve(
+            model, tiny.make_dataset(8), sparsities, settings, pruner="sparsegpt"
+        )
+
+
 def test_of_few_samples_it_is_said_that_the_search_saw_them(
     model_dir: Path, text_file: Path
 ) -> None:

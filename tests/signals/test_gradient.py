@@ -4,13 +4,15 @@ copies, and against finite differences of the loss.
 """
 
 import copy
+import gc
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from compressed_tensors.offload import set_onload_device
-from helpers import naive, tiny
+from helpers import naive, runs, tiny
 from helpers.fake_accelerator import fake_accelerator
 from helpers.live_bytes import live_bytes
 from helpers.probes import PRUNERS, STEP, Place, by_block, first_linears, place, run
@@ -21,6 +23,7 @@ from absorb_plugin.blocks import find_blocks
 from absorb_plugin.calibration import Batch
 from absorb_plugin.cpu import bfloat16_is_slow
 from absorb_plugin.forward import head
+from absorb_plugin.forward import run as run_module
 from absorb_plugin.forward.graphs import KeptGraphs
 from absorb_plugin.forward.memory import footprint
 from absorb_plugin.groups import Groups, named
@@ -303,26 +306,122 @@ def test_graphs_that_are_kept_change_nothing(
         assert one.loss == found[0].loss
 
 
-def test_graphs_go_where_memory_runs_out(
-    llama: PreTrainedModel, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe", "falcon_h1"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_of_graphs_nothing_is_left(
+    architecture: str, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch, found, backward = tiny.make_batch(2, 24), [], GradientProbe._backward
-    where, errors = place(llama, batch), [torch.OutOfMemoryError("it is full")]
+    monkeypatch.setattr(head, "CHUNK_BYTES", 2**12)
+    model, batch = tiny.make_model(architecture), tiny.make_batch(2, 24)
+    where = place(model, batch)
+    probe = GradientProbe(where.blocks, slopes_of("masks", where, batch))
+    need = footprint(model, where.blocks.modules, [probe.needs], GIB)
+    run(model, [batch], probe, memory=GIB)
+    memory = need.whole(2, 24, 2) + int(share * probe._graphs.bytes)
+    with live_bytes(model, where.statistics, batch) as live:
+        left = []
+        for _ in range(3):
+            probe = GradientProbe(where.blocks, slopes_of("masks", where, batch))
+            run(model, [batch] * 3, probe, memory=memory)
+            assert bool(probe._graphs.bytes) == bool(share)
+            del probe
+            gc.collect()
+            left.append(live.now)
+    assert left[0] == left[1] == left[2]
+
+
+class Full(torch.nn.Module):
+    """An activation for which memory runs out, once, where it is differentiated."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner, self.passes = inner, True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and self.passes:
+            self.passes = False
+            raise torch.OutOfMemoryError("it is full")
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("where_full", ["first block", "last block", "backward"])
+def test_graphs_go_where_memory_runs_out(
+    where_full: str, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is enough: the batch need not be halved."""
+    model, batch = tiny.make_model("llama"), tiny.make_batch(2, 24)
+    where, backward = place(model, batch), GradientProbe._backward
+    probe = GradientProbe(where.blocks, slopes_of("masks", where, batch))
+    run(model, [batch], probe)
+    expected = probe.result().slopes
+    errors = [torch.OutOfMemoryError("it is full")]
 
     def full_once(*args: Any) -> torch.Tensor:
         if errors:
             raise errors.pop()
         return backward(*args)
 
-    for method in (backward, full_once):
-        monkeypatch.setattr(GradientProbe, "_backward", method)
-        probe = GradientProbe(where.blocks, slopes_of("masks", where, batch))
-        run(llama, [batch], probe)
-        assert (probe._graphs.bytes == 0) == (method is full_once)
-        found.append(probe.result().slopes)
-    np.testing.assert_array_equal(*found)
-    # that was enough: the batch need not be halved
+    if where_full == "backward":
+        monkeypatch.setattr(GradientProbe, "_backward", full_once)
+    else:
+        layer = model.model.layers[0 if where_full == "first block" else -1]
+        layer.mlp.act_fn = Full(layer.mlp.act_fn)
+    with live_bytes(model, where.statistics, batch) as live:
+        left = []
+        for full in (True, False):
+            probe = GradientProbe(where.blocks, slopes_of("masks", where, batch))
+            run(model, [batch], probe)
+            np.testing.assert_array_equal(probe.result().slopes, expected)
+            assert (probe._graphs.bytes == 0) == full
+            del probe
+            gc.collect()
+            left.append(live.now)
+        assert left[0] == left[1]
     assert not warnings
+
+
+def test_what_fills_the_device_before_a_batch_ends(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs of the batch before are no longer there to be given back."""
+    batch, calls = tiny.make_batch(2, 24), itertools.count()
+
+    def device(model: torch.nn.Module) -> torch.device:
+        if next(calls):
+            raise torch.OutOfMemoryError("it is full")
+        return torch.device("cpu")
+
+    monkeypatch.setattr(run_module, "get_execution_device", device)
+    where = place(llama, batch)
+    probe = GradientProbe(where.blocks, slopes_of("masks", where, batch))
+    with pytest.raises(torch.OutOfMemoryError, match="a single sample"):
+        run(llama, [batch, batch], probe)
+    assert next(calls) < 10
+
+
+def test_once_out_of_memory_no_later_round_keeps_graphs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny.make_model("llama")
+    layer = model.model.layers[0]
+    layer.mlp.act_fn = full = Full(layer.mlp.act_fn)
+    kept, keep = [], KeptGraphs.keep
+    monkeypatch.setattr(KeptGraphs, "keep", lambda self: kept.append(1) or keep(self))
+    monkeypatch.setattr("absorb_plugin.method.check_forward", lambda *_, **__: None)
+    batches = [tiny.make_batch(1, 24, seed=seed) for seed in range(12)]
+    runs.allocate(model, batches, strength="auto", signal="gradient", rounds=3)
+    assert not full.passes and not kept
+
+
+def test_what_is_modified_in_place_is_told() -> None:
+    graphs, x = KeptGraphs(GIB), torch.ones(3, requires_grad=True)
+    with graphs.recording():
+        squares = x * 2
+        total = (squares**2).sum()
+    with torch.no_grad():
+        squares += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
 
 
 def test_of_blocks_that_are_offloaded_no_graph_is_kept() -> None:
