@@ -239,7 +239,7 @@ def fail_together() -> Iterator[None]:
             raise
         if active():
             logger.error(f"rank {rank()} of torch.distributed failed: {error!r}")
-        with suppress(Exception):  # as a frozen dataclass refuses it
+        with suppress(Exception):  # a class may refuse it
             setattr(error, TOLD, True)
         try:
             gather(_News(error=f"{type(error).__name__}: {error}"))

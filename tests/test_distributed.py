@@ -13,6 +13,8 @@ import pytest
 import torch
 from helpers import ranks
 
+from absorb_plugin.distributed import fail_together
+
 ROOT = Path(__file__).parent.parent
 PATIENCE = 1800.0  # seconds, of a slow machine with other work
 SEVERAL = [world for world in ranks.WORLDS if world > 1]
@@ -127,6 +129,17 @@ def test_what_fails_on_one_rank_fails_on_all(folder: Path, world: int) -> None:
         assert "no outliers" in entry["metric in other words"]
     culprits = [x["infinity"].startswith("NonFinite") for x in said]
     assert sum(culprits) == 1
+
+
+def test_an_error_that_takes_no_mark_is_raised_as_it_is() -> None:
+    class Sealed(Exception):
+        def __setattr__(self, name: str, value: object) -> None:
+            if not name.startswith("__"):
+                raise TypeError(f"{name} cannot be set")
+            super().__setattr__(name, value)
+
+    with pytest.raises(Sealed), fail_together(), fail_together():
+        raise Sealed
 
 
 USED = {
