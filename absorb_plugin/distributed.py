@@ -9,6 +9,7 @@ block in step (`meet`). Decisions are those of the first rank (`from_first`): ra
 unequal hardware must not part ways over a last digit.
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -232,10 +233,11 @@ def fail_together() -> Iterator[None]:
 
     :raises OtherRankFailed: on the other ranks, naming the one that failed and why
     """
+    handled = sys.exc_info()[1]  # as by who tries again, after all ranks failed
     try:
         yield
     except Exception as error:
-        if _is_told(error):
+        if _is_told(error, handled):
             raise
         if active():
             logger.error(f"rank {rank()} of torch.distributed failed: {error!r}")
@@ -248,12 +250,16 @@ def fail_together() -> Iterator[None]:
     meet()
 
 
-def _is_told(error: BaseException | None) -> bool:
-    """Whether all ranks know of an error, or of what it came from."""
-    if error is None:
+def _is_told(error: BaseException | None, handled: BaseException | None) -> bool:
+    """
+    Whether all ranks know of an error, or of what it came from.
+
+    :param handled: one that was there before, and with which it has nothing to do
+    """
+    if error is None or error is handled:
         return False
     told = isinstance(error, OtherRankFailed) or hasattr(error, TOLD)
-    return told or _is_told(error.__cause__ or error.__context__)
+    return told or _is_told(error.__cause__ or error.__context__, handled)
 
 
 def meet(item: T | None = None) -> list[T]:

@@ -315,6 +315,13 @@ def failures(world: int, rank: int, folder: Path) -> dict[str, str]:
                 own = _in_other_words(owl.of_all)
                 stack.enter_context(patch.object(owl, "of_all", own))
             found[case] = _error(lambda: runs.allocate(model, mine, 0.6))
+    with ExitStack() as stack:
+        if rank == world - 1:
+            stack.enter_context(patch.object(owl.Owl, "allocate", _no_metric))
+        try:
+            runs.allocate(model, mine, 0.6)
+        except Exception:  # who tries again fails together again
+            found["tried again"] = _error(lambda: runs.allocate(model, mine, 0.6))
     unlike = samples()[rank:]
     found["not alike"] = _error(lambda: runs.allocate(model, unlike, 0.6))
 
