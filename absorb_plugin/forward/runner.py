@@ -41,6 +41,8 @@ class ProbeRunner:
         out_of_memory: whether a probe had to give back what it may do without
     """
 
+    out_of_memory = False
+
     def __init__(
         self,
         model: Module,
@@ -52,7 +54,7 @@ class ProbeRunner:
         if memory == "auto":
             memory = limit_by_machine(model, blocks.modules)
         self._model, self._blocks, self._memory = model, blocks, memory
-        self.joins_rows = self._joins_own = self.out_of_memory = False
+        self.joins_rows = self._joins_own = False
         if distributed.ranks() > 1:
             with distributed.fail_together():
                 self._decide_to_join()
