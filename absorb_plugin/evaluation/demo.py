@@ -136,7 +136,7 @@ def run_demo(
     out.mkdir(parents=True, exist_ok=True)
     (out / MARKER).touch()
     stages, left_out = [*WANDA, *(SPARSEGPT if sparsegpt else ())], ""
-    # what masks tell of the model is measured for Wanda, and serves SparseGPT as well
+    # statistics, and what masks tell of base and uniform, serve the second pruner too
     with (
         tempfile.TemporaryDirectory() as cache,
         staged_directory(out / "model") as staging,
