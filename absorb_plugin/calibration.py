@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
-from compressed_tensors.offload import get_execution_device
 from compressed_tensors.utils import patch_attr
 from datasets import Dataset
 from llmcompressor.modifiers.utils.hooks import HooksMixin
@@ -22,6 +21,7 @@ from torch.utils.data import DataLoader
 from absorb_plugin import distributed
 from absorb_plugin.batches import as_tensors
 from absorb_plugin.cpu import fast_bfloat16
+from absorb_plugin.devices import computes_on_cpu
 from absorb_plugin.language_model import without_extras
 from absorb_plugin.precision import ieee_float32
 from absorb_plugin.torch_state import plain_torch
@@ -69,7 +69,7 @@ def calibrating(model: torch.nn.Module) -> Iterator[None]:
     attention = _attention(model)
     with ExitStack() as stack:
         stack.enter_context(calibration_forward_context(model))
-        on_cpu = torch.device(get_execution_device(model)).type == "cpu"
+        on_cpu = computes_on_cpu(model)
         if attention == FUSED and on_cpu and not _caps_attention(model):
             # eager attention is for graphs that are traced, and none are here; of 512
             # tokens it takes a CPU as long as all other products

@@ -17,6 +17,7 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 
 __all__ = [
+    "computes_on_cpu",
     "computing_on_one_device",
     "dtype_of",
     "empty_cache",
@@ -51,6 +52,11 @@ def computing_on_one_device(model: Module) -> Iterator[None]:
     finally:
         for module, device in before.items():
             _onload_to(module, device)
+
+
+def computes_on_cpu(model: Module) -> bool:
+    """Wherever its weights lie."""
+    return torch.device(get_execution_device(model)).type == "cpu"
 
 
 def dtype_of(model: PreTrainedModel) -> torch.dtype:

@@ -232,7 +232,7 @@ def test_attention_is_as_llm_compressor_wants_it_elsewhere(
 ) -> None:
     llama.set_attn_implementation("sdpa")
     monkeypatch.setattr(
-        "absorb_plugin.calibration.get_execution_device",
+        "absorb_plugin.devices.get_execution_device",
         lambda model: torch.device("cuda"),
     )
     with calibrating(llama):

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from absorb_plugin import distributed
 from absorb_plugin.cpu import bfloat16_is_slow
-from absorb_plugin.devices import dtype_of, free_memory
+from absorb_plugin.devices import computes_on_cpu, dtype_of, free_memory
 from absorb_plugin.forward import chunks
 from absorb_plugin.forward import head as output_head
 from absorb_plugin.forward.probe import Needs
@@ -261,7 +261,7 @@ def _pruning(model: PreTrainedModel, shapes: _Shapes, element: int, need: Needs)
     if not need.pruned:
         return 0
     copies = 3 if need.backward else 1  # both sides of a band, and their difference
-    scores = SCORE_COPIES if _on_cpu(model) else SORTED_COPIES
+    scores = SCORE_COPIES if computes_on_cpu(model) else SORTED_COPIES
     scores *= min(chunks.CHUNK_BYTES, 4 * shapes.linear)
     pruning = copies * element * shapes.linear + scores
     pruning += need.joined * element * shapes.block
@@ -300,7 +300,7 @@ def _kept(model: PreTrainedModel, shapes: _Shapes, element: int, need: Needs) ->
     runs, packed, for the others lie on the host or in what is spare.
     """
     weights = shapes.block if need.backward else 0
-    if _on_cpu(model):
+    if computes_on_cpu(model):
         weights = shapes.total
     shares = distributed.ranks() if need.joined else 1
     return need.kept_weights * element * -(-weights // shares)
@@ -318,10 +318,6 @@ def _float32_copies(model: PreTrainedModel, shapes: _Shapes, need: Needs) -> int
     head = model.get_output_embeddings()
     size = head.in_features * head.out_features if isinstance(head, Linear) else 0
     return 4 * max(size, shapes.block if need.backward else shapes.linear)
-
-
-def _on_cpu(model: PreTrainedModel) -> bool:
-    return torch.device(get_execution_device(model)).type == "cpu"
 
 
 def _weights(linears: Sequence[tuple[int, int]]) -> int:

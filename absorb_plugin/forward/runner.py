@@ -14,7 +14,7 @@ from absorb_plugin import distributed
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.cache import ProfileCache
 from absorb_plugin.calibration import join_samples, pad_to_batch
-from absorb_plugin.devices import dtype_of, is_offloaded
+from absorb_plugin.devices import computes_on_cpu, dtype_of, is_offloaded
 from absorb_plugin.forward.joined import joined_before_made
 from absorb_plugin.forward.memory import block_bytes, footprint, limit_by_machine
 from absorb_plugin.forward.probe import Needs, Probe
@@ -111,7 +111,7 @@ class ProbeRunner:
         accelerator: a host's caches are small, and launches cost it nothing.
         """
         model = language_model(self._model)
-        if torch.device(get_execution_device(model)).type == "cpu":
+        if computes_on_cpu(model):
             return False
         need = footprint(model, self._blocks.modules, [needs], self._memory)
         longest = max(sample["input_ids"].shape[1] for sample in samples)
