@@ -14,14 +14,24 @@ if "llmcompressor" not in sys.modules:
     llmcompressor.configure_logger()
 
 from llmcompressor.modifiers import ModifierFactory
+from torch.nn import Module
 from transformers import PreTrainedModel
 
 try:
-    from llmcompressor.modeling.moe.linearize import linearize_moe
+    from llmcompressor.modeling.moe.linearize import (
+        get_linearized_moes,
+        get_non_linearized_moes,
+        linearize_moe,
+    )
 except ModuleNotFoundError:  # 0.11, whose transformers 4 has experts of Linears
 
     def linearize_moe(model: PreTrainedModel) -> None:
         pass
+
+    def get_linearized_moes(model: Module) -> list[tuple[str, Module]]:
+        return []
+
+    get_non_linearized_moes = get_linearized_moes
 
 
 try:
@@ -40,7 +50,19 @@ except ModuleNotFoundError:  # 0.11
 
 __all__ = [
     "ModifierFactory",
+    "fused_experts",
     "get_calibrate_all_experts_flag",
+    "linear_experts",
     "linearize_moe",
     "moe_calibration_context",
 ]
+
+
+def fused_experts(model: Module) -> dict[str, Module]:
+    """Name -> experts in one tensor each, which llm-compressor makes Linears of."""
+    return dict(get_non_linearized_moes(model))
+
+
+def linear_experts(model: Module) -> dict[str, Module]:
+    """Name -> experts that it has made Linears of."""
+    return dict(get_linearized_moes(model))

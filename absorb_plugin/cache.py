@@ -12,6 +12,8 @@ of all that a probe was made with. Nothing is unpickled.
 """
 
 import json
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -37,6 +39,7 @@ __all__ = ["ProfileCache", "RefusedEntry", "pack", "unpack"]
 
 FORMAT = "1"
 SHOWN = 12  # digits of a digest in a file name
+SLUG = 80  # letters of what was measured; the digests tell entries apart
 
 
 class RefusedEntry(Exception):
@@ -122,7 +125,8 @@ class ProfileCache:
         if found is not None:
             return found["number"]
         number = float(compute())
-        self._keep(what, key, {"number": number})
+        if math.isfinite(number):  # else it is refused, and may be right another time
+            self._keep(what, key, {"number": number})
         return number
 
     def _find(
@@ -130,10 +134,12 @@ class ProfileCache:
     ) -> dict[str, Any] | None:
         """:param like: the names that are asked for, with values of their types"""
         path = self._path(what, key)
-        if not path.exists():
+        if not os.path.lexists(path):
             self._explain_missing(what, path)
             return None
         try:
+            if not path.is_file():  # of a pipe nobody would ever read the end
+                raise RefusedEntry("it is no file")
             found = _read(path, key)
             _check_names(found, like)
         except RefusedEntry as refused:
@@ -173,15 +179,17 @@ class ProfileCache:
         path = self._path(what, key)
         try:
             replace_file(path, _encode(key, values))
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # the latter of links in a circle
+            reason = getattr(error, "strerror", None) or error
             logger.warning(
-                f"profile_cache: {path} could not be written ({error.strerror}), so "
+                f"profile_cache: {path} could not be written ({reason}), so "
                 f"the next run measures {what!r} again. Make room, or name another "
                 "directory"
             )
 
     def _path(self, what: str, key: Mapping[str, str]) -> Path:
-        slug = "".join(c if c.isalnum() else "_" for c in what.lower())
+        plain = (c if c.isascii() and c.isalnum() else "_" for c in what.lower())
+        slug = "".join(plain)[:SLUG]
         shown = "-".join(part[:SHOWN] for part in key.values())
         return self._folder / f"{slug}-{shown}.safetensors"
 

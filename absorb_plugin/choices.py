@@ -16,7 +16,7 @@ from absorb_plugin.pruners import MaskPruner, Pruner
 from absorb_plugin.sample_split import SampleSplit
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.search.rows import Rows
-from absorb_plugin.settings import AllocationSettings
+from absorb_plugin.settings import LEAST_SAMPLES, AllocationSettings
 from absorb_plugin.signals import SIGNALS, Signal
 
 __all__ = [
@@ -100,11 +100,11 @@ def budget_of(
 def check_judges(settings: AllocationSettings, samples: SampleSplit) -> None:
     """:raises ValueError: if a loss is to be kept that one sample alone would judge"""
     bound = settings.max_loss_increase
-    if bound is not None and len(samples.confirm) < 2:
+    if bound is not None and samples.judging < 2:
         raise ValueError(
             f"max_loss_increase={bound:g} is held with a margin of one standard "
             "error, and there is but one sample to judge by, which has none: give "
-            "8 calibration samples or more"
+            f"{LEAST_SAMPLES} calibration samples or more that are not the same"
         )
 
 

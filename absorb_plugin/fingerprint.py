@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import is_dataclass
+from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -49,6 +50,8 @@ NOT_MEASURING = {
     "search",
     "settings.py",
 }
+# Packages whose hooks and forwards change where weights lie, not what is computed.
+NEUTRAL = ("absorb_plugin", "accelerate", "compressed_tensors", "llmcompressor")
 # hashlib lets other threads run while it works; so many tensors are in memory at once.
 THREADS = 4
 
@@ -72,9 +75,9 @@ def model_digest(model: PreTrainedModel) -> str:
     """
     Everything about the model and the software that a measurement's result depends on:
     all weights and buffers, configuration, how attention is computed, whether experts
-    see all tokens, numbers and flags of modules of others (a LoRA's scaling), name of
-    the device, what it may round, versions, and the code here that measures. Neither
-    the model's path nor the number of threads is part of it.
+    see all tokens, classes, numbers, flags (a LoRA's scaling) and hooks of all modules,
+    name of the device, what it may round, versions, and the code here that measures.
+    Neither the model's path nor the number of threads is part of it.
     """
     config = model.config.to_dict()
     config.pop("_name_or_path", None)
@@ -85,7 +88,7 @@ def model_digest(model: PreTrainedModel) -> str:
             "config": repr(sorted(config.items())),
             "attention": getattr(model.config, "_attn_implementation", None),
             "all experts": get_calibrate_all_experts_flag(),
-            "modules": _numbers_of_others(model),
+            "modules": _computing(model),
             "device": device_name(torch.device(get_execution_device(model))),
             "precision": reduced_precision(),
             "weights": weights_digest(model),
@@ -189,19 +192,61 @@ def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"{prefix}.{name}", tensor
 
 
-def _numbers_of_others(model: torch.nn.Module) -> dict[str, dict[str, object]]:
+def _computing(model: torch.nn.Module) -> dict[str, list[object]]:
     """
-    Plain attributes of modules that are neither torch's nor transformers', by name:
-    theirs follow from the configuration.
+    Of every module, by name, what of its computing no weight tells: its class, numbers
+    and flags among its attributes, hooks, and a forward of its own.
     """
-    known = vars(torch.nn.Module()).keys()
     return {
-        prefix: _plain({k: v for k, v in vars(module).items() if k not in known})
+        prefix: [
+            f"{type(module).__module__}.{type(module).__qualname__}",
+            _attributes(module),
+            [_code(hook) for hook in _foreign_functions(module)],
+        ]
         for prefix, module in model.named_modules()
-        if type(module).__module__.split(".")[0] not in ("torch", "transformers")
-        # a model, of code of its own too, has its path among them
-        and not isinstance(module, PreTrainedModel)
     }
+
+
+def _attributes(module: torch.nn.Module) -> object:
+    if isinstance(module, PreTrainedModel):  # of which a path is one
+        return None
+    known = vars(torch.nn.Module()).keys()
+    own = {k: v for k, v in vars(module).items() if k not in known}
+    if type(module).__module__.split(".")[0] not in ("torch", "transformers"):
+        return _plain(own)
+    # what else these have follows from the configuration
+    simple = bool | int | float | str
+    return {
+        name: value
+        for name, value in own.items()
+        if isinstance(value, simple) and not name.startswith("_")
+    }
+
+
+def _foreign_functions(module: torch.nn.Module) -> list[Any]:
+    """Hooks and a replaced forward, but those of libraries that keep what it does."""
+    found = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    found += [vars(module)["forward"]] if "forward" in vars(module) else []
+    return [
+        function
+        for function in found
+        if getattr(function, "__module__", "").split(".")[0] not in NEUTRAL
+    ]
+
+
+def _code(function: Any) -> object:
+    """What tells two functions apart: what they do, and the values that they hold."""
+    if isinstance(function, partial):
+        given = [_plain(function.args), _plain(function.keywords)]
+        return [_code(function.func), *given]
+    function = getattr(function, "__func__", function)
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return [type(function).__qualname__, _plain(getattr(function, "__dict__", {}))]
+    cells = getattr(function, "__closure__", None) or ()
+    held = [_plain(cell.cell_contents) for cell in cells]
+    numbers = [_plain(one) for one in code.co_consts]
+    return [function.__qualname__, code.co_code, list(code.co_names), numbers, held]
 
 
 def _plain(value: Any) -> Any:

@@ -1,6 +1,6 @@
 """The steps of the method, and what is measured once for all of them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -246,9 +246,11 @@ class Method:
             sums, tokens = masked_loss(self.setting, [nothing, *uniform])
             return [gain(one, sums[0], tokens)[0] for one in sums[1:]]
 
-        rivals: dict[str, Callable[[float], np.ndarray]] = {
-            "base": lambda sparsity: self.base(budget.at(sparsity)).sparsity,
-            "uniform": lambda sparsity: budget.at(sparsity).uniform(),
-        }
+        def plain(sparsity: float, name: str) -> np.ndarray:
+            there = budget.at(sparsity)
+            found = self.base(there).sparsity if name == "base" else there.uniform()
+            return there.whole(found)  # else they would bear less than is said
+
+        rivals = {name: partial(plain, name=name) for name in ("base", "uniform")}
         upper, least = budget.sparsity, budget.least()
         return largest_budget(bound, upper, at, increase, scan, least, rivals)

@@ -127,7 +127,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
     _start: Path = PrivateAttr(default=Path())
     _staging: str | None = PrivateAttr(default=None)
     _lent: str | None = PrivateAttr(default=None)
-    _undo: Callable[[], None] | None = PrivateAttr(default=None)
+    _undo: Callable[[], bool] | None = PrivateAttr(default=None)
 
     def stage_reports(self, directory: str) -> None:
         """Reports are written there, from where they go to `report_dir` afterwards."""
@@ -244,19 +244,20 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         from absorb_plugin.pruners import ranks
+        from absorb_plugin.pruners.experts import name_as_stored
         from absorb_plugin.pruners.recipe import leave_recipe, say_whether_it_replays
         from absorb_plugin.pruners.zeros import at_the_end
 
-        if self._undo is not None:
-            self._undo()
-            self._undo = None
+        mask_kept = self._undo is not None and self._undo()
+        self._undo = None
         for found in self._pruners:
             ranks.leave_statistics(found.modifier)
         # not if the run has failed, and the next one clears up after it
         if all(found.modifier.ended_ for found in self._pruners):
             at_the_end(self, self._measure_realised)
             leave_recipe(self, state.model)
-            say_whether_it_replays()
+            name_as_stored(state.model)
+            say_whether_it_replays(mask_kept)
         return True
 
     def _count_reports_before(self) -> None:

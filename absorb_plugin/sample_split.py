@@ -109,6 +109,11 @@ class SampleSplit:
             # in that batch they would be padded, and experts would see it
             self.pruning = self._pruning_windows(len(self.pruning), longest)
 
+    @property
+    def judging(self) -> int:
+        """How many different samples the last comparison has."""
+        return len(set(map(_content, self.confirm)))
+
     def next_signal(self) -> list[dict]:
         """Other samples in every round, as far as there are any, and other windows."""
         count = _enough(self._measuring, self._effort.signal, self._effort.tokens)

@@ -11,7 +11,8 @@ from absorb_plugin.allocators.base import Allocator
 from absorb_plugin.limits import check_limits
 from absorb_plugin.plugins import build_allocator
 
-__all__ = ["EFFORTS", "MAX_SPARSITY", "AllocationSettings", "Effort", "expanded"]
+__all__ = ["EFFORTS", "LEAST_SAMPLES", "MAX_SPARSITY", "AllocationSettings", "Effort"]
+__all__ += ["expanded"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ EFFORTS = {
 
 # No Linear is pruned beyond it, unless another is given.
 MAX_SPARSITY = 0.95
+
+# Of fewer calibration samples there are no two for the last comparison, and no standard
+# error, with which a bound on the loss is held (`sample_split`).
+LEAST_SAMPLES = 8
 
 # Names of earlier versions, and what to write now.
 RENAMED = {

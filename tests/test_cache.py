@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -529,6 +530,62 @@ def test_numbers_of_an_adapter_are_part_of_the_model(name: str, value: object) -
     assert model_digest(model) == before
     setattr(block.up_proj, name, value)
     assert model_digest(model) != before
+
+
+def _louder(factor: float) -> Callable[..., Any]:
+    return lambda module, args, output: output * factor
+
+
+def _other_activation(model: PreTrainedModel) -> None:
+    model.model.layers[0].mlp.act_fn = torch.nn.ReLU()
+
+
+def _other_scaling(model: PreTrainedModel) -> None:
+    model.model.layers[0].self_attn.scaling *= 4
+
+
+def _other_epsilon(model: PreTrainedModel) -> None:
+    model.model.layers[0].input_layernorm.variance_epsilon = 0.1
+
+
+def _hook(model: PreTrainedModel) -> None:
+    model.model.layers[0].mlp.register_forward_hook(_louder(2.0))
+
+
+def _part_of_a_hook(model: PreTrainedModel) -> None:
+    hook = partial(_louder(2.0))
+    model.model.layers[0].mlp.register_forward_hook(hook)
+
+
+def _forward(model: PreTrainedModel) -> None:
+    model.model.layers[0].mlp.forward = lambda x: x
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(_other_activation, _other_scaling, _other_epsilon),
+        *(_hook, _part_of_a_hook, _forward),
+    ],
+)
+def test_what_modules_do_is_part_of_the_model(
+    change: Callable[[PreTrainedModel], None],
+) -> None:
+    model = tiny.small()
+    plain = model_digest(model)
+    change(model)
+    changed = model_digest(model)
+    assert changed != plain and model_digest(model) == changed
+    again = tiny.small()
+    change(again)
+    assert model_digest(again) == changed
+
+
+def test_hooks_that_differ_in_a_number_make_two_models() -> None:
+    one, other = tiny.small(), tiny.small()
+    one.model.layers[0].register_forward_hook(_louder(2.0))
+    other.model.layers[0].register_forward_hook(_louder(3.0))
+    assert model_digest(one) != model_digest(other)
 
 
 @pytest.mark.parametrize("remote", [False, True])

@@ -1,7 +1,10 @@
 """Files in a cache that somebody else has put there."""
 
 import json
+import math
+import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -119,3 +122,36 @@ def test_another_device_is_another_measurement(monkeypatch: pytest.MonkeyPatch) 
             )
             digests.append(fingerprint.model_digest(model))
     assert digests[0] != digests[1] == digests[2]
+
+
+@pytest.mark.parametrize("what", ["a pipe", "a circle", "a directory"])
+def test_what_is_no_file_is_measured_again(
+    what: str, tmp_path: Path, warnings: list[str]
+) -> None:
+    run(tmp_path)
+    (path,) = tmp_path.glob("*.safetensors")
+    path.unlink()
+    if what == "a pipe":
+        os.mkfifo(path)
+    elif what == "a circle":
+        path.symlink_to(path)
+    else:
+        path.mkdir()
+        (path / "file").touch()
+    probe, runs = run(tmp_path)
+    assert runs == 1 and probe._numbers == [1, 2, 3]
+    assert any("it is no file" in message for message in warnings)
+
+
+def test_numbers_of_long_names_are_kept_and_infinite_ones_are_not(
+    tmp_path: Path, warnings: list[str]
+) -> None:
+    cache = ProfileCache(str(tmp_path), tiny.small())
+    remember = cache.numbers_for("an allocator")("model.layers.0.mlp.down_proj")
+    long, values = "ä metric of " + "many " * 60 + "words", iter([1.5, 2.5])
+    assert remember(long, partial(next, values)) == 1.5
+    assert remember(long, partial(next, values)) == 1.5
+    assert not warnings
+    unknown = iter([math.nan, 3.5])
+    assert math.isnan(remember("sometimes", partial(next, unknown)))
+    assert remember("sometimes", partial(next, unknown)) == 3.5

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -127,11 +128,13 @@ def groups_of(
             number = measured.get(full, 0.0) if measured else None
             statistics[name] = LinearStatistics(linear, sums, measured=number, **known)
         if granularity == "block":
-            groups.append(LinearGroup(block.name, statistics, block.parameters))
+            known_to_all = MappingProxyType(statistics)  # allocators are others' code
+            groups.append(LinearGroup(block.name, known_to_all, block.parameters))
             continue
         for name, one in statistics.items():
             size = linear_parameters(block.linears[name])
-            groups.append(LinearGroup(block.full_name(name), {name: one}, size))
+            alone = MappingProxyType({name: one})
+            groups.append(LinearGroup(block.full_name(name), alone, size))
     return groups
 
 

@@ -201,7 +201,7 @@ def _read_recipe(recipe: Path | None, given: dict[str, Any]) -> "Recipe | None":
 
 def _wishes(given: dict[str, Any], samples: int) -> "RecipeWishes":
     from absorb_plugin.evaluation.recipes import RecipeWishes
-    from absorb_plugin.settings import MAX_SPARSITY
+    from absorb_plugin.settings import LEAST_SAMPLES, MAX_SPARSITY
 
     if given["sparsity"] is None and given["max_loss_increase"] is None:
         raise ValueError(
@@ -210,6 +210,12 @@ def _wishes(given: dict[str, Any], samples: int) -> "RecipeWishes":
     if given["sparsity"] is not None:
         check_sparsity("--sparsity", given["sparsity"], MAX_SPARSITY)
     check_samples(samples)
+    if given["max_loss_increase"] is not None and samples < LEAST_SAMPLES:
+        raise ValueError(
+            f"--samples {samples}: a loss is held with a margin of one standard "
+            f"error, and of fewer than {LEAST_SAMPLES} samples there are no two to "
+            "judge by. Give more"
+        )
     wishes = RecipeWishes(**{k: v for k, v in given.items() if v is not None})
     wishes.check()
     return wishes

@@ -22,7 +22,7 @@ from absorb_plugin.evaluation.check_report import (
     planned_share,
     zero_share,
 )
-from absorb_plugin.evaluation.check_shapes import check_shapes
+from absorb_plugin.evaluation.check_shapes import check_absent, check_shapes
 from absorb_plugin.evaluation.plan import (
     make_skeleton,
     model_class,
@@ -74,6 +74,8 @@ def check_checkpoint(directory: Path, load: bool = False) -> CheckReport:
     _check_plan(report)
     if load:
         report.loads = _load(directory, report)
+    else:
+        check_absent(checkpoint, skeleton, report)
     return report
 
 

@@ -12,6 +12,7 @@ from absorb_plugin.evaluation.check_report import CheckReport, LinearZeros
 from absorb_plugin.evaluation.plan import stored_names
 from absorb_plugin.evaluation.shards import Checkpoint
 from absorb_plugin.evaluation.zeros import Count, count_dense, count_quantized
+from absorb_plugin.groups import EXPERT
 
 __all__ = ["FLOATS", "block_of", "count_linears"]
 
@@ -51,6 +52,12 @@ def count_linears(
         ]
         names = stored_names(linears, stored)
         absent = [name for name in plan if name in linears and name not in names]
+        packed = _packed_experts(checkpoint, absent)
+        for block, tensors in packed.items():
+            own = [name for name in absent if block_of(name) == block]
+            sizes = {name: modules[name].weight.numel() for name in own}
+            _count_packed(checkpoint, block, tensors, plan, sizes, report)
+        absent = [name for name in absent if block_of(name) not in packed]
         if absent:
             report.problems.append(
                 f"{len(absent)} Linears of recipe.yaml are not in the files, "
@@ -74,6 +81,44 @@ def count_linears(
         columns = max(1, count.weights // max(1, _rows(checkpoint, saved)))
         planned = plan.get(name)
         report.linears[saved] = LinearZeros(block_of(saved), count, columns, planned)
+
+
+def _packed_experts(
+    checkpoint: Checkpoint, absent: Sequence[str]
+) -> dict[str, list[str]]:
+    """Block -> its tensors of all experts, where single ones are not in the files."""
+    blocks = {block_of(name) for name in absent if EXPERT.search(name)}
+    found: dict[str, list[str]] = {}
+    for name in checkpoint.names:
+        packed = len(checkpoint.shape(name)) == 3 and "conv" not in name
+        if packed and block_of(name) in blocks and checkpoint.dtype(name) in FLOATS:
+            found.setdefault(block_of(name), []).append(name)
+    return found
+
+
+def _count_packed(
+    checkpoint: Checkpoint,
+    block: str,
+    tensors: Sequence[str],
+    plan: Mapping[str, float],
+    sizes: Mapping[str, int],
+    report: CheckReport,
+) -> None:
+    """
+    All experts of a block as one entry, against the mean of what is planned for them.
+
+    :param sizes: name of an expert's Linear -> its weights
+    """
+    counts = [count_dense(checkpoint.pieces(name)) for name in tensors]
+    count = Count(
+        sum(one.zeros for one in counts),
+        sum(one.weights for one in counts),
+        all(one.finite for one in counts),
+    )
+    planned = sum(plan[name] * size for name, size in sizes.items())
+    columns = min(min(checkpoint.shape(name)[1:]) for name in tensors)
+    mean = planned / max(1, sum(sizes.values()))
+    report.linears[f"{block}.experts"] = LinearZeros(block, count, columns, mean)
 
 
 def _stored_linears(checkpoint: Checkpoint) -> dict[str, list[str]]:

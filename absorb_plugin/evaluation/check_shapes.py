@@ -1,42 +1,32 @@
 """Whether the files hold what config.json makes."""
 
+import contextlib
+import io
+import logging
+from pathlib import Path
+
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from absorb_plugin.evaluation.check_report import CheckReport
-from absorb_plugin.evaluation.plan import stored_names
+from absorb_plugin.evaluation.plan import model_class, stored_names
 from absorb_plugin.evaluation.shards import Checkpoint
 
-__all__ = ["check_shapes"]
+__all__ = ["check_absent", "check_shapes"]
 
 
 def check_shapes(
     checkpoint: Checkpoint, skeleton: PreTrainedModel | None, report: CheckReport
 ) -> None:
     """
-    Shapes of Linears, norms and embeddings, and norms and embeddings that are nowhere.
+    Shapes of Linears, norms and embeddings.
 
     :param skeleton: the model that config.json makes, without its weights
     :param report: takes what is found
     """
     if skeleton is None or report.other_method:  # which may store them as it likes
         return
-    modules = {
-        name: module
-        for name, module in skeleton.named_modules()
-        if isinstance(module, torch.nn.Linear | torch.nn.Embedding)
-        or "Norm" in type(module).__name__
-    }
-    wanted = {
-        name: tuple(module.weight.shape)
-        for name, module in modules.items()
-        if isinstance(getattr(module, "weight", None), torch.Tensor)
-    }
-    there = {
-        name.removesuffix(".weight"): checkpoint.shape(name)
-        for name in checkpoint.names
-        if name.endswith(".weight")
-    }
+    wanted, there = _wanted(skeleton), _stored(checkpoint)
     other = [name for name in wanted.keys() & there if there[name] != wanted[name]]
     if other:
         name = min(other)
@@ -46,11 +36,46 @@ def check_shapes(
             f"{_times(wanted[name])}. Copy the config.json of this very model, or the "
             "files"
         )
-    # transformers may save them under other names
+
+
+def check_absent(
+    checkpoint: Checkpoint, skeleton: PreTrainedModel | None, report: CheckReport
+) -> None:
+    """
+    Weights that are in none of the files, as far as nothing was said of them yet.
+
+    :param skeleton: as of `check_shapes`
+    """
+    if skeleton is None or report.other_method:
+        return
+    absent = _absent(checkpoint.directory)
+    if absent is None:
+        _warn_by_names(checkpoint, skeleton, report)
+        return
     absent = [
         name
-        for name in wanted.keys() - stored_names(wanted, there)
-        if not isinstance(modules[name], torch.nn.Linear)
+        for name in absent
+        if not any(name in problem for problem in report.problems)
+    ]
+    if absent:
+        report.problems.append(
+            f"{len(absent)} weights are in none of the files by a name that "
+            f"transformers reads, {absent[0]} for one: it puts random numbers in their "
+            "place. Save the model anew, or copy the config.json of this very model"
+        )
+
+
+def _warn_by_names(
+    checkpoint: Checkpoint, skeleton: PreTrainedModel, report: CheckReport
+) -> None:
+    """Where transformers cannot say what it would find, norms and embeddings."""
+    wanted = _wanted(skeleton)
+    # it may save them under other names
+    found = stored_names(wanted, _stored(checkpoint))
+    absent = [
+        name
+        for name in wanted.keys() - found
+        if not isinstance(skeleton.get_submodule(name), torch.nn.Linear)
     ]
     if absent:
         report.warnings.append(
@@ -58,6 +83,52 @@ def check_shapes(
             f"names, {min(absent)} for one: where transformers knows them by no other "
             "name it makes them up at random, which loading it tells"
         )
+
+
+def _wanted(skeleton: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Name of a Linear, norm or embedding -> shape of its weight."""
+    return {
+        name: tuple(module.weight.shape)
+        for name, module in skeleton.named_modules()
+        if (
+            isinstance(module, torch.nn.Linear | torch.nn.Embedding)
+            or "Norm" in type(module).__name__
+        )
+        and isinstance(getattr(module, "weight", None), torch.Tensor)
+    }
+
+
+def _stored(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    return {
+        name.removesuffix(".weight"): checkpoint.shape(name)
+        for name in checkpoint.names
+        if name.endswith(".weight")
+    }
+
+
+def _absent(directory: Path) -> list[str] | None:
+    """
+    Names of what transformers would find no weights for, by its own rules; None if it
+    cannot say so. Weights take no memory.
+    """
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    try:
+        logger.setLevel(logging.CRITICAL)  # it logs a table of them
+        with contextlib.redirect_stderr(io.StringIO()):  # and shows bars
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+            _, info = model_class(config).from_pretrained(
+                directory,
+                config=config,
+                dtype="auto",
+                device_map="meta",
+                output_loading_info=True,
+            )
+    except Exception:  # anything, of an architecture or a method that it lacks
+        return None
+    finally:
+        logger.setLevel(level)
+    return sorted(info["missing_keys"])
 
 
 def _times(shape: tuple[int, ...]) -> str:

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, set_seed
 import absorb_plugin  # registers the modifier that a recipe may name
 from absorb_plugin.files import check_writable
 from absorb_plugin.mistakes import check_patterns, in_words
+from absorb_plugin.pruners.experts import in_one_tensor, packed_experts
 from absorb_plugin.settings import expanded
 
 __all__ = [
@@ -265,7 +267,8 @@ def prune(
     # Else llm-compressor does the same and warns of it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     set_seed(seed)
-    return oneshot(
+    packs = output_dir is not None and in_one_tensor(model)
+    pruned = oneshot(
         model=model,
         tokenizer=tokenizer,
         trust_remote_code_model=trust_remote_code,
@@ -275,5 +278,15 @@ def prune(
         max_seq_length=len(samples[0]["input_ids"]),
         shuffle_calibration_samples=False,
         pipeline=pipeline,
-        output_dir=None if output_dir is None else str(output_dir),
+        output_dir=None if output_dir is None or packs else str(output_dir),
     )
+    if packs:
+        with nullcontext() if _is_quantized(pruned) else packed_experts(pruned):
+            pruned.save_pretrained(str(output_dir))
+        tokenizer.save_pretrained(str(output_dir))
+    return pruned
+
+
+def _is_quantized(model: PreTrainedModel) -> bool:
+    """Of such experts transformers and vLLM differ in what they read."""
+    return any(getattr(one, "quantization_scheme", None) for one in model.modules())

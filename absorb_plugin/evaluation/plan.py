@@ -31,6 +31,8 @@ except ModuleNotFoundError:  # transformers 4
 __all__ = ["make_skeleton", "model_class", "pruned_linears", "read_modifiers"]
 __all__ += ["stored_names"]
 
+# Names of an expert's Linears in Mixtral's checkpoints -> in llm-compressor's model.
+OF_EXPERTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 # Class names of pruners, told without the second that llm-compressor takes to import.
 COMMON = ("SparseGPTModifier", "WandaPruningModifier")
 
@@ -221,7 +223,8 @@ def stored_names(modules: Iterable[str], stored: Iterable[str]) -> dict[str, str
 
 
 def _place(name: str) -> tuple[str, ...]:
-    return (*re.findall(r"\.(\d+)(?=\.)", name), name.rpartition(".")[2])
+    last = name.rpartition(".")[2]
+    return (*re.findall(r"\.(\d+)(?=\.)", name), OF_EXPERTS.get(last, last))
 
 
 def _nearest(name: str, candidates: Iterable[str] | None) -> str | None:

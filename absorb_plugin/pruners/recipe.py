@@ -80,8 +80,12 @@ def leave_recipe(modifier: Modifier, model: Module) -> None:
     recipe.stage = _free(recipe.stage, _stages_of(model), "_stage")
 
 
-def say_whether_it_replays() -> None:
-    """Of the active recipe, once this plugin has left it."""
+def say_whether_it_replays(mask_kept: bool) -> None:
+    """
+    Of the active recipe, once this plugin has left it.
+
+    :param mask_kept: whether the pipelines had this model's causal mask of us
+    """
     try:
         yaml.safe_load(active_session().lifecycle.recipe.yaml())
     except yaml.YAMLError as error:
@@ -90,6 +94,14 @@ def say_whether_it_replays() -> None:
             f"Sparsities are set, but recipe.yaml does not load again: {said}. "
             "llm-compressor writes the defaults of some modifiers so, as the mappings "
             "of SmoothQuantModifier: write them out in the recipe, as lists"
+        )
+        return
+    if mask_kept:
+        logger.warning(
+            "Sparsities are set, and recipe.yaml holds them. Replayed by "
+            "llm-compressor alone it will make other weights of them, perhaps worse "
+            "ones: its pipelines calibrate this model without a causal mask, which was "
+            "kept here (docs/compatibility.md)"
         )
     else:
         logger.info("Sparsities are set; recipe.yaml replays without absorb_plugin")

@@ -17,7 +17,7 @@ from absorb_plugin.blocks import outside
 __all__ = ["keep_causal_masks"]
 
 
-def keep_causal_masks(model: Module, blocks: Sequence[Module]) -> Callable[[], None]:
+def keep_causal_masks(model: Module, blocks: Sequence[Module]) -> Callable[[], bool]:
     """
     Have the pipelines calibrate a model with the causal mask that it has.
 
@@ -31,7 +31,7 @@ def keep_causal_masks(model: Module, blocks: Sequence[Module]) -> Callable[[], N
     itself does not see it, for to it the name is a variable.
 
     :param model: wrapped or not
-    :return: takes the names away again
+    :return: takes the names away again, and says whether there were any
     """
     around = outside(model, blocks)
     choices = {kind: _choice(kind) for kind in {type(part) for part in around}}
@@ -54,10 +54,12 @@ def keep_causal_masks(model: Module, blocks: Sequence[Module]) -> Callable[[], N
     return partial(_take_away, given)
 
 
-def _take_away(given: list[tuple[ModuleType, str]]) -> None:
+def _take_away(given: list[tuple[ModuleType, str]]) -> bool:
+    was_needed = bool(given)
     for home, name in given:
         vars(home).pop(name, None)
     given.clear()
+    return was_needed
 
 
 def _warn(part: Module) -> None:

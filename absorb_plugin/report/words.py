@@ -131,7 +131,8 @@ def quality_found(profile: Mapping[str, Any]) -> dict[str, float | None] | None:
         losses = confirmed["losses"]
         searched, taken = losses["searched"], losses[confirmed["chosen"]]
         known = None not in (increase, searched, taken)
-        increase, error = (increase + taken - searched if known else None), None
+        if not (known and taken == searched):  # else the search came to the same
+            increase, error = (increase + taken - searched if known else None), None
     return found | {"loss_increase": increase, "standard_error": error}
 
 

@@ -278,9 +278,22 @@ def test_what_a_quality_came_to(prune):
     )
 
 
-def test_one_sample_tells_no_quality(prune):
-    options = ["--max-loss-increase", 2.0, "--effort", "quick", "--samples", 2]
-    assert "but one sample to judge by" in error_of(*prune(*options))
+def test_few_samples_tell_no_quality(prune, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the model is not to be loaded")
+
+    monkeypatch.setattr("absorb_plugin.evaluation.loading.load_for_pruning", refuse)
+    options = ["--max-loss-increase", 2.0, "--effort", "quick", "--samples", 7]
+    assert "--samples 7" in (said := error_of(*prune(*options)))
+    assert "of fewer than 8 samples there are no two to judge by" in said
+
+
+def test_copies_of_one_sample_tell_no_quality(prune, tmp_path):
+    text = tmp_path / "copies.jsonl"
+    text.write_text('{"text": "one and the same document of a few words"}\n' * 8)
+    options = ["--max-loss-increase", 2.0, "--effort", "quick", "--samples", 8]
+    said = error_of(*prune(*options, "--text", text, "--seq-len", 8))
+    assert "but one sample to judge by" in said and "not the same" in said
 
 
 @pytest.mark.parametrize("quantize", ["w8a8", "w4a16", "fp8"])
