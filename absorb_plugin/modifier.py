@@ -204,6 +204,15 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         return True
 
     def on_event(self, state: State, event: Event, **kwargs: Any) -> None:
+        if event.type_.value not in CALIBRATION_START or self._reports:
+            return
+        try:
+            self._allocate(state)
+        except BaseException:  # after which llm-compressor never calls on_finalize
+            self._take_masks_away()
+            raise
+
+    def _allocate(self, state: State) -> None:
         from absorb_plugin.allocate import allocate
         from absorb_plugin.calibration import read_batches
         from absorb_plugin.devices import computing_on_one_device
@@ -211,8 +220,6 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         from absorb_plugin.report import Report
         from absorb_plugin.report.folder import remove_others
 
-        if event.type_.value not in CALIBRATION_START or self._reports:
-            return
         batches = read_batches(state.data.calib)
         for number, found in enumerate(self._pruners, self._first_report):
             with computing_on_one_device(state.model):
@@ -248,8 +255,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         from absorb_plugin.pruners.recipe import leave_recipe, say_whether_it_replays
         from absorb_plugin.pruners.zeros import at_the_end
 
-        mask_kept = self._undo is not None and self._undo()
-        self._undo = None
+        mask_kept = self._take_masks_away()
         for found in self._pruners:
             ranks.leave_statistics(found.modifier)
         # not if the run has failed, and the next one clears up after it
@@ -259,6 +265,11 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
             name_as_stored(state.model)
             say_whether_it_replays(mask_kept)
         return True
+
+    def _take_masks_away(self) -> bool:
+        """Whether there were any that the pipelines had of us."""
+        undo, self._undo = self._undo, None
+        return undo is not None and undo()
 
     def _count_reports_before(self) -> None:
         """Of earlier modifiers of this class in the recipe, in the same directory."""

@@ -136,3 +136,19 @@ def test_a_class_without_source(warnings: list[str]) -> None:
     for one in (kind["Odd"], Within):
         keep_causal_masks(one(), [])()
     assert not warnings
+
+
+def test_a_run_that_fails_takes_it_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def fail(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        seen.append(is_given(model))
+        raise RuntimeError("broken on purpose")
+
+    monkeypatch.setattr("absorb_plugin.allocate.allocate", fail)
+    model = make_mistral(4)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        runs.run(model, [runs.absorption(), runs.pruner()], tmp_path)
+    assert seen == [True] and not is_given(model)
