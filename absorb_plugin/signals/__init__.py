@@ -4,8 +4,9 @@ name in the list below.
 """
 
 from absorb_plugin.signals.base import Setting, Signal
-from absorb_plugin.signals.gradient import Gradient, PrunerGradient
+from absorb_plugin.signals.gradient import Gradient
 from absorb_plugin.signals.noise import Noise
+from absorb_plugin.signals.pruner_gradient import PrunerGradient
 from absorb_plugin.signals.response import ResponseSignal
 
 __all__ = ["SIGNALS", "Setting", "Signal"]

@@ -42,20 +42,11 @@ from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.groups import EXPERT, Groups, linear_names
 from absorb_plugin.precision import widest_float
 from absorb_plugin.pruners.weights import Change, MaskedSlopes, PrunedSlopes
-from absorb_plugin.search.descent import Slopes, Stage
+from absorb_plugin.search.descent import Slopes
 from absorb_plugin.search.standard_error import standard_error
 from absorb_plugin.signals.base import Setting, Signal
-from absorb_plugin.signals.pruned_model import PrunedModel
 
-__all__ = ["Gradient", "GradientProbe", "LinearSlopes", "PrunerGradient"]
-
-
-# Before a pruner that repairs, masks lead in fewer and longer steps, and of their way a
-# share is gone; then come the steps by that pruner's own slopes (`search.descent`).
-ROUNDS_OF_MASKS = 2 / 3
-LENGTHS_OF_MASKS = (0.084, 0.014)
-SHARE_OF_MASKS = 0.7
-LENGTHS_AFTER_MASKS = (0.03, 0.012)
+__all__ = ["Gradient", "GradientProbe", "LinearSlopes", "measured_slopes"]
 
 
 class GradientProbe(Probe):
@@ -261,73 +252,15 @@ class Gradient(Signal):
     step: float = Field(default=0.05, gt=0, lt=1)
 
     def measurer(self, setting: Setting) -> Callable[[np.ndarray], Slopes]:
-        return partial(self._slopes, setting)
+        return partial(self._measure, setting)
 
-    def _slopes(self, setting: Setting, allocation: np.ndarray) -> Slopes:
+    def _measure(self, setting: Setting, allocation: np.ndarray) -> Slopes:
         source = MaskedSlopes(setting.blocks, setting.masks, allocation, self.step)
-        return _slopes(setting, source)
+        return measured_slopes(setting, source)
 
 
-class PrunerGradient(Gradient):
-    """
-    The slope through the pruner itself, from where masks lead. Masks know where the
-    network is sensitive and cost little; not knowing what the pruner repairs they go
-    too far, so a part of their way is gone, and the pruner's slopes lead on.
-
-    :param step: δ: half the distance of the two sparsities whose weights are compared
-    :param refresh: rounds after which the pruner makes the weights anew; in between
-        they are interpolated
-    """
-
-    name: ClassVar[str] = "pruner"
-    prunes: ClassVar[bool] = True
-
-    refresh: int = Field(default=6, ge=1)
-
-    def measurer(self, setting: Setting) -> Callable[[np.ndarray], Slopes]:
-        return _PrunerSlopes(setting, self).measure
-
-    @staticmethod
-    def shared_out(rounds: int) -> tuple[int, int]:
-        """In how many rounds masks lead, and in how many the pruner after them."""
-        return max(1, round(rounds * ROUNDS_OF_MASKS)), max(1, rounds // 2)
-
-    def stages(self, setting: Setting, rounds: int) -> list[Stage]:
-        masks = Gradient(step=self.step).measurer(setting)
-        first, own = self.shared_out(rounds)
-        return [
-            Stage(masks, first, LENGTHS_OF_MASKS, SHARE_OF_MASKS),
-            Stage(self.measurer(setting), own, LENGTHS_AFTER_MASKS),
-        ]
-
-
-class _PrunerSlopes:
-    """The slopes of one descent through the pruner's weights."""
-
-    def __init__(self, setting: Setting, signal: PrunerGradient) -> None:
-        self._setting, self._signal = setting, signal
-        self._made: PrunedSlopes | None = None
-        self._age = 0
-
-    def measure(self, allocation: np.ndarray) -> Slopes:
-        if self._made is None or self._age == self._signal.refresh:
-            self._made, self._age = None, 0  # let go before the new ones are made
-            self._made = self._prune(allocation)
-        self._age += 1
-        return _slopes(self._setting, self._made.at(allocation))
-
-    def _prune(self, allocation: np.ndarray) -> PrunedSlopes:
-        setting, samples = self._setting, self._setting.samples.next_pruning()
-        model = PrunedModel(
-            setting.blocks, setting.pruner, allocation, self._signal.step
-        )
-        model.joined = setting.runner.joins_rows
-        model.room = setting.runner.spare(model.needs, samples)
-        what = f"Pruning as {setting.pruner.name} does"
-        return setting.runner.run(what, samples, model)
-
-
-def _slopes(setting: Setting, source: MaskedSlopes | PrunedSlopes) -> Slopes:
+def measured_slopes(setting: Setting, source: MaskedSlopes | PrunedSlopes) -> Slopes:
+    """Of every group, on samples whose turn it is, under the weights of `source`."""
     probe = GradientProbe(setting.blocks, source)
     if setting.runner.out_of_memory:  # where an earlier round had to go on without
         probe.keeps_graphs = False

@@ -25,7 +25,7 @@ from absorb_plugin.search.budget import Budget
 from absorb_plugin.search.descent import Slopes
 from absorb_plugin.settings import Effort
 from absorb_plugin.signals import Setting, Signal
-from absorb_plugin.signals.gradient import PrunerGradient
+from absorb_plugin.signals.pruner_gradient import PrunerGradient
 
 __all__ = ["RandomSlopes", "by_name", "evolve", "tokens_of"]
 

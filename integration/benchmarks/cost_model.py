@@ -57,12 +57,9 @@ from absorb_plugin.pruners.weights import (
 )
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.settings import AllocationSettings
-from absorb_plugin.signals.gradient import (
-    GradientProbe,
-    LinearSlopes,
-    PrunerGradient,
-)
+from absorb_plugin.signals.gradient import GradientProbe, LinearSlopes
 from absorb_plugin.signals.pruned_model import PrunedModel
+from absorb_plugin.signals.pruner_gradient import PrunerGradient
 
 GIB = 2**30
 CONFIGS = {
