@@ -93,6 +93,14 @@ def test_limits_that_do_not_fit_the_model_are_refused_before_the_run(
     tiny.assert_untouched(model, before)
 
 
+def test_zeros_beyond_a_limit_are_told(warnings: list[str]) -> None:
+    model = tiny.small()
+    model.model.layers[0].mlp.down_proj.weight.data[:, ::2] = 0
+    runs.allocate(model, limits={"re:.*layers.0.mlp.down_proj": (0.0, 0.2)})
+    (told,) = [line for line in warnings if "of their own" in line]
+    assert told.startswith("1 Linears have more zeros")
+
+
 def test_limits_hold_where_there_are_zeros_already() -> None:
     model = tiny.make_model("llama")
     model.model.layers[0].self_attn.q_proj.weight.data[:, :2] = 0

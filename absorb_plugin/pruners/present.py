@@ -78,4 +78,10 @@ class ModelZeros:
                 f"towards sparsity={budget.sparsity:g}, which is what the model ends "
                 "with"
             )
+        over = int((self.shares > budget.high + FEW).sum())
+        if warn and over:
+            logger.warning(
+                f"{over} Linears have more zeros of their own than max_sparsity or "
+                "limits let them have, and keep them: pruning brings no weight back"
+            )
         return budget.above(least, PresentZeros(self.linears))
