@@ -200,9 +200,14 @@ class Method:
         if signal.once:
             measure = partial(measure_direction, setting, signal)
             return line_search(base.sparsity, budget, measure, judge, rounds=1)
-        stages = self._stages()
         return descent_search(
-            base.sparsity, budget, stages, judge, groups=setting.groups, start=start
+            base.sparsity,
+            budget,
+            self._stages(),
+            judge,
+            groups=setting.groups,
+            start=start,
+            times=self._effort.descents,
         )
 
     def refine(self, near: np.ndarray, budget: Budget) -> np.ndarray:

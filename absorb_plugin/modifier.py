@@ -85,10 +85,11 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         samples, plus one standard error, grows by no more than this over the dense
         model, in nats per token (docs/quality-target.md)
     :param effort: how much is measured: "quick", "standard" or "thorough"; what it
-        costs and brings is in docs/benchmarks.md. The next six override parts of it
+        costs and brings is in docs/benchmarks.md. The next seven override parts of it
     :param rounds: steps of the descent, each measured where the one before ended;
         before SparseGPT half as many by the pruner's slopes follow. The noise signal
         has one
+    :param descents: from one start, each by samples of its own; their mean is taken
     :param statistics_samples: calibration samples for the inputs' statistics
     :param signal_samples: windows of `probe_tokens`, each of another sample, of every
         round's signal; of shorter samples so many more, here and below

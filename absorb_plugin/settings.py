@@ -21,6 +21,8 @@ class Effort:
     How much is measured. Samples are calibration samples of the run.
 
     :param rounds: corrections at most
+    :param descents: from one start, each of so many rounds by samples of its own; their
+        mean is taken
     :param statistics: samples for the inputs' statistics, whole
     :param signal: samples of each round's signal
     :param search: held-out samples that judge the rounds
@@ -29,6 +31,7 @@ class Effort:
     """
 
     rounds: int
+    descents: int
     statistics: int
     signal: int
     search: int
@@ -39,12 +42,10 @@ class Effort:
 # Not shorter windows: of as many tokens in them more would have little before them, as
 # few tokens of a text have.
 EFFORTS = {
-    "quick": Effort(rounds=6, statistics=8, signal=4, search=4, confirm=4, tokens=256),
-    "standard": Effort(
-        rounds=12, statistics=16, signal=8, search=8, confirm=8, tokens=256
-    ),
+    "quick": Effort(6, 1, statistics=8, signal=4, search=4, confirm=4, tokens=256),
+    "standard": Effort(12, 1, statistics=16, signal=8, search=8, confirm=8, tokens=256),
     "thorough": Effort(
-        rounds=24, statistics=32, signal=16, search=16, confirm=16, tokens=512
+        12, 3, statistics=32, signal=16, search=16, confirm=16, tokens=256
     ),
 }
 
@@ -88,6 +89,7 @@ class AllocationSettings(BaseModel):
     max_loss_increase: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     effort: Literal["quick", "standard", "thorough"] = "standard"
     rounds: Count | None = None
+    descents: Count | None = None
     statistics_samples: Count | None = None
     signal_samples: Count | None = None
     search_samples: Count | None = None
@@ -127,6 +129,7 @@ class AllocationSettings(BaseModel):
         "strength",
         "max_loss_increase",
         "rounds",
+        "descents",
         "statistics_samples",
         "signal_samples",
         "search_samples",
@@ -194,6 +197,7 @@ class AllocationSettings(BaseModel):
         chosen = EFFORTS[self.effort]
         given = {
             "rounds": self.rounds,
+            "descents": self.descents,
             "statistics": self.statistics_samples,
             "signal": self.signal_samples,
             "search": self.search_samples,

@@ -51,11 +51,13 @@ def passes(model: PreTrainedModel) -> list[int]:
     return seen
 
 
+@pytest.mark.parametrize("descents", [1, 2])
 @pytest.mark.parametrize("kind", list(PRUNERS))
 def test_tokens_are_those_that_ours_takes(
     controls: ModuleType,
     llama: PreTrainedModel,
     kind: str,
+    descents: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("absorb_plugin.method.check_forward", lambda *_, **__: None)
@@ -68,7 +70,7 @@ def test_tokens_are_those_that_ours_takes(
     # and no search begins anew: times that error, it is never far enough
     monkeypatch.setattr("absorb_plugin.search.confirm.CLEARLY", -math.inf)
     batches = samples(20)
-    fields = {"rounds": 3, "probe_tokens": LENGTH}
+    fields = {"rounds": 3, "probe_tokens": LENGTH, "descents": descents}
     seen = passes(llama)
     found = runs.allocate(
         llama, batches, kind=kind, strength="auto", signal="auto", **fields

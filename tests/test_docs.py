@@ -13,6 +13,7 @@ ROOT = Path(absorb_plugin.__file__).parents[1]
 RECIPE = (ROOT / "docs" / "recipe.md").read_text()
 OF_EFFORT = {
     "rounds": "rounds",
+    "descents": "descents",
     "statistics_samples": "statistics",
     "signal_samples": "signal",
     "search_samples": "search",

@@ -145,6 +145,7 @@ OURS = {
     "level": rarely(st.sampled_from(["auto", *LEVELS]), st.text(max_size=3)),
     "effort": rarely(st.sampled_from(list(EFFORTS)), st.text(max_size=3)),
     "rounds": rarely(st.integers(1, 3), NUMBERS),
+    "descents": rarely(st.none() | st.integers(1, 2), NUMBERS),
     "strength": rarely(
         st.just("auto") | st.just(0) | st.floats(-1, 1), NUMBERS | st.just(2)
     ),

@@ -32,8 +32,8 @@ def numbers(samples: Iterable[dict]) -> list[int]:
 
 
 def effort(**fields: int) -> Effort:
-    small = {"rounds": 3, "statistics": 5, "signal": 3, "search": 2, "confirm": 2}
-    return Effort(**{**small, "tokens": 8, **fields})
+    small = {"statistics": 5, "signal": 3, "search": 2, "confirm": 2, "tokens": 8}
+    return Effort(**{"rounds": 3, "descents": 1, **small, **fields})
 
 
 def split(samples: Sequence[dict], judged: bool = True, **fields: Any) -> SampleSplit:

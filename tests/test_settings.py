@@ -141,13 +141,14 @@ def test_effort_is_the_default_of_what_is_left_out() -> None:
     mine = AllocationSettings(
         effort="thorough",
         rounds=1,
+        descents=5,
         statistics_samples=2,
         signal_samples=3,
         search_samples=4,
         confirm_samples=0,
         probe_tokens=6,
     ).measuring()
-    assert list(vars(mine).values()) == [1, 2, 3, 4, 0, 6]
+    assert list(vars(mine).values()) == [1, 5, 2, 3, 4, 0, 6]
 
 
 @pytest.mark.parametrize("allocator", ["owl", "dlp", "alpha_pruning", "uniform"])

@@ -25,6 +25,7 @@ __all__ = [
     "Stage",
     "Step",
     "descend",
+    "descend_often",
     "refined",
     "shrunk",
 ]
@@ -136,11 +137,30 @@ def descend(
         following = budget.meet(found.path[-1] + direction * (length / size))
         if number == 0:
             found.direction[:] = direction
-        change = np.abs(following - found.path[-1])
-        made = float(np.sqrt(budget.mean(change**2)))
-        found.steps.append(Step(slopes.loss, made, float(change.max())))
+        found.steps.append(_step(slopes.loss, found.path[-1], following, budget))
         found.path.append(following)
     return found
+
+
+def descend_often(
+    start: np.ndarray, budget: Budget, stage: Stage, groups: Spreading, times: int
+) -> Descent:
+    """
+    The mean of several descents from one start, each by samples of its own. Where a
+    single one ends is to a third what its samples happened to say
+    (docs/benchmarks.md), and that averages out.
+    """
+    found = [descend(start, budget, stage, groups) for _ in range(times)]
+    if times == 1:
+        return found[0]
+    points = zip(*(one.path for one in found), strict=False)
+    path = [budget.meet(np.mean(point, axis=0)) for point in points]
+    path[0] = start
+    steps = []
+    for number, same in enumerate(zip(*(one.steps for one in found), strict=False)):
+        loss = float(np.mean([step.loss for step in same]))
+        steps.append(_step(loss, path[number], path[number + 1], budget))
+    return Descent(path, np.mean([one.direction for one in found], axis=0), steps)
 
 
 def shrunk(mean: np.ndarray, error: np.ndarray, families: np.ndarray) -> np.ndarray:
@@ -183,6 +203,11 @@ def refined(
     rounds = max(1, stage.rounds // 4)
     more = replace(stage, rounds=rounds, lengths=(last, last / 2), share=1.0)
     return descend(start, budget, more, groups).path[-1]
+
+
+def _step(loss: float, before: np.ndarray, after: np.ndarray, budget: Budget) -> Step:
+    change = np.abs(after - before)
+    return Step(loss, float(np.sqrt(budget.mean(change**2))), float(change.max()))
 
 
 def _length(number: int, stage: Stage) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.search.correction import corrected
-from absorb_plugin.search.descent import Spreading, Stage, Step, descend
+from absorb_plugin.search.descent import Spreading, Stage, Step, descend_often
 from absorb_plugin.search.standard_error import standard_error
 
 __all__ = [
@@ -132,6 +132,7 @@ def descent_search(
     *,
     groups: Spreading,
     start: str | None = None,
+    times: int = 1,
 ) -> SearchResult:
     """
     Descend from the better of base and uniform. Of the path of a single stage the best
@@ -141,11 +142,12 @@ def descent_search(
     :param stages: each from where the one before ended
     :param groups: spreads one number per group over the Linears
     :param start: "base" or "uniform", where it is not for the judge to say
+    :param times: descents whose mean is taken, of each stage
     """
     found, own, tokens = _started(base, budget, judge, start)
     descents, current = [], found.sparsity
     for stage in stages:
-        descents.append(descend(current, budget, stage, groups))
+        descents.append(descend_often(current, budget, stage, groups, times))
         way = descents[-1].path[-1] - current
         current = budget.meet(current + stage.share * way)
     made = [step for descent in descents for step in descent.steps]

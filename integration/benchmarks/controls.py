@@ -82,8 +82,9 @@ def tokens_of(
         # a second stage by the pruner's slopes in place of three points of the path
         masked, own = PrunerGradient.shared_out(effort.rounds)
         rounds, candidates = masked + own, 2
-        for _ in range(math.ceil(own / PrunerGradient().refresh)):
-            total += 2 * tokens_in(split.next_pruning())
+        walks = math.ceil(own * effort.descents / PrunerGradient().refresh)
+        total += sum(2 * tokens_in(split.next_pruning()) for _ in range(walks))
+    rounds *= effort.descents
     total += candidates * tokens_in(split.search)
     return total + sum(4 * tokens_in(split.next_signal()) for _ in range(rounds))
 

@@ -15,6 +15,7 @@ from absorb_plugin.search.descent import (
     Slopes,
     Stage,
     descend,
+    descend_often,
     shrunk,
 )
 from absorb_plugin.search.line_search import SearchResult, descent_search
@@ -237,3 +238,65 @@ def test_never_worse_than_base_or_uniform(
     assert found.loss <= min(found.base_loss, found.uniform_loss) + 1e-12
     assert found.loss == pytest.approx(loss(found.sparsity))
     assert BUDGET.mean(found.sparsity) == pytest.approx(BUDGET.sparsity, abs=1e-6)
+
+
+def noisy(rng: np.random.Generator, error: float) -> Callable:
+    """Of an exponential loss, as few samples tell them."""
+    sensitivity = np.geomspace(0.3, 3, MANY)
+
+    def measure(allocation: np.ndarray) -> Slopes:
+        true = sensitivity * np.exp(8 * allocation)
+        noise = error * true * rng.normal(size=MANY)
+        return Slopes(true + noise, np.abs(error * true), float(allocation.mean()))
+
+    return measure
+
+
+def test_the_mean_of_several_descents_is_nearer_to_where_they_lead() -> None:
+    sizes = np.geomspace(50.0, 200.0, MANY)
+    budget = Budget(sizes, 0.6, np.zeros(MANY), np.full(MANY, 0.95))
+    ideal = budget.meet(0.6 - np.log(np.geomspace(0.3, 3, MANY)) / 8)
+
+    def away(times: int, seed: int) -> float:
+        stage = Stage(noisy(np.random.default_rng(seed), 1.0), 12)
+        end = descend_often(budget.uniform(), budget, stage, OneBlock(), times).path[-1]
+        assert budget.mean(end) == pytest.approx(0.6, abs=1e-9)
+        return float(np.sqrt(budget.mean((end - ideal) ** 2)))
+
+    once, often = ([away(times, seed) for seed in range(5)] for times in (1, 3))
+    assert np.mean(often) < 0.8 * np.mean(once)
+
+
+def test_the_mean_of_descents_step_by_step() -> None:
+    sizes = np.full(MANY, 100.0)
+    budget = Budget(sizes, 0.6, np.zeros(MANY), np.full(MANY, 0.95))
+    start = budget.uniform()
+    stage = Stage(noisy(np.random.default_rng(0), 0.5), 4)
+    mean = descend_often(start, budget, stage, OneBlock(), 2)
+    again = Stage(noisy(np.random.default_rng(0), 0.5), 4)
+    one, other = (descend(start, budget, again, OneBlock()) for _ in range(2))
+    for found, *both in zip(mean.path, one.path, other.path, strict=True):
+        np.testing.assert_allclose(found, np.mean(both, axis=0), atol=1e-9)
+    for step, *both in zip(mean.steps, one.steps, other.steps, strict=True):
+        assert step.loss == pytest.approx(np.mean([x.loss for x in both]))
+        # what is not common to both is halved
+        assert step.length <= max(x.length for x in both)
+    np.testing.assert_allclose(mean.direction, (one.direction + other.direction) / 2)
+    alone = Stage(noisy(np.random.default_rng(0), 0.5), 4)
+    single = descend_often(start, budget, alone, OneBlock(), 1)
+    assert all(map(np.array_equal, single.path, one.path))
+
+
+def test_each_stage_starts_where_the_mean_of_the_one_before_ended() -> None:
+    starts: list[np.ndarray] = []
+
+    def measure(allocation: np.ndarray) -> Slopes:
+        starts.append(allocation)
+        return slopes_of(late)(allocation)
+
+    stages = [Stage(measure, 2, share=0.5), Stage(measure, 1)]
+    text = Text(distance_from(UNIFORM))
+    descent_search(BASE, BUDGET, stages, text, groups=EachAlone(), times=2)
+    assert len(starts) == 6
+    assert np.array_equal(starts[0], starts[2]) and np.array_equal(starts[4], starts[5])
+    assert not np.array_equal(starts[0], starts[4])
