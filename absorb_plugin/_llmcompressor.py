@@ -15,9 +15,10 @@ if "llmcompressor" not in sys.modules:
 
 from llmcompressor.modifiers import ModifierFactory
 from torch.nn import Module
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 try:
+    from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
     from llmcompressor.modeling.moe.linearize import (
         get_linearized_moes,
         get_non_linearized_moes,
@@ -54,6 +55,7 @@ __all__ = [
     "get_calibrate_all_experts_flag",
     "linear_experts",
     "linearize_moe",
+    "made_linear",
     "moe_calibration_context",
 ]
 
@@ -66,3 +68,9 @@ def fused_experts(model: Module) -> dict[str, Module]:
 def linear_experts(model: Module) -> dict[str, Module]:
     """Name -> experts that it has made Linears of."""
     return dict(get_linearized_moes(model))
+
+
+def made_linear(experts: Module, config: PretrainedConfig) -> Module:
+    """Linears of experts in one tensor."""
+    kind = LinearExperts2D.get_linear_experts_cls(type(experts))
+    return kind.from_experts_module(experts, config)

@@ -12,7 +12,7 @@ from absorb_plugin.evaluation.check_report import CheckReport
 from absorb_plugin.evaluation.plan import model_class, stored_names
 from absorb_plugin.evaluation.shards import Checkpoint
 
-__all__ = ["check_absent", "check_shapes"]
+__all__ = ["check_absent", "check_shapes", "weights_not_found"]
 
 
 def check_shapes(
@@ -46,11 +46,19 @@ def check_absent(
 
     :param skeleton: as of `check_shapes`
     """
-    if skeleton is None or report.other_method:
+    if report.other_method:
         return
-    absent = _absent(checkpoint.directory)
-    if absent is None:
-        _warn_by_names(checkpoint, skeleton, report)
+    try:
+        absent = weights_not_found(checkpoint.directory)
+    except Exception as error:  # anything, of an architecture that it lacks
+        told = " ".join(str(error).split())
+        report.warnings.append(
+            "transformers does not say which weights it would find "
+            f"({type(error).__name__}: {told[:200]}): whether it loads them is told by "
+            "a load"
+        )
+        if skeleton is not None:
+            _warn_by_names(checkpoint, skeleton, report)
         return
     absent = [
         name
@@ -106,10 +114,12 @@ def _stored(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _absent(directory: Path) -> list[str] | None:
+def weights_not_found(directory: Path) -> list[str]:
     """
-    Names of what transformers would find no weights for, by its own rules; None if it
-    cannot say so. Weights take no memory.
+    Names of what transformers would find no weights for, by its own rules. Weights take
+    no memory.
+
+    :raises Exception: whatever transformers raises where it could not load the model
     """
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level
@@ -124,8 +134,6 @@ def _absent(directory: Path) -> list[str] | None:
                 device_map="meta",
                 output_loading_info=True,
             )
-    except Exception:  # anything, of an architecture or a method that it lacks
-        return None
     finally:
         logger.setLevel(level)
     return sorted(info["missing_keys"])

@@ -18,7 +18,12 @@ from transformers import PreTrainedModel, set_seed
 import absorb_plugin  # registers the modifier that a recipe may name
 from absorb_plugin.files import check_writable
 from absorb_plugin.mistakes import check_patterns, in_words
-from absorb_plugin.pruners.experts import in_one_tensor, packed_experts
+from absorb_plugin.pruners.experts import (
+    check_packing,
+    in_one_tensor,
+    packed_experts,
+    to_be_packed,
+)
 from absorb_plugin.settings import expanded
 
 __all__ = [
@@ -268,18 +273,21 @@ def prune(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     set_seed(seed)
     packs = output_dir is not None and in_one_tensor(model)
-    pruned = oneshot(
-        model=model,
-        tokenizer=tokenizer,
-        trust_remote_code_model=trust_remote_code,
-        recipe=recipe if isinstance(recipe, Recipe) else list(recipe),
-        dataset=samples,
-        num_calibration_samples=len(samples),
-        max_seq_length=len(samples[0]["input_ids"]),
-        shuffle_calibration_samples=False,
-        pipeline=pipeline,
-        output_dir=None if output_dir is None or packs else str(output_dir),
-    )
+    if packs:
+        check_packing(model)
+    with to_be_packed() if packs else nullcontext():
+        pruned = oneshot(
+            model=model,
+            tokenizer=tokenizer,
+            trust_remote_code_model=trust_remote_code,
+            recipe=recipe if isinstance(recipe, Recipe) else list(recipe),
+            dataset=samples,
+            num_calibration_samples=len(samples),
+            max_seq_length=len(samples[0]["input_ids"]),
+            shuffle_calibration_samples=False,
+            pipeline=pipeline,
+            output_dir=None if output_dir is None or packs else str(output_dir),
+        )
     if packs:
         with nullcontext() if _is_quantized(pruned) else packed_experts(pruned):
             pruned.save_pretrained(str(output_dir))

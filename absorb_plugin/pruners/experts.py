@@ -8,14 +8,26 @@ tensor) nobody would find them again, and random numbers would stand in their pl
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+import torch
 from loguru import logger
 from torch.nn import Module
 
-from absorb_plugin._llmcompressor import fused_experts, linear_experts
+from absorb_plugin._llmcompressor import (
+    fused_experts,
+    linear_experts,
+    made_linear,
+)
 
-__all__ = ["in_one_tensor", "name_as_stored", "packed_experts"]
+__all__ = [
+    "check_packing",
+    "in_one_tensor",
+    "name_as_stored",
+    "packed_experts",
+    "to_be_packed",
+]
 
 # What transformers holds of all experts -> the Linears that an expert has of it.
 FUSED = {
@@ -28,6 +40,8 @@ SOURCE = re.compile(r"experts\.\*\.(\w+)\.weight$")
 # As of a model that was loaded within llm-compressor's `load_quantizable_moe`.
 NUMBERED = r".experts.\1."
 
+_TO_BE_PACKED: ContextVar[bool] = ContextVar("to_be_packed", default=False)
+
 
 def name_as_stored(model: Module) -> None:
     """
@@ -38,12 +52,14 @@ def name_as_stored(model: Module) -> None:
         return
     names = _names_in_checkpoints(model)
     if not names:
+        if _TO_BE_PACKED.get():
+            return
         logger.warning(
             f"{type(model).__name__}: checkpoints of this model have all experts of a "
             "block in one tensor, and llm-compressor saves them one by one, which "
             "transformers reads as random numbers. `absorb prune` packs them; else "
-            "leave output_dir out, and call llmcompressor.modeling.moe.linearize."
-            "repack_moe(model) before model.save_pretrained"
+            "leave output_dir out, and call model.save_pretrained within "
+            "absorb_plugin.pruners.experts.packed_experts(model)"
         )
     elif any(own != stored for own, stored in names.items()):
         _rename(model, names)
@@ -62,11 +78,71 @@ def packed_experts(model: Module) -> Iterator[None]:
     linear: dict[str, Any] = dict(linear_experts(model))
     try:
         for name, module in linear.items():
-            model.set_submodule(name, module.to_experts_module())
+            model.set_submodule(name, _packed(module))
         yield
     finally:
         for name, module in linear.items():
             model.set_submodule(name, module)
+
+
+@contextmanager
+def to_be_packed() -> Iterator[None]:
+    """Within, nobody needs to be told of experts in one tensor."""
+    token = _TO_BE_PACKED.set(True)
+    try:
+        yield
+    finally:
+        _TO_BE_PACKED.reset(token)
+
+
+def check_packing(model: Module) -> None:
+    """
+    To be asked before minutes are spent on a model that is saved with `packed_experts`.
+
+    :raises ValueError: if its experts would not come back
+    """
+    for module in fused_experts(model).values():
+        _packed(made_linear(module, getattr(module, "config", model.config)))
+        return  # the others are alike
+
+
+@torch.no_grad()
+def _packed(linear: Any) -> Module:
+    """
+    Experts in one tensor. llm-compressor puts gate and up side by side, also where the
+    model has them in turn (gpt-oss), so what it would make of the result is looked at.
+
+    :raises ValueError: if that is not what is there
+    """
+    fused = linear.to_experts_module()
+    if _same(linear, fused):
+        return fused
+    for name in ("gate_up_proj", "gate_up_proj_bias"):
+        if isinstance(both := getattr(fused, name, None), torch.Tensor):
+            dim = 1 if both.dim() == 3 and not fused.is_transposed else -1
+            both.copy_(_in_turn(both, dim))
+    if _same(linear, fused):
+        return fused
+    raise ValueError(
+        f"{type(fused).__name__}: llm-compressor made Linears of these experts, and "
+        "they cannot be put into one tensor again, as which transformers reads them: "
+        "the pruned model could not be saved"
+    )
+
+
+def _in_turn(halves: torch.Tensor, dim: int) -> torch.Tensor:
+    """The first of one half, the first of the other, and so on."""
+    one, other = halves.chunk(2, dim)
+    dim %= halves.dim()
+    return torch.stack((one, other), dim + 1).flatten(dim, dim + 1)
+
+
+def _same(linear: Any, fused: Module) -> bool:
+    again = made_linear(fused, linear._source_config)
+    return all(
+        torch.equal(one, other)
+        for one, other in zip(linear.parameters(), again.parameters(), strict=True)
+    )
 
 
 def _names_in_checkpoints(model: Module) -> dict[str, str]:

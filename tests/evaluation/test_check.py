@@ -390,8 +390,31 @@ def test_where_transformers_cannot_say_what_is_missing(
     change_weights(plain, lambda tensors: tensors.pop("model.norm.weight"))
     report = check_checkpoint(plain)
     assert not report.problems
-    (warning,) = report.warnings
-    assert "model.norm" in warning and "up at random" in warning
+    unknown, missing = report.warnings
+    assert "does not say" in unknown and "no meta tensors" in unknown
+    assert "model.norm" in missing and "up at random" in missing
+
+
+def test_an_expert_that_is_missing(tmp_path: Path) -> None:
+    """transformers cannot make one tensor of the others, and says so by an error."""
+    out = save_pruned(tmp_path / "model", architecture="mixtral")
+    (out / "recipe.yaml").unlink()
+    name = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    change_weights(out, lambda tensors: tensors.pop(name))
+    assert any("does not say" in x for x in check_checkpoint(out).warnings)
+    assert check_checkpoint(out, load=True).loads is False
+
+
+def test_linears_under_names_that_only_transformers_knows(
+    plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "absorb_plugin.evaluation.check_linears.stored_names",
+        lambda modules, stored: {n: n for n in stored if "q_proj" not in n},
+    )
+    report = check_checkpoint(plain)
+    assert not report.problems
+    assert any("2 Linears of recipe.yaml are in the" in x for x in report.warnings)
 
 
 @pytest.mark.parametrize("field", ["hidden_size", "vocab_size"])

@@ -8,12 +8,18 @@ from helpers import runs, tiny
 from llmcompressor.core import reset_session
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    PreTrainedModel,
+)
 
+from absorb_plugin._llmcompressor import linearize_moe
 from absorb_plugin.evaluation.check import check_checkpoint
 from absorb_plugin.evaluation.oneshot import prune
 from absorb_plugin.evaluation.perplexity import linear_sparsity
-from absorb_plugin.pruners.experts import packed_experts
+from absorb_plugin.pruners.experts import check_packing, packed_experts
 
 BY_EXPERT = ["mixtral", "phimoe", "minimax", "qwen3_moe", "jamba"]
 OURS = {"allocator": "uniform", "strength": 0}
@@ -105,6 +111,7 @@ def test_experts_of_one_tensor_are_packed_again(
     report = check_checkpoint(out)
     assert not report.problems and report.planned == pytest.approx(0.5)
     assert report.zeros == pytest.approx(0.5, abs=0.01)
+    assert not [line for line in warnings if "in one tensor" in line]
     assert (out / "recipe.yaml").is_file() and (out / "tokenizer.json").is_file()
 
 
@@ -115,7 +122,62 @@ def test_oneshot_is_told_of_experts_of_one_tensor(
     out, recipe = tmp_path / "out", [runs.absorption(**OURS), runs.pruner()]
     runs.run(made("granitemoe"), recipe, tmp_path, output_dir=str(out))
     reset_session()
-    (told,) = [line for line in warnings if "repack_moe" in line]
+    (told,) = [line for line in warnings if "packed_experts" in line]
     assert "GraniteMoeForCausalLM" in told
     (problem,) = check_checkpoint(out).problems
     assert "random numbers" in problem
+
+
+def gpt_oss() -> PreTrainedModel:
+    """Its gate and up are in turn, not side by side."""
+    config = GptOssConfig(
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        attn_implementation="eager",
+        tie_word_embeddings=False,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = GptOssForCausalLM(config).eval()
+    for parameter in model.parameters():  # biases too
+        parameter.data = 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.contract
+def test_experts_with_gate_and_up_in_turn_are_packed_so(tmp_path: Path) -> None:
+    model = gpt_oss()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    check_packing(model)
+    linearize_moe(model)
+    with packed_experts(model):
+        tiny.assert_same(model.state_dict(), before)
+    out = tmp_path / "out"
+    model, tokenizer = tiny.with_tokenizer(model, tmp_path / "config")
+    recipe, data = [runs.absorption(**OURS), runs.pruner()], tiny.make_dataset(6)
+    pruned = prune(model, tokenizer, recipe, data, output_dir=out)
+    reset_session()
+    expect_the_same(pruned, out)
+
+
+@pytest.mark.contract
+def test_experts_that_cannot_be_packed_are_refused_before_minutes_are_spent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("absorb_plugin.pruners.experts._in_turn", lambda x, dim: x)
+    model, tokenizer = tiny.with_tokenizer(gpt_oss(), tmp_path / "config")
+    recipe, data = [runs.absorption(**OURS), runs.pruner()], tiny.make_dataset(6)
+    with (
+        tiny.counted({"model": model.model}) as passes,
+        pytest.raises(ValueError, match="GptOssExperts: .* could not be saved"),
+    ):
+        prune(model, tokenizer, recipe, data, output_dir=tmp_path / "out")
+    assert passes == {"model": 0} and not (tmp_path / "out").exists()
