@@ -17,8 +17,10 @@ import torch
 from loguru import logger
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
@@ -194,9 +196,21 @@ def empty_model(
 ) -> PreTrainedModel:
     """The model without its weights, on the meta device."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
+        return _auto_class(config).from_config(
             config, trust_remote_code=trust_remote_code
         )
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    """
+    Of some models that see images (Qwen3.5) `AutoModelForCausalLM` loads the language
+    model alone: what is pruned is saved again, and the rest would be lost.
+    """
+    saved_as = (config.architectures or [""])[0]
+    whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    if getattr(whole, "__name__", None) == saved_as:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def weight_bytes(model: PreTrainedModel, dtype: str) -> int:
@@ -305,7 +319,7 @@ def _load(
     quantization = getattr(config, "quantization_config", None) or {}
     if dequantize and quantization.get("quant_method") == "compressed-tensors":
         placement["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    loaded, info = AutoModelForCausalLM.from_pretrained(
+    loaded, info = _auto_class(config).from_pretrained(
         model,
         dtype=dtype,
         trust_remote_code=trust_remote_code,

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from compressed_tensors.offload import disable_onloading
 from helpers import tiny
 from helpers.words import make_model, make_tokenizer, words
@@ -433,3 +434,22 @@ def test_a_model_without_its_tokenizer(tmp_path: Path, model_dir: Path) -> None:
     shutil.copy(model_dir / "config.json", tmp_path)
     with pytest.raises(FileNotFoundError, match="has no tokenizer .*: copy the files"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.skipif(
+    not hasattr(transformers, "Qwen3_5Config"), reason="transformers is older"
+)
+def test_what_sees_images_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
+    """By `AutoModelForCausalLM` the vision tower would be left out, and lost."""
+    config = transformers.Qwen3_5Config()
+    assert transformers.AutoModelForCausalLM._model_mapping[type(config)] is (
+        transformers.Qwen3_5ForCausalLM
+    )
+    config.text_config.num_hidden_layers = 4
+    config.vision_config.depth = 1
+    config.architectures = ["Qwen3_5ForConditionalGeneration"]
+    whole = empty_model(config)
+    assert type(whole).__name__ == "Qwen3_5ForConditionalGeneration"
+    assert any("visual" in name for name, _ in whole.named_parameters())
+    config.architectures = ["Qwen3_5ForCausalLM"]  # as the text model alone is saved
+    assert type(empty_model(config)).__name__ == "Qwen3_5ForCausalLM"
