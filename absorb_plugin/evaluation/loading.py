@@ -149,7 +149,7 @@ def _check_language_model(model: str, config: PretrainedConfig) -> None:
             f"{model} is a {config.model_type!r} model, of which transformers has none "
             "that predicts the next token: only decoder language models can be judged"
         )
-    tied = config.get_text_config().tie_word_embeddings
+    tied = getattr(config.get_text_config(), "tie_word_embeddings", False)
     for name in config.architectures or []:
         # of a base model with a head of its own the weights tell, once they are loaded
         if OTHER_HEAD.search(name) or (tied and BASE_MODEL.search(name)):
