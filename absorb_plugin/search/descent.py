@@ -147,8 +147,8 @@ def descend_often(
 ) -> Descent:
     """
     The mean of several descents from one start, each by samples of its own. Where a
-    single one ends is to a third what its samples happened to say
-    (docs/benchmarks.md), and that averages out.
+    single one ends is to a quarter what its samples happened to say (docs/method.md),
+    and that averages out.
     """
     found = [descend(start, budget, stage, groups) for _ in range(times)]
     if times == 1:
