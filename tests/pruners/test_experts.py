@@ -1,6 +1,7 @@
 """A saved mixture holds its experts by names that transformers reads."""
 
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -30,8 +31,8 @@ def made(name: str) -> PreTrainedModel:
     if name != "minimax":
         return tiny.make_model(name)
     kind = ("MiniMaxForCausalLM", MINIMAX | {"intermediate_size": 16})
-    tiny.MORE_ARCHITECTURES.setdefault("minimax", kind)
-    return tiny.make_model(name)
+    with patch.dict(tiny.MORE_ARCHITECTURES, minimax=kind):
+        return tiny.make_model(name)
 
 
 def names_in(folder: Path) -> list[str]:
