@@ -39,6 +39,7 @@ RUNTIMES: dict[str | None, dict[str, str]] = {
         "vLLM on a CPU": "with AMX",
     },
 }
+DOUBTFUL = "perhaps not: see the warning"
 UNTRIED = {"transformers": "not loaded here", "vLLM, SGLang": "not known to this check"}
 
 
@@ -64,6 +65,7 @@ class CheckReport:
         apart
     :param quantization: `method`, `format` and `bits`, or None
     :param loads: whether transformers loads it; None if that was not tried
+    :param doubtful: whether transformers could not say which weights it would find
     :param problems: what is broken, with remedies
     :param warnings: what to know
     """
@@ -77,6 +79,7 @@ class CheckReport:
     quantization: dict[str, Any] | None
     linears: dict[str, LinearZeros] = field(default_factory=dict)
     loads: bool | None = None
+    doubtful: bool = False
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -117,7 +120,8 @@ class CheckReport:
 
     @property
     def runtimes(self) -> dict[str, str]:
-        return UNTRIED if self.other_method else RUNTIMES.get(self.format, UNTRIED)
+        known = UNTRIED if self.other_method else RUNTIMES.get(self.format, UNTRIED)
+        return known | {"transformers": DOUBTFUL} if self.doubtful else known
 
     @property
     def serve(self) -> str:

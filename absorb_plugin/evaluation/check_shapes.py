@@ -51,6 +51,7 @@ def check_absent(
     try:
         absent = weights_not_found(checkpoint.directory)
     except Exception as error:  # anything, of an architecture that it lacks
+        report.doubtful = True
         told = " ".join(str(error).split())
         report.warnings.append(
             "transformers does not say which weights it would find "
