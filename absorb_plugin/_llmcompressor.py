@@ -20,19 +20,20 @@ from transformers import PretrainedConfig, PreTrainedModel
 try:
     from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
     from llmcompressor.modeling.moe.linearize import (
-        get_linearized_moes,
         get_non_linearized_moes,
         linearize_moe,
     )
+
+    LINEAR_EXPERTS: tuple[type[Module], ...] = (LinearExperts2D,)
 except ModuleNotFoundError:  # 0.11, whose transformers 4 has experts of Linears
 
     def linearize_moe(model: PreTrainedModel) -> None:
         pass
 
-    def get_linearized_moes(model: Module) -> list[tuple[str, Module]]:
+    def get_non_linearized_moes(model: Module) -> list[tuple[str, Module]]:
         return []
 
-    get_non_linearized_moes = get_linearized_moes
+    LINEAR_EXPERTS = ()
 
 
 try:
@@ -67,7 +68,8 @@ def fused_experts(model: Module) -> dict[str, Module]:
 
 def linear_experts(model: Module) -> dict[str, Module]:
     """Name -> experts that it has made Linears of."""
-    return dict(get_linearized_moes(model))
+    found = model.named_modules()
+    return {name: one for name, one in found if isinstance(one, LINEAR_EXPERTS)}
 
 
 def made_linear(experts: Module, config: PretrainedConfig) -> Module:

@@ -230,7 +230,8 @@ def _foreign_functions(module: torch.nn.Module) -> list[Any]:
     return [
         function
         for function in found
-        if getattr(function, "__module__", "").split(".")[0] not in NEUTRAL
+        # of what is written in C it is None
+        if str(getattr(function, "__module__", None)).split(".")[0] not in NEUTRAL
     ]
 
 

@@ -1,6 +1,6 @@
 """The steps of the method, and what is measured once for all of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -251,11 +251,10 @@ class Method:
             sums, tokens = masked_loss(self.setting, [nothing, *uniform])
             return [gain(one, sums[0], tokens)[0] for one in sums[1:]]
 
-        def plain(sparsity: float, name: str) -> np.ndarray:
-            there = budget.at(sparsity)
-            found = self.base(there).sparsity if name == "base" else there.uniform()
-            return there.whole(found)  # else they would bear less than is said
-
-        rivals = {name: partial(plain, name=name) for name in ("base", "uniform")}
+        # in whole weights of a row, else they would bear less than is said
+        rivals: dict[str, Callable[[float], np.ndarray]] = {
+            "base": lambda s: budget.at(s).whole(self.base(budget.at(s)).sparsity),
+            "uniform": lambda s: budget.at(s).whole(budget.at(s).uniform()),
+        }
         upper, least = budget.sparsity, budget.least()
         return largest_budget(bound, upper, at, increase, scan, least, rivals)

@@ -561,11 +561,15 @@ def _forward(model: PreTrainedModel) -> None:
     model.model.layers[0].mlp.forward = lambda x: x
 
 
+def _in_c(model: PreTrainedModel) -> None:
+    model.model.layers[0].mlp.forward = torch.relu
+
+
 @pytest.mark.parametrize(
     "change",
     [
         *(_other_activation, _other_scaling, _other_epsilon),
-        *(_hook, _part_of_a_hook, _forward),
+        *(_hook, _part_of_a_hook, _forward, _in_c),
     ],
 )
 def test_what_modules_do_is_part_of_the_model(

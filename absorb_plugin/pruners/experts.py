@@ -67,9 +67,9 @@ def name_as_stored(model: Module) -> None:
 
 def in_one_tensor(model: Module) -> bool:
     """Whether the model has experts, and they are stored so."""
-    if _named_already(model) or not (fused_experts(model) or linear_experts(model)):
-        return False
-    return not _names_in_checkpoints(model)
+    if not (fused_experts(model) or linear_experts(model)):
+        return False  # transformers 4, which has no conversions, is not asked for them
+    return not (_named_already(model) or _names_in_checkpoints(model))
 
 
 @contextmanager
@@ -101,9 +101,11 @@ def check_packing(model: Module) -> None:
 
     :raises ValueError: if its experts would not come back
     """
-    for module in fused_experts(model).values():
-        _packed(made_linear(module, getattr(module, "config", model.config)))
-        return  # the others are alike
+    linear = next(iter(linear_experts(model).values()), None)
+    if linear is None:
+        fused = next(iter(fused_experts(model).values()))
+        linear = made_linear(fused, getattr(fused, "config", model.config))
+    _packed(linear)  # the others are alike
 
 
 @torch.no_grad()
@@ -114,6 +116,12 @@ def _packed(linear: Any) -> Module:
 
     :raises ValueError: if that is not what is there
     """
+    if not hasattr(linear, "to_experts_module"):
+        raise ValueError(
+            f"{type(linear).__name__}: the experts of this model are stored in one "
+            "tensor, into which llm-compressor puts them again from 0.14 on. Install "
+            "that, or the pruned model could not be saved"
+        )
     fused = linear.to_experts_module()
     if _same(linear, fused):
         return fused

@@ -100,8 +100,8 @@ def say_whether_it_replays(mask_kept: bool) -> None:
         logger.warning(
             "Sparsities are set, and recipe.yaml holds them. Replayed by "
             "llm-compressor alone it will make other weights of them, perhaps worse "
-            "ones: its pipelines calibrate this model without a causal mask, which was "
-            "kept here (docs/compatibility.md)"
+            'ones: its pipelines, but for pipeline="basic", calibrate this model '
+            "without a causal mask, which was kept here (docs/compatibility.md)"
         )
     else:
         logger.info("Sparsities are set; recipe.yaml replays without absorb_plugin")

@@ -16,12 +16,19 @@ from transformers import (
     PreTrainedModel,
 )
 
-from absorb_plugin._llmcompressor import linearize_moe
+from absorb_plugin._llmcompressor import LINEAR_EXPERTS, linearize_moe
 from absorb_plugin.evaluation.check import check_checkpoint
 from absorb_plugin.evaluation.oneshot import prune
 from absorb_plugin.evaluation.perplexity import linear_sparsity
 from absorb_plugin.pruners.experts import check_packing, packed_experts
 
+PACKS = pytest.mark.skipif(
+    not hasattr(LINEAR_EXPERTS[0] if LINEAR_EXPERTS else None, "to_experts_module"),
+    reason="llm-compressor is older than 0.14",
+)
+FUSES = pytest.mark.skipif(
+    not LINEAR_EXPERTS, reason="transformers 4 has experts of Linears"
+)
 BY_EXPERT = ["mixtral", "phimoe", "minimax", "qwen3_moe", "jamba"]
 OURS = {"allocator": "uniform", "strength": 0}
 MINIMAX = {"head_dim": 8, "block_size": 4, "num_local_experts": 4}
@@ -53,7 +60,7 @@ def expect_the_same(model: PreTrainedModel, folder: Path) -> None:
 
 
 @pytest.mark.contract
-@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("loaded", [False, pytest.param(True, marks=PACKS)])
 @pytest.mark.parametrize("name", BY_EXPERT)
 def test_experts_have_the_names_of_their_checkpoints(
     name: str, loaded: bool, tmp_path: Path
@@ -73,6 +80,7 @@ def test_experts_have_the_names_of_their_checkpoints(
     assert not report.problems and report.planned == pytest.approx(0.5)
 
 
+@FUSES
 @pytest.mark.contract
 def test_without_us_they_are_lost(tmp_path: Path) -> None:
     """Where this fails, llm-compressor has learnt it, and `name_as_stored` can go."""
@@ -97,6 +105,7 @@ def test_quantised_experts_have_them_too(tmp_path: Path) -> None:
     assert any(name.endswith("w2.weight_scale") for name in of_experts)
 
 
+@PACKS
 @pytest.mark.contract
 def test_experts_of_one_tensor_are_packed_again(
     tmp_path: Path, warnings: list[str]
@@ -116,6 +125,7 @@ def test_experts_of_one_tensor_are_packed_again(
     assert (out / "recipe.yaml").is_file() and (out / "tokenizer.json").is_file()
 
 
+@FUSES
 @pytest.mark.contract
 def test_oneshot_is_told_of_experts_of_one_tensor(
     tmp_path: Path, warnings: list[str]
@@ -153,6 +163,7 @@ def gpt_oss() -> PreTrainedModel:
     return model
 
 
+@PACKS
 @pytest.mark.contract
 def test_experts_with_gate_and_up_in_turn_are_packed_so(tmp_path: Path) -> None:
     model = gpt_oss()
@@ -169,6 +180,7 @@ def test_experts_with_gate_and_up_in_turn_are_packed_so(tmp_path: Path) -> None:
     expect_the_same(pruned, out)
 
 
+@PACKS
 @pytest.mark.contract
 def test_experts_that_cannot_be_packed_are_refused_before_minutes_are_spent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
