@@ -13,7 +13,7 @@ import torch
 import transformers
 from compressed_tensors.quantization import QuantizationConfig
 from pydantic import ValidationError
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from absorb_plugin.evaluation.check_linears import FLOATS, block_of, count_linears
 from absorb_plugin.evaluation.check_report import (
@@ -24,8 +24,8 @@ from absorb_plugin.evaluation.check_report import (
 )
 from absorb_plugin.evaluation.check_shapes import check_absent, check_shapes
 from absorb_plugin.evaluation.plan import (
+    loading_info,
     make_skeleton,
-    model_class,
     pruned_linears,
     read_modifiers,
 )
@@ -289,7 +289,7 @@ def _check_rest(checkpoint: Checkpoint, report: CheckReport) -> None:
     """NaN and infinity, in the Linears counted and in all other tensors."""
     broken = [name for name, one in report.linears.items() if not one.count.finite]
     for name in checkpoint.names:
-        if name.rpartition(".")[0] in report.linears:
+        if {name, name.rpartition(".")[0]} & report.linears.keys():
             continue
         dense = checkpoint.dtype(name) in FLOATS
         if dense and not count_dense(checkpoint.pieces(name)).finite:
@@ -381,10 +381,7 @@ def _beyond_plan(
 
 def _load(directory: Path, report: CheckReport) -> bool:
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        _, info = model_class(config).from_pretrained(
-            directory, dtype="auto", output_loading_info=True
-        )
+        info = loading_info(directory)
     except Exception as error:  # of any kind: that is what was asked
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         report.problems.append(f"transformers does not load it: {reason}")

@@ -43,6 +43,7 @@ def count_linears(
         return
     stored = _stored_linears(checkpoint)
     names = {name: name for name in stored if block_of(name)}
+    packed: dict[str, float] = {}
     if skeleton is not None:
         modules = dict(skeleton.named_modules())
         head = skeleton.get_output_embeddings()
@@ -53,12 +54,10 @@ def count_linears(
         ]
         names = stored_names(linears, stored)
         absent = [name for name in plan if name in linears and name not in names]
-        packed = _packed_experts(checkpoint, absent)
-        for block, tensors in packed.items():
-            own = [name for name in absent if block_of(name) == block]
-            sizes = {name: modules[name].weight.numel() for name in own}
-            _count_packed(checkpoint, block, tensors, plan, sizes, report)
-        absent = [name for name in absent if block_of(name) not in packed]
+        sizes = {name: modules[name].weight.numel() for name in absent}
+        packed = _packed_experts(checkpoint, plan, sizes)
+        blocks = {block_of(name) for name in packed}
+        absent = [name for name in absent if block_of(name) not in blocks]
         if absent and _all_found(checkpoint):
             report.warnings.append(
                 f"{len(absent)} Linears of recipe.yaml are in the files by names that "
@@ -88,6 +87,10 @@ def count_linears(
         columns = max(1, count.weights // max(1, _rows(checkpoint, saved)))
         planned = plan.get(name)
         report.linears[saved] = LinearZeros(block_of(saved), count, columns, planned)
+    for name, share in packed.items():
+        count = count_dense(checkpoint.pieces(name))
+        columns = min(checkpoint.shape(name)[1:])
+        report.linears[name] = LinearZeros(block_of(name), count, columns, share)
 
 
 def _all_found(checkpoint: Checkpoint) -> bool:
@@ -99,41 +102,29 @@ def _all_found(checkpoint: Checkpoint) -> bool:
 
 
 def _packed_experts(
-    checkpoint: Checkpoint, absent: Sequence[str]
-) -> dict[str, list[str]]:
-    """Block -> its tensors of all experts, where single ones are not in the files."""
-    blocks = {block_of(name) for name in absent if EXPERT.search(name)}
-    found: dict[str, list[str]] = {}
-    for name in checkpoint.names:
-        packed = len(checkpoint.shape(name)) == 3 and "conv" not in name
-        if packed and block_of(name) in blocks and checkpoint.dtype(name) in FLOATS:
-            found.setdefault(block_of(name), []).append(name)
-    return found
-
-
-def _count_packed(
-    checkpoint: Checkpoint,
-    block: str,
-    tensors: Sequence[str],
-    plan: Mapping[str, float],
-    sizes: Mapping[str, int],
-    report: CheckReport,
-) -> None:
+    checkpoint: Checkpoint, plan: Mapping[str, float], absent: Mapping[str, int]
+) -> dict[str, float]:
     """
-    All experts of a block as one entry, against the mean of what is planned for them.
+    Tensors of all experts of a block, where single ones are not in the files -> the
+    mean of what is planned for these.
 
-    :param sizes: name of an expert's Linear -> its weights
+    :param absent: Linears that are not in the files -> their weights
     """
-    counts = [count_dense(checkpoint.pieces(name)) for name in tensors]
-    count = Count(
-        sum(one.zeros for one in counts),
-        sum(one.weights for one in counts),
-        all(one.finite for one in counts),
-    )
-    planned = sum(plan[name] * size for name, size in sizes.items())
-    columns = min(min(checkpoint.shape(name)[1:]) for name in tensors)
-    mean = planned / max(1, sum(sizes.values()))
-    report.linears[f"{block}.experts"] = LinearZeros(block, count, columns, mean)
+    planned: dict[str, float] = {}
+    weights: dict[str, int] = {}
+    for name, size in absent.items():
+        if EXPERT.search(name):
+            block = block_of(name)
+            planned[block] = planned.get(block, 0.0) + plan[name] * size
+            weights[block] = weights.get(block, 0) + size
+    return {
+        name: planned[block] / weights[block]
+        for name in checkpoint.names
+        if (block := block_of(name)) in weights
+        and len(checkpoint.shape(name)) == 3
+        and checkpoint.dtype(name) in FLOATS
+        and "conv" not in name
+    }
 
 
 def _stored_linears(checkpoint: Checkpoint) -> dict[str, list[str]]:

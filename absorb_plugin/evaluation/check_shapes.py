@@ -6,10 +6,10 @@ import logging
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from absorb_plugin.evaluation.check_report import CheckReport
-from absorb_plugin.evaluation.plan import model_class, stored_names
+from absorb_plugin.evaluation.plan import loading_info, stored_names
 from absorb_plugin.evaluation.shards import Checkpoint
 
 __all__ = ["check_absent", "check_shapes", "weights_not_found"]
@@ -127,14 +127,7 @@ def weights_not_found(directory: Path) -> list[str]:
     try:
         logger.setLevel(logging.CRITICAL)  # it logs a table of them
         with contextlib.redirect_stderr(io.StringIO()):  # and shows bars
-            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-            _, info = model_class(config).from_pretrained(
-                directory,
-                config=config,
-                dtype="auto",
-                device_map="meta",
-                output_loading_info=True,
-            )
+            info = loading_info(directory, device_map="meta")
     finally:
         logger.setLevel(level)
     return sorted(info["missing_keys"])

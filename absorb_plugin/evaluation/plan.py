@@ -28,8 +28,8 @@ try:
 except ModuleNotFoundError:  # transformers 4
     from transformers.modeling_utils import no_init_weights
 
-__all__ = ["make_skeleton", "model_class", "pruned_linears", "read_modifiers"]
-__all__ += ["stored_names"]
+__all__ = ["loading_info", "make_skeleton", "model_class", "pruned_linears"]
+__all__ += ["read_modifiers", "stored_names"]
 
 # Names of an expert's Linears in Mixtral's checkpoints -> in llm-compressor's model.
 OF_EXPERTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -90,6 +90,20 @@ def model_class(config: PretrainedConfig) -> Any:
     if config.architectures:
         return getattr(transformers, config.architectures[0])
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def loading_info(directory: Path, **options: Any) -> dict[str, Any]:
+    """
+    What transformers says of its loading of a model, which is let go.
+
+    :param options: of `from_pretrained`
+    :raises Exception: whatever it raises where it cannot load it
+    """
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    _, info = model_class(config).from_pretrained(
+        directory, dtype="auto", output_loading_info=True, **options
+    )
+    return info
 
 
 def read_modifiers(path: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -146,9 +146,8 @@ def descend_often(
     start: np.ndarray, budget: Budget, stage: Stage, groups: Spreading, times: int
 ) -> Descent:
     """
-    The mean of several descents from one start, each by samples of its own. Where a
-    single one ends is to a quarter what its samples happened to say (docs/method.md),
-    and that averages out.
+    The mean of several descents from one start, each by samples of its own: where a
+    single one ends is in part what its samples happened to say, and that averages out.
     """
     found = [descend(start, budget, stage, groups) for _ in range(times)]
     if times == 1:
