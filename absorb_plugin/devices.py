@@ -24,6 +24,7 @@ __all__ = [
     "free_memory",
     "give_back_page_locked",
     "is_offloaded",
+    "launches",
     "through_page_locked",
 ]
 
@@ -57,6 +58,11 @@ def computing_on_one_device(model: Module) -> Iterator[None]:
 def computes_on_cpu(model: Module) -> bool:
     """Wherever its weights lie."""
     return torch.device(get_execution_device(model)).type == "cpu"
+
+
+def launches(device: torch.device) -> bool:
+    """Whether a step takes its time however small it is, as on accelerators."""
+    return device.type != "cpu"
 
 
 def dtype_of(model: PreTrainedModel) -> torch.dtype:

@@ -26,6 +26,7 @@ __all__ = [
     "active",
     "add",
     "add_to",
+    "add_up",
     "broadcast",
     "broadcast_in_place",
     "collective_device",
@@ -166,6 +167,17 @@ def add_to(tensor: torch.Tensor, target: int) -> torch.Tensor | None:
     total = tensor.to(_device_for(tensor))
     distributed.reduce(total, dst=target)
     return total.to(tensor.device) if rank() == target else None
+
+
+def add_up(tensor: torch.Tensor) -> torch.Tensor:
+    """
+    Sum over the ranks, on all of them.
+
+    :param tensor: summand, as of `add_to`
+    """
+    total = tensor.to(_device_for(tensor))
+    distributed.all_reduce(total)
+    return total.to(tensor.device)
 
 
 def broadcast(tensor: torch.Tensor, source: int) -> torch.Tensor:

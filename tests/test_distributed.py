@@ -96,6 +96,11 @@ def test_the_allocation_of_one_process(folder: Path, world: int) -> None:
                 np.testing.assert_allclose(mine, its, rtol=0, atol=off, err_msg=case)
             assert entry[case]["steps"] == reference["steps"], case
             assert entry[case]["taken"] == reference["taken"], case
+    # of three blocks, for the signal and, where ranks are more than they, for both that
+    # are judged
+    of_judges = 6 if world == 3 else 0
+    assert several[0]["wide, unequal"]["factored"] == 3 + of_judges
+    assert not several[0]["confirmed, unequal"]["factored"]
     assert alone["auto, unequal"]["steps"] > 0
     assert alone["confirmed, unequal"]["taken"] == "searched"
 

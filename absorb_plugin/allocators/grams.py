@@ -65,6 +65,7 @@ class GramProbe(Probe):
         block = self._blocks.blocks[index]
         work = shared_out(block.linears, self._observed)
         for total, names in work.observed.groups:
+            assert isinstance(total, torch.Tensor)
             gram = total / (self._samples or len(self._mask))
             for name in names:
                 weight = block.linears[name].weight.detach()

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from absorb_plugin import distributed
 from absorb_plugin.cpu import bfloat16_is_slow
-from absorb_plugin.devices import computes_on_cpu, dtype_of, free_memory
+from absorb_plugin.devices import computes_on_cpu, dtype_of, free_memory, launches
 from absorb_plugin.forward import chunks
 from absorb_plugin.forward import head as output_head
 from absorb_plugin.forward.probe import Needs
@@ -41,6 +41,9 @@ SORTED_COPIES = 9
 # Matrices d × d in float32 beside what was observed: its dampened copy, turned round,
 # the factor, and that turned back.
 FACTOR_COPIES = 3
+# What 128 columns do under each pattern of eight that are pruned, per column and while
+# that is worked out five times (pruners/sparsegpt.py).
+TABLED, TABLE = 128, 5 * 4 * 8 * 2**8
 
 # "auto": this share of what is free, rounded down to a power of two, within bounds. On
 # an accelerator every batch onloads the model anew, so more memory is less traffic;
@@ -267,11 +270,18 @@ def _pruning(model: PreTrainedModel, shapes: _Shapes, element: int, need: Needs)
     pruning += need.joined * element * shapes.block
     if need.single_batch:
         pruning += _at_once(need) * element * shapes.block
-    return pruning + (_hessians(shapes, element, need) if need.hessians else 0)
+    if not need.hessians:
+        return pruning
+    tables = launches(torch.device(get_execution_device(model)))
+    return pruning + _hessians(shapes, element, need, tables)
 
 
-def _hessians(shapes: _Shapes, element: int, need: Needs) -> int:
-    """All of a block; then one is factored, and the columns of a group are walked."""
+def _hessians(shapes: _Shapes, element: int, need: Needs, tables: bool) -> int:
+    """
+    All of a block; then one is factored, and the columns of a group are walked.
+
+    :param tables: whether by patterns of columns, as on an accelerator
+    """
     observed = max(
         (sum(group[0][1] ** 2 for group in block) for block in shapes.sharing),
         default=0,
@@ -282,6 +292,7 @@ def _hessians(shapes: _Shapes, element: int, need: Needs) -> int:
     square, sets = 4 * shapes.input**2, max(1, need.sets)
     factoring = (FACTOR_COPIES + sets - 1) * square
     walk = _at_once(need) * group * (3 * 4 + element)
+    walk += tables * sets * TABLE * min(TABLED, shapes.input)
     return sets * 4 * observed + max(factoring, sets * square + walk)
 
 

@@ -115,14 +115,19 @@ class PrunedLoss(Probe):
             some = range(start, min(start + size, len(states)))
             loads = [0.0] * distributed.ranks()
             work = [
-                shared_out(linears, self._observed(index, one, states[one], run), loads)
+                shared_out(
+                    linears,
+                    self._observed(index, one, states[one], run),
+                    self._pruner,
+                    sets=len(some),
+                    loads=loads,
+                )
                 for one in some
             ]
             owners = [one.owners for one in work]
             made = self._pruned(linears, index, some, work)
             for one in some:
-                wanted, owned = self._wanted(index, one), owners.pop(0)
-                pruned = told(linears, made.pop(0), wanted, owned)
+                pruned = told(linears, made.pop(0), owners.pop(0))
                 after = self._run_pruned(linears, pruned, states[one], run)
                 del pruned  # or two would be held
                 self._hidden.append(after)

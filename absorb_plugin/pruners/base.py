@@ -10,6 +10,7 @@ from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifier
 
 from absorb_plugin.forward.chunks import row_chunks
 from absorb_plugin.forward.inputs import square_sum
+from absorb_plugin.pruners.factor import Factor
 from absorb_plugin.pruners.thresholds import (
     global_threshold,
     row_quantiles,
@@ -34,6 +35,7 @@ class Pruner:
         rank_statistics: attribute of the modifier that holds, per module, the mean over
             its samples of what it observes (`pruners.ranks`); None if there is none
         hessians: whether `observe` returns a matrix that is factored
+        factors_together: whether it has `factored`, by which several ranks do so
         tokens_per_column: calibration tokens that a run should have per column of the
             widest Linear, below which it warns; 0 for any number
     """
@@ -42,6 +44,7 @@ class Pruner:
     modifier: ClassVar[type[SparsityModifierBase]]
     rank_statistics: ClassVar[str | None] = None
     hessians: ClassVar[bool] = False
+    factors_together: ClassVar[bool] = False
     tokens_per_column: ClassVar[int] = 0
 
     @classmethod
@@ -102,15 +105,25 @@ class Pruner:
         """
         raise NotImplementedError
 
+    def factored(self, own: torch.Tensor, keep: bool) -> Factor | None:
+        """
+        What several ranks make of the sum of what they observed, of `hessians` alone.
+        Within `distributed.fail_together`.
+
+        :param own: this rank's summand; it may be written over
+        :param keep: whether this rank is to have it
+        """
+        raise NotImplementedError
+
     def prune(
         self,
         weights: Sequence[torch.Tensor],
-        observed: torch.Tensor,
+        observed: torch.Tensor | Factor,
         sparsities: Sequence[Sequence[float]],
     ) -> list[list[torch.Tensor]]:
         """
         :param weights: of Linears with the same input, each (out_features, in_features)
-        :param observed: sum of what `observe` returned
+        :param observed: sum of what `observe` returned, or what `factored` made of it
         :param sparsities: per weight several, each in [0, 1]
         :return: per weight and sparsity a pruned copy, in the weight's dtype
         """
@@ -119,7 +132,7 @@ class Pruner:
     def prune_each(
         self,
         weights: Sequence[torch.Tensor],
-        observed: Sequence[torch.Tensor],
+        observed: Sequence[torch.Tensor | Factor],
         sparsities: Sequence[Sequence[Sequence[float]]],
     ) -> list[list[list[torch.Tensor]]]:
         """
@@ -247,9 +260,10 @@ class MaskPruner(Pruner):
     def prune(
         self,
         weights: Sequence[torch.Tensor],
-        observed: torch.Tensor,
+        observed: torch.Tensor | Factor,
         sparsities: Sequence[Sequence[float]],
     ) -> list[list[torch.Tensor]]:
+        assert isinstance(observed, torch.Tensor)
         pruned = []
         for weight, wanted in zip(weights, sparsities, strict=True):
             weight = weight.detach()

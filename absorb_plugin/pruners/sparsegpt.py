@@ -23,14 +23,19 @@ import torch
 from llmcompressor.modifiers.pruning import SparseGPTModifier
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
 
+from absorb_plugin.devices import launches
 from absorb_plugin.precision import gram
 from absorb_plugin.pruners.base import MaskPruner, Pruner
+from absorb_plugin.pruners.factor import Factor, factored, factored_together
 from absorb_plugin.pruners.thresholds import global_threshold
 from absorb_plugin.pruners.wanda import Wanda
 
 __all__ = ["SparseGPT"]
 
 GROUP = 32  # columns: what a processor's cache holds of many rows
+# columns: more would have more patterns than it takes launches to go one by one
+PATTERN = 8
+TABLED = 128  # columns whose patterns are tabled at a time (forward/memory.py)
 # Tokens make a Hessian of no higher rank than their number.
 JUDGE_TOKENS = 4096
 
@@ -53,6 +58,7 @@ class SparseGPT(Pruner):
     modifier: ClassVar[type[SparsityModifierBase]] = SparseGPTModifier
     rank_statistics: ClassVar[str] = "_hessians"
     hessians: ClassVar[bool] = True
+    factors_together: ClassVar[bool] = True
     # docs/benchmarks.md: with fewer it is worse than Wanda
     tokens_per_column: ClassVar[int] = 4
 
@@ -109,10 +115,13 @@ class SparseGPT(Pruner):
     def observe(self, inputs: torch.Tensor) -> torch.Tensor:
         return gram(inputs)
 
+    def factored(self, own: torch.Tensor, keep: bool) -> Factor | None:
+        return factored_together(own, self.dampening, keep)
+
     def prune(
         self,
         weights: Sequence[torch.Tensor],
-        observed: torch.Tensor,
+        observed: torch.Tensor | Factor,
         sparsities: Sequence[Sequence[float]],
     ) -> list[list[torch.Tensor]]:
         (pruned,) = self.prune_each(weights, [observed], [sparsities])
@@ -121,7 +130,7 @@ class SparseGPT(Pruner):
     def prune_each(
         self,
         weights: Sequence[torch.Tensor],
-        observed: Sequence[torch.Tensor],
+        observed: Sequence[torch.Tensor | Factor],
         sparsities: Sequence[Sequence[Sequence[float]]],
     ) -> list[list[list[torch.Tensor]]]:
         copies = [w for w, wanted in zip(weights, sparsities[0]) for _ in wanted]
@@ -130,9 +139,7 @@ class SparseGPT(Pruner):
         columns = torch.cat([copy.detach().float() for copy in copies]).t()
         columns = columns.expand(sets, -1, -1)
         columns = columns.clone(memory_format=torch.contiguous_format)
-        factor = columns.new_empty(sets, columns.shape[1], columns.shape[1])
-        for own, out, hessian in zip(columns, factor, observed, strict=True):
-            own[self._factor(hessian, out)] = 0
+        factor = self._triangles(columns, observed)
         flat = [[s for wanted in of_set for s in wanted] for of_set in sparsities]
         self._walk(columns, factor, rows, flat)
         del factor
@@ -185,26 +192,27 @@ class SparseGPT(Pruner):
                 passed_on = own.mT @ errors - came
                 moved[:, here] = torch.where(zeros, passed_on, moved[:, here])
 
-    def _factor(self, observed: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def _triangles(
+        self, columns: torch.Tensor, observed: Sequence[torch.Tensor | Factor]
+    ) -> torch.Tensor:
         """
-        T upper of H = T Tᵀ, which is the Cholesky factor of H turned round.
+        T of every set: (sets, in_features, in_features).
 
-        :param out: where to put it, (in_features, in_features)
-        :return: which features are always zero
+        :param columns: as of `_walk`; those of features that are always zero become so
         """
-        turned = observed.flip(0, 1)
-        diagonal = turned.diagonal()
-        dead = diagonal == 0
-        diagonal[dead] = 1
-        diagonal += self.dampening * diagonal.mean()
-        try:
-            lower = torch.linalg.cholesky(turned)
-        except torch.linalg.LinAlgError:
-            # as llm-compressor does, which warns of it in the run itself
-            lower = torch.eye(len(turned), device=turned.device)
-        del turned, diagonal
-        out.copy_(lower.flip(0, 1))
-        return dead.flip(0)
+        features = columns.shape[1]
+        only = observed[0]
+        if len(observed) == 1 and isinstance(only, Factor):
+            columns[0, only.unused] = 0
+            return only.triangle[None]
+        triangles = columns.new_empty(len(observed), features, features)
+        for own, out, one in zip(columns, triangles, observed, strict=True):
+            if isinstance(one, Factor):
+                out.copy_(one.triangle)
+                own[one.unused] = 0
+            else:
+                own[factored(one, self.dampening, out).unused] = 0
+        return triangles
 
 
 def _inverse(triangles: torch.Tensor) -> torch.Tensor:
@@ -245,8 +253,7 @@ def _prune_columns(
     part: torch.Tensor, mask: torch.Tensor, inverse: torch.Tensor
 ) -> torch.Tensor:
     """
-    Prune some columns in place, each column's error going to those after it: one by
-    one to those of its group, at once to those after the group.
+    Prune some columns in place, each column's error going to those after it.
 
     :param part: (sets, columns, rows)
     :param mask: True where to prune, of the same shape
@@ -254,6 +261,22 @@ def _prune_columns(
     :return: what columns after `part` have to make up for, of its shape
     """
     errors = torch.zeros_like(part)
+    # a column one by one is two launches, and there are tens of thousands of them
+    prune = _by_patterns if launches(part.device) else _one_by_one
+    prune(part, mask, inverse, errors)
+    part *= ~mask  # which a CPU does in a twentieth of the time of filling in zeros
+    return errors
+
+
+def _one_by_one(
+    part: torch.Tensor, mask: torch.Tensor, inverse: torch.Tensor, errors: torch.Tensor
+) -> None:
+    """
+    As `_prune_columns`, but for the zeros: each error goes at once to the columns of
+    its group, and of all of a group to those after it.
+
+    :param errors: of zeros, filled in
+    """
     # in float32 from the first: torch divides booleans a hundred times as slowly
     share = mask.float() / inverse.diagonal(dim1=1, dim2=2)[:, :, None]
     columns = part.shape[1]
@@ -269,5 +292,64 @@ def _prune_columns(
             part[:, after].baddbmm_(passed_on, errors[:, i, None], alpha=-1)
         own = errors[:, start:stop]
         part[:, stop:].baddbmm_(inverse[:, start:stop, stop:].mT, own, alpha=-1)
-    part *= ~mask  # which a CPU does in a twentieth of the time of filling in zeros
-    return errors
+
+
+def _by_patterns(
+    part: torch.Tensor, mask: torch.Tensor, inverse: torch.Tensor, errors: torch.Tensor
+) -> None:
+    """
+    As `_one_by_one`, eight columns at a time: which of them a row loses is one of 256
+    patterns, and of each the errors are one matrix times the columns.
+    """
+    sets, columns, rows = part.shape
+    whole = columns - columns % PATTERN
+    for start in range(0, whole, PATTERN):
+        if start % TABLED == 0:
+            some = slice(start, min(start + TABLED, whole))
+            tables = _error_tables(inverse[:, some, some]).unbind()
+            patterns = _patterns(mask[:, some]).unbind()
+        here, group = slice(start, start + PATTERN), start % TABLED // PATTERN
+        found = tables[group].index_select(1, patterns[group])
+        found = found.view(PATTERN, PATTERN, sets, rows)
+        found *= part[:, here].transpose(0, 1)
+        own = errors[:, here]
+        torch.sum(found, dim=1, out=own.transpose(0, 1))
+        # their own columns too, of which those that stay have made up for others
+        part[:, start:].baddbmm_(inverse[:, here, start:].mT, own, alpha=-1)
+    rest = slice(whole, columns)
+    _one_by_one(part[:, rest], mask[:, rest], inverse[:, rest, rest], errors[:, rest])
+
+
+def _error_tables(inverse: torch.Tensor) -> torch.Tensor:
+    """
+    Row i of an error matrix says what the columns of a group, as they came, add to the
+    error of its column i. With m for what is pruned, e_i = m_i (w_i − Σ_j<i e_j U_ji) /
+    U_ii, a triangular system for each m.
+
+    :param inverse: U, (sets, columns, columns)
+    :return: (groups, i · j, sets · patterns)
+    """
+    groups = (inverse.shape[1] // PATTERN, PATTERN)
+    own = inverse.unflatten(2, groups).unflatten(1, groups).diagonal(dim1=1, dim2=3)
+    own = own.permute(0, 3, 2, 1)[:, :, None]  # (sets, groups, 1, i, j), lower
+    columns = torch.arange(PATTERN, device=inverse.device)
+    pruned = torch.arange(2**PATTERN, device=inverse.device)[:, None] >> columns & 1
+    share = pruned / own.diagonal(dim1=3, dim2=4)
+    system = own * share[..., None]  # whose diagonal is taken for one
+    errors = torch.linalg.solve_triangular(
+        system, share.diag_embed(), upper=False, unitriangular=True
+    )
+    return errors.permute(1, 3, 4, 0, 2).flatten(1, 2).flatten(2, 3).contiguous()
+
+
+def _patterns(mask: torch.Tensor) -> torch.Tensor:
+    """
+    :param mask: (sets, columns, rows)
+    :return: (groups, sets · rows), where in a table of `_error_tables` to look
+    """
+    sets, columns, _ = mask.shape
+    powers = 2 ** torch.arange(PATTERN, device=mask.device, dtype=torch.int32)
+    bits = mask.unflatten(1, (columns // PATTERN, PATTERN)) * powers[:, None]
+    patterns = bits.sum(2, dtype=torch.int32)
+    first = torch.arange(sets, device=mask.device, dtype=torch.int32) * 2**PATTERN
+    return (patterns + first[:, None, None]).transpose(0, 1).flatten(1)

@@ -22,6 +22,7 @@ from absorb_plugin.forward.parts import current_part
 from absorb_plugin.forward.resident import own_rows
 from absorb_plugin.groups import named
 from absorb_plugin.pruners.base import MaskPruner, Pruner
+from absorb_plugin.pruners.factor import Factor
 from absorb_plugin.pruners.packed import HOST, Packed, unpacked
 
 __all__ = [
@@ -438,18 +439,20 @@ class Observed:
     """
     What a pruner observes of the inputs of a block's Linears.
 
-    :param groups: sums of what it observed, and the names of the Linears that they are
-        the inputs of
+    :param groups: sums of what it observed, or what the ranks made of them, and the
+        names of the Linears that they are the inputs of
     """
 
     def __init__(self) -> None:
-        self.groups: list[tuple[torch.Tensor, list[str]]] = []
+        self.groups: list[tuple[torch.Tensor | Factor, list[str]]] = []
         self._home: dict[str, int] = {}  # name -> index of its group
 
     def add(self, observed: torch.Tensor, name: str) -> None:
         """Of the inputs of a Linear, which others may share (`share`)."""
         if name in self._home:  # of other samples of the batch
-            self.groups[self._home[name]][0].add_(observed)
+            total = self.groups[self._home[name]][0]
+            assert isinstance(total, torch.Tensor)
+            total.add_(observed)
         else:
             self._home[name] = len(self.groups)
             self.groups.append((observed, [name]))
@@ -476,7 +479,7 @@ def prune_observed(
     """
     pruned: list[dict[str, list[torch.Tensor]]] = [{} for _ in observed]
     # an expert may have seen tokens of one set only
-    alike: dict[tuple[str, ...], list[tuple[int, torch.Tensor]]] = {}
+    alike: dict[tuple[str, ...], list[tuple[int, torch.Tensor | Factor]]] = {}
     for number, one in enumerate(observed):
         for total, names in one.groups:
             alike.setdefault(tuple(names), []).append((number, total))

@@ -285,11 +285,12 @@ def traced(
     pruner: Pruner,
     together: int,
     batches: int,
+    rank: int = 0,
 ) -> Cost:
-    """Of so many batches through a model of so many blocks."""
+    """Of so many batches through a model of so many blocks, on one of the GPUs."""
     model = build(name, layers)
     blocks = find_blocks(model)
-    with imagined_ranks(station.gpus):
+    with imagined_ranks(station.gpus, rank):
         probe = make_probe(station, blocks, pruner)
         probe.share([{}] * station.samples)  # tells it how many it is to prune by
     ids = torch.ones(together, station.tokens, dtype=torch.long, device="meta")
@@ -299,7 +300,7 @@ def traced(
     with (
         # a limit may have room for some blocks' graphs, and then these do not run again
         patch.object(KeptGraphs, "may_keep", lambda *_: False),
-        imagined_ranks(station.gpus) as ranks,
+        imagined_ranks(station.gpus, rank) as ranks,
         tracing(*own) as cost,
         columns_once(cost),
         picked_by_sample(),
@@ -464,8 +465,20 @@ def station_cost(
 def _extrapolated(
     name: str, station: Station, pruner: Pruner, together: int, batches: int
 ) -> Cost:
-    """Linear in blocks, and in batches after the first, which ranks the weights."""
+    """
+    Linear in blocks, and in batches after the first, which ranks the weights. Where
+    ranks prune, on the one that has most to do: the others wait for it.
+    """
     layers = CONFIGS[name]["num_hidden_layers"]
+    if station.needs.single_batch:
+        of_ranks = []
+        for rank in range(station.gpus):
+            one, two = (
+                traced(name, n, station, pruner, together, batches, rank)
+                for n in (1, 2)
+            )
+            of_ranks.append(_along({1: one, 2: two}, layers))
+        return max(of_ranks, key=lambda cost: cost.total)
     total = Cost()
     firsts = {n: traced(name, n, station, pruner, together, 1) for n in (1, 2)}
     total = _along(firsts, layers)

@@ -130,7 +130,9 @@ class Trace(TorchDispatchMode):
             times["products"] = flops / (RATES.half if narrow else RATES.single)
         elif name == "linalg_cholesky_ex":
             times["factors"] = inputs[0].shape[-1] ** 3 / 3 / RATES.factor
-        elif name in ("linalg_solve_triangular", "cholesky_inverse"):
+        elif name == "linalg_solve_triangular":
+            times["factors"] = outputs[0].numel() * inputs[0].shape[-1] / RATES.factor
+        elif name == "cholesky_inverse":
             times["factors"] = inputs[0].shape[-1] ** 3 / RATES.factor
         elif name == "sort":
             count["sorted"] += inputs[0].numel()

@@ -17,14 +17,15 @@ __all__ = ["ImaginedRanks", "imagined_ranks"]
 
 class ImaginedRanks:
     """
-    In place of torch.distributed, for the first rank.
+    In place of torch.distributed, for one rank.
 
     :param count: of ranks
+    :param rank: which one this is
     :ivar received: bytes of tensors that reached this rank, by collective
     """
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, rank: int = 0) -> None:
+        self.count, self.rank = count, rank
         self.received: Counter[str] = Counter()
 
     def is_available(self) -> bool:
@@ -34,7 +35,7 @@ class ImaginedRanks:
         return True
 
     def get_rank(self) -> int:
-        return 0
+        return self.rank
 
     def get_world_size(self) -> int:
         return self.count
@@ -56,7 +57,7 @@ class ImaginedRanks:
 
     def broadcast(self, tensor: torch.Tensor, src: int) -> None:
         self.received["broadcast"] += tensor.nbytes
-        if src and not tensor.is_meta:
+        if src != self.rank and not tensor.is_meta:
             tensor.zero_()
 
     def all_gather_single(self, joined: torch.Tensor, own: torch.Tensor) -> None:
@@ -66,8 +67,8 @@ class ImaginedRanks:
 
 
 @contextmanager
-def imagined_ranks(count: int) -> Iterator[ImaginedRanks]:
-    """Within the context this process is the first of so many ranks."""
-    ranks = ImaginedRanks(count)
+def imagined_ranks(count: int, rank: int = 0) -> Iterator[ImaginedRanks]:
+    """Within the context this process is one of so many ranks, by default the first."""
+    ranks = ImaginedRanks(count, rank)
     with patch.object(distributed, "distributed", ranks):
         yield ranks

@@ -12,10 +12,11 @@ from helpers.probes import PROBES, Place, place, run
 
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.cpu import bfloat16_is_slow
+from absorb_plugin.forward import memory
 from absorb_plugin.forward.memory import Footprint, footprint, limit_by_machine
 from absorb_plugin.forward.probe import Needs, Probe
 from absorb_plugin.judges import MaskedLoss
-from absorb_plugin.pruners import PRUNERS
+from absorb_plugin.pruners import PRUNERS, factor, sparsegpt, together
 from absorb_plugin.pruners.weights import MaskedSlopes, MaskedWeights
 from absorb_plugin.signals.gradient import GradientProbe
 from absorb_plugin.signals.pruned_model import PrunedModel
@@ -37,9 +38,26 @@ SHAPES = {
 }
 
 
+ALONE = [(name, False) for name in PROBES if not PROBES[name].same_batch]
+
+
 @pytest.mark.parametrize("shape", list(SHAPES))
-@pytest.mark.parametrize("which", [n for n in PROBES if not PROBES[n].same_batch])
-def test_a_run_keeps_to_its_memory(which: str, shape: str) -> None:
+@pytest.mark.parametrize(
+    "which, launches",
+    [
+        *ALONE,
+        ("model pruned by sparsegpt", True),
+        ("pruner of sparsegpt", True),
+        ("pruner of all candidates at once", True),
+    ],
+)
+def test_a_run_keeps_to_its_memory(
+    which: str, launches: bool, shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """:param launches: columns as an accelerator walks them"""
+    if launches:
+        for one in (sparsegpt, memory):
+            monkeypatch.setattr(one, "launches", lambda device: True)
     fields, tokens = SHAPES[shape]
     architecture = "qwen3_moe" if "experts" in shape else "llama"
     model = tiny.make_model(architecture, **fields)
@@ -96,8 +114,18 @@ JOINED = {
 
 
 @pytest.mark.parametrize("shape", ["states", "weights", "experts", "halves"])
-@pytest.mark.parametrize("which", list(JOINED))
-def test_a_rank_keeps_to_its_memory(which: str, shape: str) -> None:
+@pytest.mark.parametrize(
+    "which, wide",
+    [*((name, False) for name in JOINED), ("pruned", True), ("judge", True)],
+)
+def test_a_rank_keeps_to_its_memory(
+    which: str, wide: bool, shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if wide:  # factored by all ranks, and its columns as an accelerator walks them
+        monkeypatch.setattr(together, "WIDE", 1)
+        monkeypatch.setattr(factor, "PANEL", 32)
+        for one in (sparsegpt, memory):
+            monkeypatch.setattr(one, "launches", lambda device: True)
     fields, tokens = SHAPES[shape]
     model = tiny.make_model("qwen3_moe" if shape == "experts" else "llama", **fields)
     if shape == "halves":

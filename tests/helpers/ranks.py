@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import torch
 from compressed_tensors.offload import set_onload_device
@@ -31,6 +31,7 @@ from absorb_plugin.forward.joined import joined_before_made
 from absorb_plugin.hookspecs import hookimpl
 from absorb_plugin.judges import PrunedLoss
 from absorb_plugin.plugins import manager
+from absorb_plugin.pruners import factor, sparsegpt, together
 from absorb_plugin.signals.gradient import GradientProbe
 from absorb_plugin.signals.pruned_model import PrunedModel
 from helpers import runs, tiny
@@ -65,6 +66,16 @@ ALLOCATIONS: dict[str, dict[str, Any]] = {
         "kind": "sparsegpt",
     },
     "pruner": {"signal": "pruner", "kind": "sparsegpt", "level": "part"},
+    # what all ranks factor, at more sparsities than there are ranks, and fewer
+    "wide": {
+        "allocator": "uniform",
+        "signal": "pruner",
+        "strength": "auto",
+        "rounds": 2,
+        "seed": 15,
+        "kind": "sparsegpt",
+        "wide": True,
+    },
     "columns first": {"signal": "pruner", "kind": "sparsegpt", "turned": True},
     "alpha": {"allocator": "alpha_pruning", "granularity": "linear"},
     "offloaded": {"kind": "sparsegpt", "probe_tokens": 8, "offload": True},
@@ -85,6 +96,7 @@ ON_CARDS = {
     "gradient": "there",
     "pruner": "away",
     "confirmed": "there",
+    "wide": "there",
 }
 # how the samples are shared out: number of ranks -> bounds of contiguous shards
 SHARDS: dict[str, dict[int, tuple[int, ...]]] = {
@@ -150,6 +162,10 @@ def allocate(
     elif card == "away":
         model = set_onload_device(model, CARD)
     with ExitStack() as stack:
+        factored = stack.enter_context(counted(sparsegpt, "factored_together"))
+        if fields.pop("wide", False):
+            stack.enter_context(patch.object(together, "WIDE", 1))
+            stack.enter_context(patch.object(factor, "PANEL", 5))
         if fields.pop("offload", False) and distributed.is_initialized():
             model = offload_to_host(model)
             # as on an accelerator, where they are not on the device
@@ -168,7 +184,13 @@ def allocate(
         "steps": None if search is None else search.taken,
         "confirmed": None if confirmed is None else list(confirmed.losses.values()),
         "taken": None if confirmed is None else confirmed.chosen,
+        "factored": factored.call_count,
     }
+
+
+def counted(place: Any, name: str) -> Any:
+    """Within the context calls of a function are counted."""
+    return patch.object(place, name, MagicMock(wraps=getattr(place, name)))
 
 
 def allocations(world: int, rank: int) -> dict[str, Any]:

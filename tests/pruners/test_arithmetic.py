@@ -4,13 +4,22 @@ from itertools import chain
 
 import pytest
 import torch
+from helpers.benchmarks import imported
 from helpers.probes import PRUNERS
 from helpers.upstream import as_upstream
 
-from absorb_plugin.pruners import Pruner, SparseGPT
+from absorb_plugin.pruners import Pruner, SparseGPT, factor, sparsegpt
+from absorb_plugin.pruners.factor import factored, factored_together
 
 pytestmark = pytest.mark.contract
 every_pruner = pytest.mark.parametrize("kind", list(PRUNERS))
+# columns one by one, as on a CPU, and by patterns, as on an accelerator
+both_walks = pytest.mark.parametrize("launches", [False, True])
+
+
+@pytest.fixture
+def walk(launches: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparsegpt, "launches", lambda device: launches)
 
 
 def inputs_with(features: int) -> torch.Tensor:
@@ -38,6 +47,8 @@ def assert_as_upstream(
     assert all(map(torch.equal, weights, before))
 
 
+@both_walks
+@pytest.mark.usefixtures("walk")
 @every_pruner
 @pytest.mark.parametrize("features", [8, 128, 200])
 @pytest.mark.parametrize(
@@ -52,6 +63,8 @@ def test_weights_are_those_of_llm_compressor(
     assert_as_upstream(PRUNERS[kind](), weights, inputs_with(features), sparsities)
 
 
+@both_walks
+@pytest.mark.usefixtures("walk")
 @pytest.mark.parametrize("block_size, dampening", [(16, 0.02), (1, 0.3), (1000, 0.01)])
 def test_settings_of_sparsegpt(block_size: int, dampening: float) -> None:
     torch.manual_seed(0)
@@ -59,6 +72,8 @@ def test_settings_of_sparsegpt(block_size: int, dampening: float) -> None:
     assert_as_upstream(pruner, [torch.randn(24, 40)], inputs_with(40), [[0.5, 0.8]])
 
 
+@both_walks
+@pytest.mark.usefixtures("walk")
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.9])
 def test_zeros_that_are_kept(sparsity: float) -> None:
     """`preserve_sparsity_mask`: they stay zero and count, also in unequal columns."""
@@ -75,6 +90,8 @@ def test_zeros_that_are_kept(sparsity: float) -> None:
     assert not pruned[weights[0] == 0].any()
 
 
+@both_walks
+@pytest.mark.usefixtures("walk")
 @pytest.mark.parametrize("preserve", [False, True])
 def test_sets_of_inputs_share_a_walk(preserve: bool) -> None:
     """Each is pruned as it is alone, at its own sparsities; one Hessian is singular."""
@@ -133,3 +150,46 @@ def test_masks_rank_for_one_linear_as_the_mask_pruner_prunes(kind: str) -> None:
     assert all(map(torch.equal, both, (masked[1], weight - masked[2])))
     _, none = masks.masked_and_between(weight, observed, at[1], at[2], at[2])
     assert not none.any()
+
+
+@pytest.mark.parametrize("sets, columns, rows", [(1, 128, 9), (3, 20, 70), (2, 5, 3)])
+def test_patterns_of_eight_columns_are_their_columns_one_by_one(
+    sets: int, columns: int, rows: int
+) -> None:
+    torch.manual_seed(0)
+    part = torch.randn(sets, columns, rows)
+    inverse = torch.eye(columns) + torch.randn(sets, columns, columns).triu() / 3
+    mask = torch.rand_like(part) < 0.6
+    found = []
+    for prune in (sparsegpt._one_by_one, sparsegpt._by_patterns):
+        own, errors = part.clone(), torch.zeros_like(part)
+        prune(own, mask, inverse, errors)
+        found.append((own * ~mask, errors))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found[1][1] == 0, ~mask)
+
+
+@pytest.mark.parametrize("panel", [7, 8, 24, 1000])
+@pytest.mark.parametrize("singular", [False, True])
+def test_a_factor_by_panels(
+    panel: int, singular: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one rank; of several: tests/test_distributed.py."""
+    monkeypatch.setattr(factor, "PANEL", panel)
+    torch.manual_seed(0)
+    inputs = torch.ones(2, 24) if singular else inputs_with(24)
+    hessian, dampening = inputs.T @ inputs, 0.0 if singular else 0.01
+    expected = factored(hessian, dampening)
+    with imported("imagined_ranks") as script, script.imagined_ranks(1):
+        found = factored_together(hessian.clone(), dampening)
+    assert found is not None
+    triangle = found.triangle.triu()
+    torch.testing.assert_close(triangle, expected.triangle, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found.unused, expected.unused)
+    assert found.unused.tolist() == [not singular and i == 3 for i in range(24)]
+    if singular:
+        assert torch.equal(triangle, torch.eye(24))
+        return
+    dampened = hessian + torch.eye(24) * 0.01 * (hessian.trace() + 1) / 24
+    dampened[3, 3] += 1
+    torch.testing.assert_close(triangle @ triangle.T, dampened, rtol=1e-4, atol=1e-3)
