@@ -232,10 +232,18 @@ def _read_plain(path: Path, column: None) -> Iterator[str]:
         rest = ""
         while len(chunk := file.read(PIECE)) == PIECE:
             # between paragraphs, where the separator of documents stands anyway
-            text, between, after = (rest + chunk).rpartition(SEPARATOR)
-            yield text if between else after
-            rest = after if between else ""
+            text, rest = _cut(rest + chunk)
+            yield text
         yield rest + chunk
+
+
+def _cut(text: str) -> tuple[str, str]:
+    """Where a text is between two paragraphs, or lines, or words; else at its end."""
+    for between in (SEPARATOR, "\n", " "):
+        before, found, after = text.rpartition(between)
+        if found and before.strip():
+            return before, after
+    return text, ""
 
 
 def _read_lines(path: Path, column: str | None) -> Iterator[Document]:

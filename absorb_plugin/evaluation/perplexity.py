@@ -100,24 +100,46 @@ def _negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> flo
 @torch.no_grad()
 def linear_sparsity(model: PreTrainedModel) -> float:
     """
-    Share of zeros among the weights of all Linears except the output head. Of a model
-    that was saved in a quantised format it is the share among the dequantised weights,
-    so it counts those that rounding made zero as well.
+    Share of zeros among the weights of all Linears except the output head, and of
+    experts that transformers holds in one tensor. Of a model that was saved in a
+    quantised format it is the share among the dequantised weights, so it counts those
+    that rounding made zero as well.
 
     :raises ValueError: if the model has no such Linear, or one whose weights are packed
     """
     head = model.get_output_embeddings()
     zeros, weights = 0, 0
     for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and module is not head:
-            # accelerate leaves a meta tensor in place of what it offloads
-            with align_module_device(module):
-                weight = _dense_weight(module)
-                zeros += int((weight == 0).sum())
-                weights += weight.numel()
+        if module is head:
+            continue
+        # accelerate leaves a meta tensor in place of what it offloads
+        with align_module_device(module):
+            if isinstance(module, torch.nn.Linear):
+                own = [_dense_weight(module)]
+            else:
+                own = _experts(module)
+            zeros += sum(int((weight == 0).sum()) for weight in own)
+            weights += sum(weight.numel() for weight in own)
     if weights == 0:
         raise ValueError("the model has no Linear besides its output head")
     return zeros / weights
+
+
+def _experts(module: torch.nn.Module) -> list[torch.Tensor]:
+    """
+    Weights of all experts of a block, where a module has them in one tensor: of
+    transformers 5 every such class is called so.
+    """
+    if "Expert" not in type(module).__name__:
+        return []
+    found = [
+        parameter
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.dim() > 1 and "bias" not in name
+    ]
+    if not all(map(torch.is_floating_point, found)):
+        raise ValueError("the model's experts are packed: zeros cannot be counted")
+    return found
 
 
 def _dense_weight(linear: torch.nn.Linear) -> torch.Tensor:

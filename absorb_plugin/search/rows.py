@@ -47,20 +47,30 @@ class Rows:
         :param low: least sparsities, shape (N,)
         :param high: largest sparsities, shape (N,)
         :return: in all at most what `allocation` is, and less by no more than a weight
-            of the rows of one group, unless the bounds are in the way
+            of the rows of one group, unless no group may go higher
         """
         exact = self.columns * allocation
         counts = np.floor(exact + ROUNDING)
         found = np.maximum(counts / self.columns, low)
-        more = (counts + 1) / self.columns
         over = exact - counts
         missing = float(sizes @ (allocation - found)) - SHORT * float(sizes.sum())
         _, first = np.unique(self.groups, return_index=True)
-        for index in sorted(first, key=lambda i: (-over[i], i)):
-            own = self.groups == self.groups[index]
-            taken = float(sizes[own] @ (more - found)[own])
-            within = (more <= high)[own].all()
-            if over[index] > ROUNDING and taken <= missing and within:
-                found[own] = more[own]
-                missing -= taken
+        order = sorted(first, key=lambda i: (-over[i], i))
+        # what the bounds take from some goes to others, by more than a weight of these
+        cut_off = False
+        waiting = [index for index in order if over[index] > ROUNDING]
+        while waiting:
+            raised = False
+            for index in waiting:
+                own = self.groups == self.groups[index]
+                more = (np.floor(self.columns * found + ROUNDING) + 1) / self.columns
+                taken = float(sizes[own] @ (more - found)[own])
+                if not (more <= high)[own].all():
+                    cut_off = True
+                elif taken <= missing:
+                    found[own] = more[own]
+                    missing -= taken
+                    raised = True
+            again = cut_off and (raised or waiting is not order)
+            waiting = order if again else []
         return found

@@ -332,6 +332,11 @@ def test_long_plain_text_comes_in_pieces_that_are_the_whole(
     assert "\n\n".join(pieces) == text
     (tmp_path / "b.txt").write_text("x" * 175)  # nowhere to cut
     assert [len(piece) for piece in read_text(tmp_path / "b.txt")] == [50, 50, 50, 25]
+    # no line of its own: between two words
+    (tmp_path / "c.txt").write_text(" ".join(["word"] * 60))
+    assert all(
+        set(piece.split(" ")) == {"word"} for piece in read_text(tmp_path / "c.txt")
+    )
 
 
 # --- names and compression --------------------------------------------------------

@@ -2,9 +2,11 @@ import math
 
 import pytest
 import torch
+from helpers import tiny
 from helpers.words import make_model
 
 import absorb_plugin.evaluation.perplexity as evaluation
+from absorb_plugin._llmcompressor import linearize_moe
 from absorb_plugin.evaluation.perplexity import linear_sparsity, perplexity
 
 
@@ -87,6 +89,31 @@ def test_linear_sparsity_leaves_out_the_head():
         if isinstance(module, torch.nn.Linear)
     )
     assert linear_sparsity(model) == pytest.approx(2 * 16 * 32 / blocks)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "granitemoe"])
+def test_linear_sparsity_counts_experts_in_one_tensor(architecture):
+    """As of the Linears that llm-compressor makes of them."""
+    model = tiny.make_model(architecture)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "experts" in name and "bias" not in name:
+                weight[:, ::2] = 0
+            elif "experts" in name:
+                weight.zero_()
+    found = linear_sparsity(model)
+    linearize_moe(model)
+    assert 0.2 < found < 0.5
+    assert found == pytest.approx(linear_sparsity(model))
+
+
+def test_experts_of_packed_weights_are_not_counted():
+    model = tiny.make_model("qwen3_moe")
+    experts = model.model.layers[0].mlp.experts
+    packed = torch.zeros(4, 8, 8, dtype=torch.uint8)
+    experts.down_proj = torch.nn.Parameter(packed, requires_grad=False)
+    with pytest.raises(ValueError, match="experts are packed"):
+        linear_sparsity(model)
 
 
 def test_linear_sparsity_needs_linears():

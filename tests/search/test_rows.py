@@ -94,3 +94,17 @@ def test_a_cap_is_kept() -> None:
     found = budget.whole(np.array([0.55, 0.55, 0.48, 0.42]))
     assert found.max() <= 0.55
     assert budget.rows.taken(found).tolist() == [0.5, 0.5, 0.5, 0.4]
+
+
+def test_what_a_cap_cuts_off_goes_elsewhere() -> None:
+    """Most are capped between two whole weights of a row; the others have room."""
+    columns = np.full(12, 64.0)
+    budget = Budget.of(64 * columns, 0.6, 0.62)
+    budget = replace(budget, rows=Rows(columns, np.arange(12)))
+    before = budget.meet(np.array([0.5, 0.51, 0.52, *[0.7] * 9]))
+    found = budget.whole(before)
+    taken = budget.rows.taken(found)
+    assert found.max() <= 0.62
+    assert 0 <= 0.6 - budget.mean(taken) < 1 / 64 / 12
+    assert 0.6 - budget.mean(budget.rows.taken(before)) > 0.005
+    assert (taken[:3] > before[:3] + 1 / 64).any()  # by more than one weight
