@@ -5,6 +5,7 @@ promises one JSON object and no more.
 """
 
 import contextlib
+import copy
 import sys
 
 if "llmcompressor" not in sys.modules:
@@ -73,6 +74,9 @@ def linear_experts(model: Module) -> dict[str, Module]:
 
 
 def made_linear(experts: Module, config: PretrainedConfig) -> Module:
-    """Linears of experts in one tensor."""
+    """Linears of experts in one tensor, in its dtype."""
+    config = copy.copy(config)
+    # after `save_pretrained` the model's is a string, of which torch makes no Linear
+    config.dtype = next(experts.parameters()).dtype
     kind = LinearExperts2D.get_linear_experts_cls(type(experts))
     return kind.from_experts_module(experts, config)

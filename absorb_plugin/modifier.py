@@ -157,6 +157,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         from absorb_plugin.language_model import check_predicts_tokens
         from absorb_plugin.limits import check_matched
         from absorb_plugin.pruners import adapter, ranks
+        from absorb_plugin.pruners.experts import warn_of_packing
         from absorb_plugin.pruners.recipe import recipe_text
         from absorb_plugin.pruners.traced import keep_causal_masks
         from absorb_plugin.pruners.zeros import PrunedZeros
@@ -194,6 +195,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
                 count = len(self._pruners)
                 numbers = range(self._first_report, self._first_report + count)
                 check_replaceable(self._report_dir, numbers)
+        warn_of_packing(state.model)
         for found in self._pruners if self.reduce_pruner_statistics else ():
             if (attribute := found.pruner.rank_statistics) is not None:
                 ranks.reduce_statistics(found.modifier, attribute)

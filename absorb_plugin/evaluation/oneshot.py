@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,7 @@ from transformers import PreTrainedModel, set_seed
 import absorb_plugin  # registers the modifier that a recipe may name
 from absorb_plugin.files import check_writable
 from absorb_plugin.mistakes import check_patterns, in_words
-from absorb_plugin.pruners.experts import (
-    check_packing,
-    in_one_tensor,
-    packed_experts,
-    to_be_packed,
-)
+from absorb_plugin.pruners.experts import check_packing, name_as_stored
 from absorb_plugin.settings import expanded
 
 __all__ = [
@@ -268,33 +262,23 @@ def prune(
     :param seed: of every random number generator
     :param output_dir: where to save model, tokenizer and recipe.yaml, or None
     :return: the pruned model
+    :raises ValueError: if it could not be saved
     """
     # Else llm-compressor does the same and warns of it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     set_seed(seed)
-    packs = output_dir is not None and in_one_tensor(model)
-    if packs:
+    if output_dir is not None:
         check_packing(model)
-    with to_be_packed() if packs else nullcontext():
-        pruned = oneshot(
-            model=model,
-            tokenizer=tokenizer,
-            trust_remote_code_model=trust_remote_code,
-            recipe=recipe if isinstance(recipe, Recipe) else list(recipe),
-            dataset=samples,
-            num_calibration_samples=len(samples),
-            max_seq_length=len(samples[0]["input_ids"]),
-            shuffle_calibration_samples=False,
-            pipeline=pipeline,
-            output_dir=None if output_dir is None or packs else str(output_dir),
-        )
-    if packs:
-        with nullcontext() if _is_quantized(pruned) else packed_experts(pruned):
-            pruned.save_pretrained(str(output_dir))
-        tokenizer.save_pretrained(str(output_dir))
-    return pruned
-
-
-def _is_quantized(model: PreTrainedModel) -> bool:
-    """Of such experts transformers and vLLM differ in what they read."""
-    return any(getattr(one, "quantization_scheme", None) for one in model.modules())
+        name_as_stored(model)  # whether or not the recipe has our modifier
+    return oneshot(
+        model=model,
+        tokenizer=tokenizer,
+        trust_remote_code_model=trust_remote_code,
+        recipe=recipe if isinstance(recipe, Recipe) else list(recipe),
+        dataset=samples,
+        num_calibration_samples=len(samples),
+        max_seq_length=len(samples[0]["input_ids"]),
+        shuffle_calibration_samples=False,
+        pipeline=pipeline,
+        output_dir=None if output_dir is None else str(output_dir),
+    )

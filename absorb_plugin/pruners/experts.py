@@ -7,11 +7,20 @@ tensor) nobody would find them again, and random numbers would stand in their pl
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import contextmanager, nullcontext
+from functools import update_wrapper
+from types import MethodType
 from typing import Any
 
 import torch
+from compressed_tensors.offload import (
+    disable_onloading,
+    update_offload_parameter,
+)
+from compressed_tensors.offload.convert import from_accelerate
+from llmcompressor.transformers.compression.compressed_tensors_utils import (
+    modify_save_pretrained,
+)
 from loguru import logger
 from torch.nn import Module
 
@@ -20,13 +29,13 @@ from absorb_plugin._llmcompressor import (
     linear_experts,
     made_linear,
 )
+from absorb_plugin.torch_state import stored
 
 __all__ = [
     "check_packing",
-    "in_one_tensor",
     "name_as_stored",
     "packed_experts",
-    "to_be_packed",
+    "warn_of_packing",
 ]
 
 # What transformers holds of all experts -> the Linears that an expert has of it.
@@ -40,72 +49,146 @@ SOURCE = re.compile(r"experts\.\*\.(\w+)\.weight$")
 # As of a model that was loaded within llm-compressor's `load_quantizable_moe`.
 NUMBERED = r".experts.\1."
 
-_TO_BE_PACKED: ContextVar[bool] = ContextVar("to_be_packed", default=False)
 
-
-def name_as_stored(model: Module) -> None:
+def name_as_stored(model: Any) -> None:
     """
-    Have `save_pretrained` give the experts' Linears the names of the model's own
-    checkpoints; a warning where these have no Linears of single experts.
+    Have `save_pretrained` write experts as the model's own checkpoints have them:
+    by the names there, or packed where these have no Linears of single experts.
     """
-    if not linear_experts(model) or _named_already(model):
-        return
-    names = _names_in_checkpoints(model)
-    if not names:
-        if _TO_BE_PACKED.get():
-            return
-        logger.warning(
-            f"{type(model).__name__}: checkpoints of this model have all experts of a "
-            "block in one tensor, and llm-compressor saves them one by one, which "
-            "transformers reads as random numbers. `absorb prune` packs them; else "
-            "leave output_dir out, and call model.save_pretrained within "
-            "absorb_plugin.pruners.experts.packed_experts(model)"
-        )
-    elif any(own != stored for own, stored in names.items()):
-        _rename(model, names)
+    if _in_one_tensor(model):
+        if not isinstance(model.save_pretrained, _SavePacked):
+            model.save_pretrained = _SavePacked(model)
+    elif _has_experts(model) and not _named_already(model):
+        names = _names_in_checkpoints(model)
+        if any(own != stored for own, stored in names.items()):
+            _rename(model, names)
 
 
-def in_one_tensor(model: Module) -> bool:
-    """Whether the model has experts, and they are stored so."""
-    if not (fused_experts(model) or linear_experts(model)):
-        return False  # transformers 4, which has no conversions, is not asked for them
-    return not (_named_already(model) or _names_in_checkpoints(model))
+class _SavePacked:
+    """
+    `model.save_pretrained`, with experts in one tensor while it runs. An object that
+    has the model, so that a deep copy of the model has one of its own: llm-compressor's
+    wrapper is a function, of which there is no copy, and saves the model that it was
+    made for. So it is made anew each time.
+    """
+
+    __wrapped__: Any
+    _overridden = True  # llm-compressor's mark: another `oneshot` leaves it as it is
+
+    def __init__(self, model: Any) -> None:
+        saving = model.save_pretrained
+        self.model = model
+        # of llm-compressor's wrapper what it calls
+        wrapped = hasattr(saving, "_overridden")
+        update_wrapper(self, saving.__wrapped__ if wrapped else saving.__func__)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        model = self.model
+        quantized = _is_quantized(model)
+        if quantized:
+            logger.warning(
+                f"{type(model).__name__}: checkpoints of this model have all experts "
+                "of a block in one tensor. Of a quantised model llm-compressor saves "
+                "them one by one, which transformers reads as random numbers"
+            )
+        model.save_pretrained = MethodType(self.__wrapped__, model)
+        modify_save_pretrained(model)
+        try:
+            # before llm-compressor offloads the model for accelerate
+            with nullcontext() if quantized else packed_experts(model):
+                model.save_pretrained(*args, **kwargs)
+        finally:
+            model.save_pretrained = self
 
 
 @contextmanager
 def packed_experts(model: Module) -> Iterator[None]:
-    """Within, experts are in one tensor, as they were before llm-compressor."""
+    """
+    Within, experts are in one tensor, as they were before llm-compressor, and their
+    Linears are empty, which saves the memory of holding both.
+
+    :raises ValueError: if they would not come back
+    """
     linear: dict[str, Any] = dict(linear_experts(model))
+    packed: dict[str, Module] = {}
     try:
         for name, module in linear.items():
-            model.set_submodule(name, _packed(module))
+            packed[name] = _packed(module)
+            model.set_submodule(name, packed[name])
+            _empty(module)
         yield
     finally:
-        for name, module in linear.items():
-            model.set_submodule(name, module)
+        if any(hasattr(module, "_hf_hook") for module in model.modules()):
+            from_accelerate(model)  # as llm-compressor does unless saving has failed
+        while packed:
+            name, fused = packed.popitem()
+            _fill(linear[name], fused)
+            model.set_submodule(name, linear[name])
 
 
-@contextmanager
-def to_be_packed() -> Iterator[None]:
-    """Within, nobody needs to be told of experts in one tensor."""
-    token = _TO_BE_PACKED.set(True)
+def warn_of_packing(model: Module) -> None:
+    """Where `check_packing` refuses; nobody may want to save the model."""
     try:
-        yield
-    finally:
-        _TO_BE_PACKED.reset(token)
+        check_packing(model)
+    except ValueError as error:
+        logger.warning(f"{error}, neither by output_dir nor by save_pretrained")
 
 
 def check_packing(model: Module) -> None:
     """
-    To be asked before minutes are spent on a model that is saved with `packed_experts`.
+    To be asked before minutes are spent on a model that is to be saved.
 
-    :raises ValueError: if its experts would not come back
+    :raises ValueError: if its experts are stored in one tensor, and would not come back
     """
+    if not _in_one_tensor(model):
+        return
     linear = next(iter(linear_experts(model).values()), None)
     if linear is None:
         fused = next(iter(fused_experts(model).values()))
         linear = made_linear(fused, getattr(fused, "config", model.config))
     _packed(linear)  # the others are alike
+
+
+def _has_experts(model: Module) -> bool:
+    return bool(fused_experts(model) or linear_experts(model))
+
+
+def _in_one_tensor(model: Module) -> bool:
+    """Whether the model has experts, and they are stored so."""
+    # transformers 4, which has no conversions, is not asked for them
+    return _has_experts(model) and not (
+        _named_already(model) or _names_in_checkpoints(model)
+    )
+
+
+def _is_quantized(model: Module) -> bool:
+    """Of such experts transformers and vLLM differ in what they read."""
+    return any(getattr(one, "quantization_scheme", None) for one in model.modules())
+
+
+def _weights(experts: Module) -> list[torch.Tensor]:
+    """As they lie."""
+    found = [x for one in experts.modules() for x in stored(one._parameters).values()]
+    return [x for x in found if x is not None]
+
+
+def _empty(experts: Module) -> None:
+    """Give back their memory, unless they are on disk or processes share them."""
+    for weight in _weights(experts):
+        on_cpu = weight.device.type == "cpu"
+        if not (weight.is_meta or (on_cpu and weight.is_shared())):
+            weight.data = weight.new_tensor(torch.nan).expand(weight.shape)
+
+
+@torch.no_grad()
+def _fill(linear: Any, fused: Module) -> None:
+    """Undo `_empty`; `_packed` has seen that the weights are these."""
+    empty = [weight for weight in _weights(linear) if not any(weight.stride())]
+    for weight in empty:
+        weight.data = weight.new_empty(weight.shape)
+    with disable_onloading():
+        for index in range(linear.num_experts if empty else 0):
+            linear[index].copy_from_experts_module(fused, index)
 
 
 @torch.no_grad()
@@ -122,13 +205,20 @@ def _packed(linear: Any) -> Module:
             "tensor, into which llm-compressor puts them again from 0.14 on. Install "
             "that, or the pruned model could not be saved"
         )
-    fused = linear.to_experts_module()
+    try:
+        fused = linear.to_experts_module()
+    except Exception as error:  # Llama 4's do not know what they were made of
+        raise ValueError(
+            f"{type(linear).__name__}: llm-compressor cannot put the Linears that it "
+            f"made of these experts into one tensor again ({error}), as which "
+            "transformers reads them: the pruned model could not be saved"
+        ) from error
     if _same(linear, fused):
         return fused
     for name in ("gate_up_proj", "gate_up_proj_bias"):
         if isinstance(both := getattr(fused, name, None), torch.Tensor):
             dim = 1 if both.dim() == 3 and not fused.is_transposed else -1
-            both.copy_(_in_turn(both, dim))
+            update_offload_parameter(fused, name, _in_turn(both, dim))
     if _same(linear, fused):
         return fused
     raise ValueError(
