@@ -69,7 +69,7 @@ def allocate(
             final, direction = search.sparsity, search.direction
         elif settings.strength != 0:
             final, direction = method.step(final, budget, settings.strength)
-        if method.confirms and final is not base.sparsity:
+        if method.undecided(final, base, budget):
             search, confirmed = method.confirmed(final, base, budget, search)
             final = confirmed.sparsity
             direction = direction if search is None else search.direction

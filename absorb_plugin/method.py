@@ -77,8 +77,8 @@ class Method:
         self._effort = settings.measuring()
         judged = settings.strength == "auto"
         by_loss = needs_loss(settings, self.signal)
-        self.confirms = judged and self._effort.confirm > 0
-        prunes = self.confirms or (by_loss and self.signal.prunes)
+        self._confirms = judged and self._effort.confirm > 0
+        prunes = self._confirms or (by_loss and self.signal.prunes)
         samples = SampleSplit(
             batches,
             self._effort,
@@ -160,6 +160,11 @@ class Method:
         """One step of exactly that size, as in the paper, and its direction."""
         direction = measure_direction(self.setting, self.signal, start)
         return budget.meet(corrected(start, direction, strength)), direction
+
+    def undecided(self, final: np.ndarray, base: Base, budget: Budget) -> bool:
+        """Whether the pruner's own arithmetic has several allocations to choose from."""
+        alone = np.array_equal(base.sparsity, budget.uniform())
+        return self._confirms and not (final is base.sparsity and alone)
 
     def confirmed(
         self,

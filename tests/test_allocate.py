@@ -193,6 +193,39 @@ def test_where_the_pruner_prefers_another_start_the_search_begins_there(
     np.testing.assert_array_equal(found.sparsity, found.search.sparsity)
 
 
+@pytest.mark.parametrize("allocator", ["atp", "uniform"])
+def test_a_base_that_nothing_beat_is_compared_with_uniform(
+    allocator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the pruner's arithmetic, though masks prefer it; itself with nothing."""
+
+    def result(self: PrunedLoss) -> tuple[np.ndarray, np.ndarray]:
+        asked.append(len(self._candidates))
+        losses = np.array([20.0, 10.0, 15.0])[: asked[-1], None] * np.ones(2)
+        return losses, np.full(2, 10.0)
+
+    asked: list[int] = []
+    monkeypatch.setattr(PrunedLoss, "result", result)
+    line_search = "absorb_plugin.search.line_search"
+    means = [1.0, 2.0, 3.0]  # by masks
+    monkeypatch.setattr(f"{line_search}._means", lambda sums, _: means[: len(sums)])
+    monkeypatch.setattr(f"{line_search}.beyond", lambda *_: False)
+    found = runs.allocate(
+        tiny.make_model("llama"),
+        [tiny.make_batch(8)],
+        allocator=allocator,
+        strength="auto",
+        rounds=1,
+    )
+    if allocator == "uniform":
+        assert found.confirmed is None and not asked
+        return
+    assert found.confirmed is not None and asked[0] == 2
+    assert found.confirmed.losses["base"] == 2.0
+    assert found.confirmed.losses["uniform"] == found.confirmed.loss == 1.0
+    assert np.ptp(found.sparsity) < 1e-6 < np.ptp(found.base.sparsity)
+
+
 def test_as_many_weights_go_as_the_budget_says(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -52,8 +52,11 @@ def test_experts_in_one_tensor(
     assert len(named) == fused
 
 
-def test_a_forward_that_fails_is_told_in_words() -> None:
-    model = tiny.make_model("llama")
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+def test_a_forward_that_fails_is_told_in_words(architecture: str) -> None:
+    model = tiny.make_model(architecture)
     model.model.layers[1].mlp.forward = lambda x: x.view(-1, 7, 11)
-    with pytest.raises(ValueError, match="its forward fails on one calibration sample"):
+    with pytest.raises(ValueError, match="its forward fails on one") as caught:
         runs.allocate(model)
+    of_experts = "the Linears that llm-compressor made of its experts do not"
+    assert (of_experts in str(caught.value)) == (architecture != "llama")

@@ -15,6 +15,7 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 
 import absorb_plugin
+from absorb_plugin.blocks import find_blocks
 from absorb_plugin.calibration import Batch
 from absorb_plugin.forward import graphs
 from absorb_plugin.forward.head import OutputHead
@@ -178,3 +179,31 @@ def test_padding_and_dtype_do_no_harm(architecture: str, which: str) -> None:
     run(model, [batch], probe)
     assert np.isfinite(numbers(probe)).all()
     tiny.assert_untouched(model, before)
+
+
+SCALES = torch.linspace(0.5, 1.5, tiny.SHAPE["hidden_size"])
+
+
+@pytest.mark.parametrize("memory", [None, 1])
+@pytest.mark.parametrize("which", [n for n in PROBES if not PROBES[n].same_batch])
+def test_a_users_hook_may_change_what_enters_a_block(
+    which: str, memory: int | None
+) -> None:
+    """
+    It is part of the block. One that changes what leaves the block before comes to the
+    same, but that noise is added to one or the other.
+    """
+    found = []
+    for entering in (True, False):
+        model = tiny.make_model("llama")
+        first, second, *_ = find_blocks(model).modules
+        if entering:
+            second.register_forward_pre_hook(lambda _, args: (args[0] * SCALES,))
+        else:
+            first.register_forward_hook(lambda *given: given[-1] * SCALES)
+        batch = tiny.make_batch()
+        probe = PROBES[which].make(place(model, batch))
+        run(model, [batch], probe, memory=memory)
+        found.append(numbers(probe))
+    if "noise" not in which:
+        np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-7)

@@ -12,6 +12,7 @@ import torch
 from loguru import logger
 from torch.nn import Module
 
+from absorb_plugin._llmcompressor import linear_experts
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch, token_mask
 from absorb_plugin.forward.head import OutputHead
@@ -34,6 +35,10 @@ COMPARED = 16
 # What tells of the device or the machine, not of the model.
 MACHINE = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", MemoryError))
 
+IF_EXPERTS = (
+    "If so, the Linears that llm-compressor made of its experts do not, and it cannot "
+    "prune this model, with or without AbsorptionAllocationModifier"
+)
 BASE_ALONE = "strength: 0, which keeps the base allocation and runs no block twice"
 INSTEAD = f"Use {BASE_ALONE}"
 
@@ -67,7 +72,8 @@ def check_forward(
         told = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
             f"model: its forward fails on one calibration sample of {[*sample]} "
-            f"({told}). Does the model take such a batch by itself? {WITHOUT_FORWARD}"
+            f"({told}). Does the model take such a batch by itself? "
+            f"{IF_EXPERTS if linear_experts(model) else WITHOUT_FORWARD}"
         ) from error
     calls.result()
     if by_part:

@@ -320,15 +320,18 @@ class _BlockHooks:
         self._hooks = ExitStack()
         self._onloaded = ExitStack()
         self._listening = False
+        self._call: BlockCall | None = None  # of the block that runs
         self._shape = torch.Size()  # of the ids: (batch, tokens)
 
     def __enter__(self) -> "_BlockHooks":
         for index, block in enumerate(self._blocks.modules):
             # Not HooksMixin.register_hook: those are asleep while we calibrate.
             add_enter, add_leave = (
+                # before those of the user, which may change what enters the block
                 partial(
                     block.register_forward_pre_hook,
                     partial(self._enter, index),
+                    prepend=True,
                     with_kwargs=True,
                 ),
                 partial(
@@ -381,6 +384,7 @@ class _BlockHooks:
     def forget(self, measured: list[dict[str, Any]]) -> None:
         """Go back to what was measured before a batch that broke off."""
         self._onloaded.close()
+        self._call = None
         for probe, state in zip(self._probes, measured, strict=True):
             probe.close()
             vars(probe).update(state)
@@ -401,7 +405,9 @@ class _BlockHooks:
             probe.enter(index, block)
             before = probe.redirect(index, call.hidden)
         self._parts.apart = max(probe.apart for probe in self._probes)
-        return call.put(call.hidden if before is None else before)
+        given = call.put(call.hidden if before is None else before)
+        self._call = BlockCall(*given, call.key)
+        return given
 
     def _leave(
         self, index: int, block: Module, args: tuple, kwargs: dict, output: object
@@ -409,7 +415,8 @@ class _BlockHooks:
         if not self._listening:
             return None
         self._parts.apart = 0
-        call = BlockCall.of(block, args, kwargs)
+        call, self._call = self._call, None
+        assert call is not None
         after = hidden_state(output, block)
         self._head.output = hollow(output)
         self._check(index, after)

@@ -100,7 +100,8 @@ def _judged(
     if search is None:
         return None, {}, ""
     losses = {name: search[f"{name}_loss"] for name in ("base", "uniform")}
-    return search["loss"], losses, "masked perplexity, held-out calibration text"
+    how = "masked perplexity, on the held-out text that chose it"
+    return search["loss"], losses, how
 
 
 def _outcome(profile: Profile) -> str:

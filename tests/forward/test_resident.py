@@ -34,7 +34,7 @@ from absorb_plugin.forward.resident import (
 )
 from absorb_plugin.forward.run import run_probes
 from absorb_plugin.forward.runner import ProbeRunner
-from absorb_plugin.pruners import SparseGPT
+from absorb_plugin.pruners import SparseGPT, sparsegpt
 from absorb_plugin.pruners.packed import Packed
 from absorb_plugin.pruners.weights import PrunedSlopes
 from absorb_plugin.settings import AllocationSettings
@@ -385,9 +385,14 @@ def made_weights(where: Any, room: int) -> tuple[PrunedModel, PrunedSlopes]:
 
 @pytest.mark.parametrize("linears", [0, 3, 100])
 def test_pruned_weights_stay_while_there_is_room(
-    linears: int, device: FakeDevice, offloaded: PreTrainedModel
+    linears: int,
+    device: FakeDevice,
+    offloaded: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     host = tiny.make_model("llama")
+    # on the host too by patterns of columns, which round otherwise
+    monkeypatch.setattr(sparsegpt, "launches", lambda device: True)
     expected = made_weights(place(host, tiny.make_batch()), 0)[1]
     # in memory of the host itself they are as they come
     assert all(isinstance(x, torch.Tensor) for w in packed_weights(expected) for x in w)
@@ -454,14 +459,14 @@ def test_what_is_left_for_them(
     set_room(offloaded, 3, monkeypatch)
     before = spare(offloaded, blocks.modules, MEMORY)
     assert sum(sizes) <= before <= sum(sizes) + 2
-    roomy = ProbeRunner(offloaded, blocks, 10**6)
+    roomy = ProbeRunner(offloaded, blocks, 10**7)
     needs = (
         PROBES["model pruned by sparsegpt"]
         .make(place(offloaded, tiny.make_batch()))
         .needs
     )
     samples = [tiny.make_batch(1)] * 3
-    set_room(offloaded, 3, monkeypatch, 10**6)
+    set_room(offloaded, 3, monkeypatch, 10**7)
     assert abs(roomy.spare(needs, samples) - before) <= 2
     # one that passes its limit has taken the room of blocks that are kept
     assert ProbeRunner(offloaded, blocks, MEMORY).spare(needs, samples) == 0
