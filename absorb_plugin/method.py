@@ -162,7 +162,7 @@ class Method:
         return budget.meet(corrected(start, direction, strength)), direction
 
     def undecided(self, final: np.ndarray, base: Base, budget: Budget) -> bool:
-        """Whether the pruner's own arithmetic has several allocations to choose from."""
+        """Whether the pruner's own arithmetic has several to choose from."""
         alone = np.array_equal(base.sparsity, budget.uniform())
         return self._confirms and not (final is base.sparsity and alone)
 
