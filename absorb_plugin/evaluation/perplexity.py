@@ -132,7 +132,7 @@ def _experts(module: torch.nn.Module) -> list[torch.Tensor]:
     """
     if "Expert" not in type(module).__name__:
         return []
-    found = [
+    found: list[torch.Tensor] = [
         parameter
         for name, parameter in module._parameters.items()
         if parameter is not None and parameter.dim() > 1 and "bias" not in name
