@@ -23,10 +23,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -58,7 +60,7 @@ from absorb_plugin.forward.run import run_probes
 from absorb_plugin.groups import Groups
 from absorb_plugin.judges import MaskedLoss, PrunedLoss
 from absorb_plugin.precision import gram, ieee_float32
-from absorb_plugin.pruners import PRUNERS
+from absorb_plugin.pruners import PRUNERS, factor, sparsegpt, together
 from absorb_plugin.pruners.weights import (
     MaskedSlopes,
     MaskedWeights,
@@ -316,6 +318,24 @@ def primitives(device: torch.device, size: str) -> list[Row]:
     return rows
 
 
+def column_walks(device: torch.device, size: str) -> list[Row]:
+    """128 columns of SparseGPT: one by one, as on a CPU, or by patterns of eight."""
+    rows = []
+    for count in (256,) if size == "tiny" else (8192, 3 * 57344):
+        part = torch.randn(1, 128, count, device=device)
+        mask = torch.rand(part.shape, device=device) < S
+        inverse = torch.eye(128, device=device)[None].clone()
+        took = {}
+        for name in ("_one_by_one", "_by_patterns"):
+            errors = torch.zeros_like(part)
+            walk = partial(getattr(sparsegpt, name), part, mask, inverse, errors)
+            walk()
+            took[name] = min(seconds(device, walk) for _ in range(3))
+        one, eight = (1e3 * found for found in took.values())
+        rows.append({"rows": count, "one by one, ms": one, "by patterns, ms": eight})
+    return rows
+
+
 def onloading(device: torch.device, size: str) -> list[Row]:
     """
     From the host as weights come, and through page-locked memory (devices.py), several
@@ -558,11 +578,13 @@ def _allocate(rank: int, size: str, ranks: int, port: int, answers: Any) -> None
     device = torch.device(torch.accelerator.current_accelerator().type, rank)
     model = set_onload_device(build("tiny", torch.float32), device)
     found = {}
-    for pruner, (signal, _) in RANKS.items():
-        settings = AllocationSettings(strength=0.2, signal=signal, allocator="owl")
-        samples = dataset(model, 12, 64)
-        own = allocate_model(model, samples, S, settings, pruner=pruner)
-        found[pruner] = own.sparsity.tolist()
+    # a tiny Hessian too is factored by all ranks
+    with patch.object(together, "WIDE", 1), patch.object(factor, "PANEL", 32):
+        for pruner, (signal, _) in RANKS.items():
+            settings = AllocationSettings(strength=0.2, signal=signal, allocator="owl")
+            samples = dataset(model, 12, 64)
+            own = allocate_model(model, samples, S, settings, pruner=pruner)
+            found[pruner] = own.sparsity.tolist()
     if rank == 0:
         answers.put(found)
     torch.distributed.destroy_process_group()
@@ -592,6 +614,7 @@ def run_checks(device: torch.device, size: str, folder: str | None) -> dict[str,
     return {
         "versions": versions(device),
         "sorting and selecting": primitives(device, size),
+        "columns of SparseGPT": column_walks(device, size),
         "from the host": onloading(device, size),
         "against the CPU": against_cpu(device),
         "time and memory": stations(device, size),

@@ -50,6 +50,8 @@ def test_on_a_fake_accelerator(
     probes = {row["probe"] for row in found["against the CPU"]}
     assert probes == {*gpu_check.CHECKS, gpu_check.HESSIAN}
     assert all(row["ok"] for row in found["against the CPU"])
+    (walk,) = found["columns of SparseGPT"]
+    assert min(walk["by patterns, ms"], walk["one by one, ms"]) > 0
     kinds = [row["memory"] for row in found["from the host"]]
     assert kinds == ["pageable", "page-locked"]
 
