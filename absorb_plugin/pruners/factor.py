@@ -73,7 +73,8 @@ def factored_together(
     panels = list(_panels(size))
     summands = {n: own[:stop, start:stop] for n, (start, stop) in enumerate(panels)}
     # all memory is there before the others wait for this rank
-    mine = {n: torch.empty_like(x) for n, x in summands.items() if n % ranks == rank}
+    kept = [(n, x.shape) for n, x in summands.items() if n % ranks == rank]
+    mine = {number: own.new_empty(shape) for number, shape in kept}
     room = own.new_empty(3, size * min(PANEL, size))
     distributed.meet()
     diagonal = distributed.add({"": own.diagonal()})[""]
