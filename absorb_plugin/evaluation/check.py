@@ -356,7 +356,9 @@ def _left_dense(report: CheckReport) -> list[str]:
 
 
 def _is_dense(linear: LinearZeros) -> bool:
-    return linear.count.share < DENSE * (linear.planned or 0)
+    planned = linear.planned or 0
+    # of every row Wanda takes so many whole weights, and may take none
+    return planned * linear.columns >= 1 and linear.count.share < DENSE * planned
 
 
 def _beyond_plan(

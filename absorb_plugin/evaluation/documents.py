@@ -129,8 +129,9 @@ def _load_dataset(name: str, split: str) -> Iterable[Mapping[str, Any]]:
             return splits[split]
         return load_dataset(path, config or None, split=split, streaming=True)
     except Exception as error:  # each kind of dataset has its own errors
+        other = ". Name another split" if "split" in str(error) else ""
         raise ValueError(
-            f"cannot load dataset {name!r}, split {split!r}: {error}"
+            f"cannot load dataset {name!r}, split {split!r}: {error}{other}"
         ) from error
 
 

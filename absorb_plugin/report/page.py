@@ -79,10 +79,9 @@ def _tiles(profile: Profile) -> str:
 def _gains(profile: Profile) -> Iterator[tuple[str, str, str]]:
     """What was gained: as it was confirmed, else as the search saw it."""
     final, losses, how = _judged(profile)
-    for name, label in (
-        ("base", profile["settings"]["allocator"]),
-        ("uniform", "uniform"),
-    ):
+    labels = {profile["settings"]["allocator"]: "base"}
+    labels.setdefault("uniform", "uniform")
+    for label, name in labels.items():
         loss = losses.get(name)
         if loss is not None and final is not None:
             yield f"against {label}", f"{expm1(final - loss):+.1%}", how

@@ -189,7 +189,8 @@ def _descent(profile: Profile) -> Iterator[Chart]:
             Line("samples of each step", "realised", range(len(own)), own),
             Line("held out", "final", made, held_out, ring=ring),
         ],
-        f"{_taken(profile, ring is not None)} Every step goes by samples of its own.",
+        f"{_taken(profile, ring is not None)} Every step goes by other samples than "
+        "the one before, as far as there are any.",
     )
 
 
@@ -200,7 +201,9 @@ def _taken(profile: Profile, circled: bool = True) -> str:
     :param circled: that outcome; else it is the end of the path
     """
     confirmed = profile["confirmed"]
-    if confirmed is None or confirmed["chosen"] == "searched":
+    losses = {} if confirmed is None else confirmed["losses"]
+    # it may be base or uniform itself, and go by that name
+    if confirmed is None or losses[confirmed["chosen"]] == losses.get("searched"):
         return "Circled: taken." if circled else "The end was taken."
     what = "What is circled" if circled else "The end"
     return f"{what} went into the last comparison, which took another."

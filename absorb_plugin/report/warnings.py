@@ -19,6 +19,8 @@ Profile = Mapping[str, Any]
 
 # Wanda leaves up to one weight per row too many: 1/576 in a small model.
 TOLERANCE = 5e-3
+# Of rows of 50 columns it may take none where less is asked for.
+LESS_THAN_ONE = 2e-2
 NAMED = 4
 
 
@@ -54,16 +56,21 @@ def _correction(profile: Profile) -> str:
         return ""
     kept = start_was_kept(search)
     confirmed = profile["confirmed"] or {}
+    chosen = confirmed.get("chosen")
     if confirmed.get("anew"):
         start = "uniform" if search["start"] == "uniform" else base
+        end = f"The outcome that did better started from {start}"
+        if chosen in ("base", "uniform"):
+            end = f"Neither outcome did better than {allocation_name(profile, chosen)}"
         return (
             "The pruner's own arithmetic clearly preferred another start than masks "
-            "did, so the search was run once more from there. The outcome that did "
-            f"better started from {start}."
+            f"did, so the search was run once more from there. {end}."
         )
     if search["start"] == "uniform":
-        whole = kept and confirmed.get("chosen") in (None, "searched", "uniform")
+        whole = kept and chosen in (None, "searched", "uniform")
         return _started_from_uniform(search, base, whole)
+    if chosen not in (None, "searched", "base"):
+        return ""  # what was taken in its place is said there
     if kept and not search["steps"] and not search["rounds"]:
         return "The base allocation was kept: the slopes gave nothing to correct."
     if kept:
@@ -117,6 +124,18 @@ def _not_confirmed(profile: Profile) -> str:
     )
     taken = {"halfway": "halfway to what the search had found", "uniform": "uniform"}
     name = taken.get(chosen, f"that of {allocation_name(profile, chosen)} alone")
+    search = profile["search"]
+    if search is not None and start_was_kept(search):
+        kept = allocation_name(profile, search["start"])
+        other = (
+            "uniform" if search["start"] == "base" else allocation_name(profile, "base")
+        )
+        name = f"halfway between {kept} and {other}" if chosen == "halfway" else name
+        return (
+            f"No correction beat {kept} under masks. Judged by "
+            f"{judge_name(confirmed['judge'])}, it was not the best (nats: {losses}), "
+            f"so the allocation is {name}."
+        )
     return (
         f"Judged by {judge_name(confirmed['judge'])}, what the search had found did "
         f"not hold (nats: {losses}), so the allocation is {name}."
@@ -193,7 +212,7 @@ def _dense(profile: Profile) -> str:
     known = set(profile["unseen_linears"] or ())
     dense = _linears(
         profile["blocks"],
-        lambda x: x["realised_sparsity"] == 0 and x["sparsity"] > TOLERANCE,
+        lambda x: x["realised_sparsity"] == 0 and x["sparsity"] > LESS_THAN_ONE,
     )
     dense = [name for name in dense if name not in known]
     if not dense:

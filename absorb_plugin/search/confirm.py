@@ -62,10 +62,13 @@ def confirm(
     :param found: the outcome of the search, shape (N,)
     :param base: the base allocation
     :param judge: the pruner's, on samples that no choice has seen
-    :param settled: whether `found` is taken in any case, and only compared
+    :param settled: whether `found` is taken in any case, and only compared, with base
+        and uniform of as many weights
     """
     ballot = _Ballot(judge)
     uniform = budget.uniform()
+    if settled:  # and `found` may be one of these, in whole weights of a row
+        base, uniform = budget.whole(base), budget.whole(uniform)
     ballot.ask({"base": base, "uniform": uniform, "searched": found})
     best = min(("base", "uniform"), key=ballot.loss)
     chosen = ballot.twin("searched", ("base", "uniform"))

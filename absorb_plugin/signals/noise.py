@@ -390,6 +390,7 @@ class Noise(Signal):
         """The profile that the direction is of; it costs as much as all the rest."""
         if self not in setting.known:
             profile = self.profile(setting, setting.samples.in_turn())
+            profile.warn_if_below_floor(self.magnitude)
             setting.known[self] = profile
         return setting.known[self]
 
@@ -410,5 +411,4 @@ class Noise(Signal):
             samples[:most],
             self.samples,
         )
-        profile.warn_if_below_floor(self.magnitude)
         return profile

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from absorb_plugin.cli.check import _summary
 from absorb_plugin.evaluation import shards
-from absorb_plugin.evaluation.check import check_checkpoint
+from absorb_plugin.evaluation.check import _is_dense, check_checkpoint
+from absorb_plugin.evaluation.check_report import LinearZeros
 from absorb_plugin.evaluation.plan import COMMON
 from absorb_plugin.evaluation.shards import Checkpoint
-from absorb_plugin.evaluation.zeros import count_quantized
+from absorb_plugin.evaluation.zeros import Count, count_quantized
 from absorb_plugin.pruners import PRUNERS
 
 SCHEMES = ["W8A8", "W4A16", "FP8_DYNAMIC", "W4A16_ASYM", "NVFP4A16"]
@@ -641,3 +643,12 @@ def test_a_file_is_no_directory(plain: Path) -> None:
 def test_the_pruners_told_by_name_are_ours() -> None:
     """`absorb check` knows these without importing llm-compressor."""
     assert {pruner.modifier.__name__ for pruner in PRUNERS.values()} >= {*COMMON}
+
+
+def test_less_than_a_weight_of_every_row_is_none(plain: Path) -> None:
+    """Of rows of 64 columns Wanda takes none where 1 % is planned."""
+    found = LinearZeros("block", Count(0, 64 * 64, True), 64, 0.01)
+    assert not _is_dense(found)
+    more = replace(found, planned=0.02)
+    assert _is_dense(more)
+    assert not _is_dense(replace(more, count=Count(64, 64 * 64, True)))

@@ -167,3 +167,34 @@ def test_linears_without_tokens_are_named_once() -> None:
     profile["unseen_linears"] = [name]
     (found,) = find_warnings(profile)
     assert found.startswith("Saw no token") and name in found
+
+
+@pytest.mark.parametrize(
+    "start, chosen, name",
+    [
+        ("base", "uniform", "uniform"),
+        ("base", "halfway", "halfway between owl and uniform"),
+        ("uniform", "halfway", "halfway between uniform and owl"),
+        ("uniform", "base", "that of owl alone"),
+    ],
+)
+def test_a_start_that_was_kept_and_not_taken(
+    start: str, chosen: str, name: str
+) -> None:
+    """It is told once, and nothing is said to have been found or kept."""
+    confirmed = make_confirmed(chosen, halfway=4.35, uniform=4.4, searched=4.5)
+    confirmed["losses"][chosen] = 4.3
+    search = make_descent(taken=0) | {"start": start}
+    told = find_warnings(make_profile(search=search, confirmed=confirmed))
+    (found,) = [one for one in told if "so the allocation is" in one]
+    assert found.endswith(f"so the allocation is {name}.")
+    kept = "owl" if start == "base" else "uniform"
+    assert found.startswith(f"No correction beat {kept} under masks. Judged by")
+    assert not any("was kept" in one or "had found" in one for one in told)
+    assert not any("nothing beat it" in one for one in told)
+
+
+def test_a_search_from_another_start_that_did_not_hold() -> None:
+    confirmed = make_confirmed("base", base=4.4, searched=4.5) | {"anew": True}
+    told = find_warnings(make_profile(confirmed=confirmed))
+    assert told[0].endswith("Neither outcome did better than owl.")

@@ -1,6 +1,7 @@
 """The last comparison: what the pruner's arithmetic leaves of a search's outcome."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from absorb_plugin.search.confirm import Confirmed, confirm
 from absorb_plugin.search.correction import corrected
 from absorb_plugin.search.line_search import TIE
+from absorb_plugin.search.rows import Rows
 
 GOAL = BUDGET.meet(corrected(BASE, UP, 0.2))
 
@@ -56,6 +58,20 @@ def test_what_is_settled_is_kept() -> None:
     assert found.chosen == "searched" and found.gain < 0
     assert found.losses.keys() == {"base", "uniform", "searched"}
     np.testing.assert_array_equal(found.sparsity, GOAL)
+
+
+@pytest.mark.parametrize("name", ["base", "uniform"])
+def test_what_is_settled_goes_by_its_name(name: str) -> None:
+    """In whole weights of a row too, and beside others of as many weights."""
+    columns = np.full(len(BASE), 64.0)
+    budget = replace(BUDGET, rows=Rows(columns, np.arange(len(BASE))))
+    own = {"base": BASE, "uniform": UNIFORM}[name]
+    found = budget.whole(own)
+    assert not np.array_equal(found, own)
+    text = Text(distance_from(found))
+    assert confirm(found, BASE, budget, text, settled=True).chosen == name
+    for one in text.seen:
+        np.testing.assert_array_equal(budget.whole(one), one)
 
 
 def test_what_is_not_is_taken_back() -> None:
