@@ -328,4 +328,5 @@ def _device_for(tensor: torch.Tensor) -> torch.device:
 
 def _bytes(matrix: torch.Tensor) -> torch.Tensor:
     """Of any dtype, for not all are known to all process groups."""
-    return matrix.view(-1).view(torch.uint8)
+    # of one entry the stride may be any
+    return matrix.view(-1).as_strided((matrix.numel(),), (1,)).view(torch.uint8)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import ranks
 
-from absorb_plugin.distributed import fail_together
+from absorb_plugin.distributed import _bytes, fail_together
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 1800.0  # seconds, of a slow machine with other work
@@ -146,6 +146,13 @@ def test_an_error_that_takes_no_mark_is_raised_as_it_is() -> None:
 
     with pytest.raises(Sealed), fail_together(), fail_together():
         raise Sealed
+
+
+def test_a_matrix_of_one_entry_goes_over_the_group() -> None:
+    """As of columns that were turned: contiguous, whatever its stride is."""
+    matrix = torch.empty_strided((1, 1), (1, 7))
+    _bytes(matrix).zero_()
+    assert matrix.is_contiguous() and matrix.item() == 0.0
 
 
 USED = {

@@ -118,12 +118,14 @@ def packed_experts(model: Module) -> Iterator[None]:
             _empty(module)
         yield
     finally:
-        if any(hasattr(module, "_hf_hook") for module in model.modules()):
-            from_accelerate(model)  # as llm-compressor does unless saving has failed
-        while packed:
-            name, fused = packed.popitem()
-            _fill(linear[name], fused)
-            model.set_submodule(name, linear[name])
+        try:
+            if any(hasattr(module, "_hf_hook") for module in model.modules()):
+                from_accelerate(model)  # as llm-compressor does unless saving failed
+        finally:
+            while packed:
+                name, fused = packed.popitem()
+                _fill(linear[name], fused)
+                model.set_submodule(name, linear[name])
 
 
 def warn_of_packing(model: Module) -> None:

@@ -76,6 +76,8 @@ def factored_together(
     kept = [(n, x.shape) for n, x in summands.items() if n % ranks == rank]
     mine = {number: own.new_empty(shape) for number, shape in kept}
     room = own.new_empty(3, size * min(PANEL, size))
+    # what a factor takes for itself
+    _factor_panel(torch.eye(min(PANEL, size), device=own.device), room)
     distributed.meet()
     diagonal = distributed.add({"": own.diagonal()})[""]
     diagonal, unused = _dampened(diagonal, dampening)
@@ -100,7 +102,7 @@ def factored_together(
     if not keep:
         return None
     if bool(failed):  # as `factored`
-        own.copy_(torch.eye(size, device=own.device))
+        own.zero_().fill_diagonal_(1)
     return Factor(own, unused)
 
 

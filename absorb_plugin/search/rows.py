@@ -51,7 +51,7 @@ class Rows:
         """
         exact = self.columns * allocation
         counts = np.floor(exact + ROUNDING)
-        found = np.maximum(counts / self.columns, low)
+        found = np.clip(counts / self.columns, low, high)
         over = exact - counts
         missing = float(sizes @ (allocation - found)) - SHORT * float(sizes.sum())
         _, first = np.unique(self.groups, return_index=True)
