@@ -148,12 +148,15 @@ def descent_search(
     descents, current = [], found.sparsity
     for stage in stages:
         descents.append(descend_often(current, budget, stage, groups, times))
-        way = descents[-1].path[-1] - current
-        current = budget.meet(current + stage.share * way)
+        path = [
+            budget.meet(current + stage.share * (point - current))
+            for point in descents[-1].path
+        ]
+        current = path[-1]
     made = [step for descent in descents for step in descent.steps]
     found = replace(found, direction=descents[0].direction, steps=made)
     if len(stages) == 1:
-        return _best_of_path(found, descents[0].path, budget, own, tokens, judge)
+        return _best_of_path(found, path, budget, own, tokens, judge)
     return replace(
         found,
         sparsity=budget.whole(current),

@@ -42,11 +42,15 @@ from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.groups import EXPERT, Groups, linear_names
 from absorb_plugin.precision import widest_float
 from absorb_plugin.pruners.weights import Change, MaskedSlopes, PrunedSlopes
-from absorb_plugin.search.descent import Slopes
+from absorb_plugin.search.descent import Slopes, Stage
 from absorb_plugin.search.standard_error import standard_error
 from absorb_plugin.signals.base import Setting, Signal
 
 __all__ = ["Gradient", "GradientProbe", "LinearSlopes", "measured_slopes"]
+
+# Of the way of a descent, what is gone: the rest of it does a little good on text like
+# that of the calibration, and harm on other text (docs/benchmarks.md).
+SHARE = 0.8
 
 
 class GradientProbe(Probe):
@@ -250,6 +254,9 @@ class Gradient(Signal):
     differentiates: ClassVar[bool] = True
 
     step: float = Field(default=0.05, gt=0, lt=1)
+
+    def stages(self, setting: Setting, rounds: int) -> list[Stage]:
+        return [Stage(self.measurer(setting), rounds, share=SHARE)]
 
     def measurer(self, setting: Setting) -> Callable[[np.ndarray], Slopes]:
         return partial(self._measure, setting)
