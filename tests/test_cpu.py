@@ -40,96 +40,10 @@ def test_float32_is_left_alone(slow):
     assert torch.equal(inside, linear(x))
 
 
-def test_nothing_changes_on_an_accelerator(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+def test_nothing_changes_where_bfloat16_is_fast(monkeypatch):
+    monkeypatch.setattr(cpu, "bfloat16_is_slow", lambda: False)
     with cpu.fast_bfloat16():
         assert torch.overrides._len_torch_function_stack() == 0
-
-
-@pytest.fixture
-def fast(monkeypatch):
-    monkeypatch.setattr(cpu, "bfloat16_is_slow", lambda: False)
-
-
-def attention_case(which):
-    """Queries, keys and values, and how torch is asked."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = cpu.SHORT + 1 if which == "long" else 40
-    heads = 2 if which == "shared keys" else 6
-    shape = (3, 6, tokens, 16)
-    tensors = [
-        torch.randn((3, count, *shape[2:]), generator=generator).bfloat16()
-        for count in (6, heads, heads)
-    ]
-    seen = torch.ones(3, 1, tokens, tokens, dtype=torch.bool).tril()
-    seen[1, :, :, :4] = False  # of one sample four are padding
-    named = {
-        "causal": {"is_causal": True},
-        "shared keys": {"is_causal": True, "enable_gqa": True},
-        "all": {"scale": 0.3},
-        "mask": {"attn_mask": seen[:1]},
-        "mask of each": {"attn_mask": seen | torch.eye(tokens, dtype=torch.bool)},
-        "bias": {"attn_mask": torch.randn(6, tokens, tokens, generator=generator)},
-        "bias of heads": {
-            "attn_mask": torch.randn(3, 6, tokens, tokens, generator=generator)
-        },
-        "nothing to see": {"attn_mask": seen},
-        "long": {"is_causal": True},
-    }[which]
-    if "attn_mask" in named and named["attn_mask"].is_floating_point():
-        named["attn_mask"] = named["attn_mask"].bfloat16()
-    return tensors, named
-
-
-@pytest.mark.parametrize("cached", [1, 2**20])
-@pytest.mark.parametrize(
-    "which, ours",
-    [
-        ("causal", True),
-        ("shared keys", True),
-        ("all", True),
-        ("mask", True),
-        ("mask of each", True),
-        ("bias", True),
-        ("bias of heads", True),
-        ("nothing to see", False),
-        ("long", False),
-    ],
-)
-def test_attention_by_products(fast, which, ours, cached, monkeypatch):
-    """That of torch in float32 but for roundings, and its gradients."""
-    monkeypatch.setattr(cpu, "CACHED", cached)
-    tensors, named = attention_case(which)
-    attend = torch.nn.functional.scaled_dot_product_attention
-    wide = [x.float().requires_grad_() for x in tensors]
-    mask = named.get("attn_mask")
-    in_float = dict(named)
-    if mask is not None and mask.is_floating_point():
-        in_float["attn_mask"] = mask.float()
-    exact = attend(*wide, **in_float)
-    narrow = [x.clone().requires_grad_() for x in tensors]
-    assert (cpu._attention(*narrow, **named) is not None) == ours
-    with cpu.fast_bfloat16():
-        found = attend(*narrow, **named)
-    assert found.dtype == torch.bfloat16 and found.shape == exact.shape
-    torch.testing.assert_close(found.float(), exact, rtol=0.03, atol=0.03)
-    direction = torch.randn_like(exact)
-    gradients = torch.autograd.grad(found, narrow, direction.bfloat16())
-    expected = torch.autograd.grad(exact, wide, direction)
-    for one, other in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(one.float(), other, rtol=0.05, atol=0.05)
-
-
-@pytest.mark.parametrize("oddity", ["float32", "dropout", "three dimensions"])
-def test_attention_that_is_left_to_torch(oddity):
-    tensors, named = attention_case("causal")
-    if oddity == "float32":
-        tensors = [x.float() for x in tensors]
-    elif oddity == "dropout":
-        named["dropout_p"] = 0.5
-    else:
-        tensors = [x[0] for x in tensors]
-    assert cpu._attention(*tensors, **named) is None
 
 
 def test_mode_ends_with_the_block(slow):
