@@ -2,7 +2,7 @@
 Cholesky factors of Hessians, made by one rank or, of wide ones, by all that there are.
 
 A matrix of 28,672 columns, as before a 70B model's down projections, is factored by
-eight times as many operations as all others of its block take, and whoever waits for
+fourteen times as many operations as all others of its block take, and whoever waits for
 it waits for one rank. So its columns are cut into panels, from the last to the first.
 A panel is broadcast when all that come before it have been taken off; every rank
 factors it, and takes it off the panels that are its own, an n-th of the others.
