@@ -178,6 +178,8 @@ def test_candidates_are_pruned_at_once_where_there_is_room(
         return original(self, weights, observed, *rest)
 
     monkeypatch.setattr(SparseGPT, "prune_each", counted)
+    # what is found differs from the base, whatever the tiny model says
+    monkeypatch.setattr("absorb_plugin.search.line_search.gain", lambda *a: (1.0, 0.0))
     fields = {"signal": "gradient", **SEARCH, "confirm_samples": 2}
     expected = allocated(make_model("llama"), pruner="sparsegpt", **fields)
     assert set(sets) == {1}

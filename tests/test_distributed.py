@@ -89,8 +89,9 @@ def test_the_allocation_of_one_process(folder: Path, world: int) -> None:
             largest = np.abs(reference["direction"]).max()
             for mine, its, off in (
                 (entry[case]["targets"], reference["targets"], 1e-6),
-                # of SparseGPT's slopes Hessians are added up in another order
-                (entry[case]["direction"], reference["direction"], 2e-6 * largest),
+                # of SparseGPT's slopes Hessians are added up in another order, on one
+                # rank or, for several, on all
+                (entry[case]["direction"], reference["direction"], 4e-6 * largest),
                 (measured(entry[case]), measured(reference), 1e-6),
             ):
                 np.testing.assert_allclose(mine, its, rtol=0, atol=off, err_msg=case)
