@@ -25,6 +25,8 @@ __all__ = [
 
 # Rows of logits that go through the float32 softmax at once: 64 MB per 256k vocabulary.
 ROWS = 64
+# In the name of every class of transformers 5 that holds experts in one tensor.
+EXPERTS = "Expert"
 
 
 @torch.no_grad()
@@ -110,14 +112,12 @@ def linear_sparsity(model: PreTrainedModel) -> float:
     head = model.get_output_embeddings()
     zeros, weights = 0, 0
     for module in model.modules():
-        if module is head:
+        linear = isinstance(module, torch.nn.Linear)
+        if module is head or not (linear or EXPERTS in type(module).__name__):
             continue
         # accelerate leaves a meta tensor in place of what it offloads
         with align_module_device(module):
-            if isinstance(module, torch.nn.Linear):
-                own = [_dense_weight(module)]
-            else:
-                own = _experts(module)
+            own = [_dense_weight(module)] if linear else _experts(module)
             zeros += sum(int((weight == 0).sum()) for weight in own)
             weights += sum(weight.numel() for weight in own)
     if weights == 0:
@@ -126,12 +126,7 @@ def linear_sparsity(model: PreTrainedModel) -> float:
 
 
 def _experts(module: torch.nn.Module) -> list[torch.Tensor]:
-    """
-    Weights of all experts of a block, where a module has them in one tensor: of
-    transformers 5 every such class is called so.
-    """
-    if "Expert" not in type(module).__name__:
-        return []
+    """Weights of all experts of a block, where a module has them in one tensor."""
     found: list[torch.Tensor] = [
         parameter
         for name, parameter in module._parameters.items()

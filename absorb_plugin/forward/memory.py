@@ -41,9 +41,10 @@ SORTED_COPIES = 9
 # Matrices d × d in float32 beside what was observed: its dampened copy, turned round,
 # the factor, and that turned back.
 FACTOR_COPIES = 3
-# What 128 columns do under each pattern of eight that are pruned, per column and while
-# that is worked out five times (pruners/sparsegpt.py).
-TABLED, TABLE = 128, 5 * 4 * 8 * 2**8
+# Columns of SparseGPT of which one of 2 ** PATTERN patterns is pruned, how many columns
+# are tabled at a time, and what a table has per column, five times while it is made.
+PATTERN, TABLED = 8, 128
+TABLE = 5 * 4 * PATTERN * 2**PATTERN
 
 # "auto": this share of what is free, rounded down to a power of two, within bounds. On
 # an accelerator every batch onloads the model anew, so more memory is less traffic;

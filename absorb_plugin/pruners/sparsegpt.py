@@ -24,6 +24,7 @@ from llmcompressor.modifiers.pruning import SparseGPTModifier
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
 
 from absorb_plugin.devices import launches
+from absorb_plugin.forward.memory import PATTERN, TABLED
 from absorb_plugin.precision import gram
 from absorb_plugin.pruners.base import MaskPruner, Pruner
 from absorb_plugin.pruners.factor import Factor, factored, factored_together
@@ -33,9 +34,6 @@ from absorb_plugin.pruners.wanda import Wanda
 __all__ = ["SparseGPT"]
 
 GROUP = 32  # columns: what a processor's cache holds of many rows
-# columns: more would have more patterns than it takes launches to go one by one
-PATTERN = 8
-TABLED = 128  # columns whose patterns are tabled at a time (forward/memory.py)
 # Tokens make a Hessian of no higher rank than their number.
 JUDGE_TOKENS = 4096
 

@@ -75,17 +75,9 @@ def shared_out(
         names: sum(linears[name].out_features for name in names) * shape.numel()
         for names, shape in shapes.items()
     }
-    fair = copies * sum(walks.values()) / distributed.ranks()
-    found = Work(Observed(), {})
-    for names in sorted(walks, key=lambda names: walks[names], reverse=True):
-        parts = copies if copies * walks[names] > fair else 1
-        chosen = []
-        for _ in range(parts):
-            chosen.append(loads.index(min(loads)))
-            loads[chosen[-1]] += walks[names] * copies / parts
-        found.owners[names] = tuple(chosen * (copies // parts))
-        if names not in mine:
-            mine[names] = torch.zeros(shapes[names], device=_device(linears[names[0]]))
+    found = Work(Observed(), _owners(walks, copies, loads))
+    for names in found.owners.keys() - mine.keys():
+        mine[names] = torch.zeros(shapes[names], device=_device(linears[names[0]]))
     distributed.meet()  # all memory is there
     for names, owners in found.owners.items():
         own, keep = mine.pop(names), distributed.rank() in owners
@@ -170,6 +162,28 @@ def pruned_together(
     (own,) = prune_observed(pruner, linears, [work.observed], [own_wanted])
     work.observed.groups.clear()
     return told(linears, own, work.owners)
+
+
+def _owners(
+    walks: Mapping[Names, int], copies: int, loads: list[float]
+) -> dict[Names, tuple[int, ...]]:
+    """
+    The largest first, each where least is to do.
+
+    :param walks: what one copy of a group takes
+    :param loads: of every rank, added to
+    :return: as of `Work`
+    """
+    fair = copies * sum(walks.values()) / distributed.ranks()
+    owners: dict[Names, tuple[int, ...]] = {}
+    for names in sorted(walks, key=lambda names: walks[names], reverse=True):
+        parts = copies if copies * walks[names] > fair else 1
+        chosen = []
+        for _ in range(parts):
+            chosen.append(loads.index(min(loads)))
+            loads[chosen[-1]] += walks[names] * copies / parts
+        owners[names] = tuple(chosen * (copies // parts))
+    return owners
 
 
 def _widest(shapes: Mapping[Names, torch.Size]) -> Names | None:

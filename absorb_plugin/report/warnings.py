@@ -126,9 +126,10 @@ def _not_confirmed(profile: Profile) -> str:
     name = taken.get(chosen, f"that of {allocation_name(profile, chosen)} alone")
     search = profile["search"]
     if search is not None and start_was_kept(search):
-        kept = allocation_name(profile, search["start"])
-        other = (
-            "uniform" if search["start"] == "base" else allocation_name(profile, "base")
+        starts = ("base", "uniform")
+        kept, other = (
+            allocation_name(profile, one)
+            for one in (starts if search["start"] == "base" else starts[::-1])
         )
         name = f"halfway between {kept} and {other}" if chosen == "halfway" else name
         return (

@@ -469,22 +469,19 @@ def _extrapolated(
     Linear in blocks, and in batches after the first, which ranks the weights. Where
     ranks prune, on the one that has most to do: the others wait for it.
     """
-    layers = CONFIGS[name]["num_hidden_layers"]
+
+    def along(batches: int, rank: int = 0) -> Cost:
+        found = {
+            n: traced(name, n, station, pruner, together, batches, rank) for n in (1, 2)
+        }
+        return _along(found, CONFIGS[name]["num_hidden_layers"])
+
     if station.needs.single_batch:
-        of_ranks = []
-        for rank in range(station.gpus):
-            one, two = (
-                traced(name, n, station, pruner, together, batches, rank)
-                for n in (1, 2)
-            )
-            of_ranks.append(_along({1: one, 2: two}, layers))
+        of_ranks = [along(batches, rank) for rank in range(station.gpus)]
         return max(of_ranks, key=lambda cost: cost.total)
-    total = Cost()
-    firsts = {n: traced(name, n, station, pruner, together, 1) for n in (1, 2)}
-    total = _along(firsts, layers)
+    total = along(1)
     if batches > 1:
-        pairs = {n: traced(name, n, station, pruner, together, 2) for n in (1, 2)}
-        total = total.plus(_along(pairs, layers).plus(total, -1), batches - 1)
+        total = total.plus(along(2).plus(total, -1), batches - 1)
     return total
 
 
