@@ -37,6 +37,7 @@ __all__ = [
     "interleaved",
     "join_samples",
     "pad_to_batch",
+    "padding_share",
     "read_batches",
     "sample_key",
     "samples_of",
@@ -375,6 +376,15 @@ def cut_tokens(
 def count_tokens(batch: Batch) -> int:
     """Tokens that are no padding, of all samples of a batch."""
     return int(token_mask(batch).sum())
+
+
+def padding_share(batches: Iterable[Batch]) -> float:
+    """Of all positions, those that are padding."""
+    positions, tokens = 0, 0
+    for batch in batches:
+        positions += batch["input_ids"].numel()
+        tokens += count_tokens(batch)
+    return 1 - tokens / positions if positions else 0.0
 
 
 def token_mask(batch: Batch) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from loguru import logger
 
 from absorb_plugin.blocks import MUCH, BlockMap
-from absorb_plugin.calibration import Batch, count_tokens
+from absorb_plugin.calibration import Batch, count_tokens, padding_share
 from absorb_plugin.forward.inputs import unseen_linears
 from absorb_plugin.groups import Groups, linear_sizes
 from absorb_plugin.limits import bounds_of
@@ -30,11 +30,14 @@ __all__ = [
     "warn_of_few_tokens",
     "warn_of_granularity",
     "warn_of_other_weights",
+    "warn_of_padding",
     "widest",
 ]
 
 # Up to so many blocks the response of each takes no more passes than the gradient.
 RESPONSE_BLOCKS = 6
+# Share of padding that is told: pruners prune by it, and we judge without.
+PADDED = 0.01
 # Allocators whose authors rank blocks.
 BLOCKWISE = ("owl", "dlp", "alpha_pruning")
 
@@ -131,6 +134,35 @@ def warn_of_granularity(settings: AllocationSettings) -> None:
             "published results before Wanda and SparseGPT models collapse by that. Use "
             "granularity: block; level: linear corrects every Linear by the loss"
         )
+
+
+def warn_of_padding(settings: AllocationSettings, batches: Sequence[Batch]) -> None:
+    """
+    llm-compressor's pruners count what padding puts into a Linear, and we do not.
+
+    :raises ValueError: if a bound on the loss is to be kept by weights that are not
+        those that will be made
+    """
+    share = padding_share(batches)
+    if share <= PADDED:
+        return
+    told = (
+        f"{share:.0%} of the calibration set is padding. llm-compressor's pruners "
+        "prune by it as by any token, our losses leave it out"
+    )
+    remedy = (
+        "Do not pad: tokenise without padding, with batch_size=1 or "
+        'data_collator="truncation"'
+    )
+    if settings.max_loss_increase is not None:
+        raise ValueError(
+            f"max_loss_increase={settings.max_loss_increase}: {told}, so the bound "
+            f"would be of another model than the one that is made. {remedy}"
+        )
+    logger.warning(
+        f"{told}: the pruned model will be worse than the losses in log and report "
+        f"say. {remedy}"
+    )
 
 
 def warn_of_other_weights(blocks: BlockMap) -> None:

@@ -218,12 +218,14 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
     def _allocate(self, state: State) -> None:
         from absorb_plugin.allocate import allocate
         from absorb_plugin.calibration import read_batches
+        from absorb_plugin.choices import warn_of_padding
         from absorb_plugin.devices import computing_on_one_device
         from absorb_plugin.language_model import language_model
         from absorb_plugin.report import Report
         from absorb_plugin.report.folder import remove_others
 
         batches = read_batches(state.data.calib)
+        warn_of_padding(self, batches)
         for number, found in enumerate(self._pruners, self._first_report):
             with computing_on_one_device(state.model):
                 allocation = allocate(
@@ -255,14 +257,18 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         from absorb_plugin.pruners import ranks
         from absorb_plugin.pruners.experts import name_as_stored
-        from absorb_plugin.pruners.recipe import leave_recipe, say_whether_it_replays
+        from absorb_plugin.pruners.recipe import (
+            broken_off,
+            leave_recipe,
+            say_whether_it_replays,
+        )
         from absorb_plugin.pruners.zeros import at_the_end
 
         mask_kept = self._take_masks_away()
         for found in self._pruners:
             ranks.leave_statistics(found.modifier)
         # not if the run has failed, and the next one clears up after it
-        if all(found.modifier.ended_ for found in self._pruners):
+        if all(found.modifier.ended_ for found in self._pruners) and not broken_off():
             at_the_end(self, self._measure_realised)
             leave_recipe(self, state.model)
             name_as_stored(state.model)

@@ -3,7 +3,7 @@ What modifiers of llm-compressor other than pruners do to pruned weights. By nam
 modules moved between the versions that we support, and importing them takes seconds.
 """
 
-__all__ = ["DESTROYS_ZEROS", "ROTATE"]
+__all__ = ["DESTROYS_ZEROS", "REMOVES_LINEARS", "ROTATE", "WORKED_OUT"]
 
 # What they do to a weight that was pruned, measured in tests/test_quantization.py.
 DESTROYS_ZEROS = {
@@ -15,3 +15,10 @@ DESTROYS_ZEROS = {
 
 # What an allocation made before them does not know of.
 ROTATE = ("QuIPModifier", "SpinQuantModifier")
+
+# They take Linears out of the model while the recipe runs.
+REMOVES_LINEARS = ("REAPPruningModifier",)
+
+# Two fields that a modifier fills in together. The second is in recipe.yaml, and with
+# that the first is not worked out again when it is replayed, which fails.
+WORKED_OUT = {"SpinQuantModifier": ("mappings", "transform_config")}

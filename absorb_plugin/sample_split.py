@@ -124,6 +124,11 @@ class SampleSplit:
         self._signal = self._signal or windows
         return windows
 
+    def signal_tokens(self, rounds: int) -> int:
+        """Different tokens that so many rounds of a signal see, about."""
+        most = rounds * self._effort.signal * self._effort.tokens
+        return min(most, SampleUse("", self._measuring).tokens)
+
     def next_pruning(self) -> list[dict]:
         """
         What the pruner's own arithmetic prunes by, other samples every time as far as
@@ -142,6 +147,12 @@ class SampleSplit:
             if length >= longest:
                 break
             length *= 2
+        # those that were picked may be the shorter ones
+        while SampleUse("", windows).tokens < self._pruning_tokens:
+            if count == len(self._measuring):
+                break
+            count += 1
+            windows = self._pruning_windows(count, length)
         return windows
 
     def _pruning_windows(self, count: int, length: int) -> list[dict]:
@@ -209,11 +220,13 @@ def _held_out(samples: Sequence[dict], effort: Effort) -> tuple[list[dict], list
         )
     search = _enough(samples, effort.search, effort.tokens)
     confirm = _enough(samples, effort.confirm, effort.tokens)
-    if count < APART or not effort.confirm:
+    if count < APART:
         return evenly_spaced(samples, min(search, count // 2)), []
     # two at least, for a standard error, unless that is half of the samples
     least = min(2, count // 4)
     search = min(search, max(least, count // SEARCH_SHARE))
+    if not effort.confirm:
+        return evenly_spaced(samples, search), []
     confirm = min(confirm, max(least, count // CONFIRM_SHARE))
     chosen = evenly_spaced(samples, search + confirm)
     # taken in turn: samples are sorted by length, and both shall see all lengths

@@ -234,6 +234,10 @@ def test_weights_in_memory_that_the_ranks_share(folder: Path) -> None:
     assert agreement(shared[0], alone["sparsegpt, reduced"]) >= 0.999
 
 
+def test_experts_that_the_ranks_share_are_saved_as_they_are(folder: Path) -> None:
+    assert found(folder, "packed", 2) == [[], []]
+
+
 def test_a_rank_without_samples_prunes_as_the_others(folder: Path) -> None:
     (alone,), several = pruned(folder, 1), pruned(folder, 3)
     entries = [entry["one empty"] for entry in several]

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from helpers import probes, runs, tiny
 from helpers.cli import error_of, files_in
 from llmcompressor.core import reset_session
@@ -28,6 +29,7 @@ from transformers import AutoModelForCausalLM
 import absorb_plugin
 from absorb_plugin.allocators.base import Allocator, BaseAllocation
 from absorb_plugin.evaluation.output import check_output, check_space, staged_directory
+from absorb_plugin.forward import linears
 from absorb_plugin.hookspecs import hookimpl
 from absorb_plugin.plugins import PluginError, manager
 
@@ -229,7 +231,7 @@ def test_prune_on_a_small_disk_says_so_before_it_begins(
 ) -> None:
     arguments = prune_arguments(model_dir, wanda_recipe, text_file, small_disk / "out")
     message = error_of(*arguments)
-    assert "GB free, and the pruned model needs" in message and "make room" in message
+    assert "kB free, and the pruned model needs" in message and "make room" in message
     assert files_in(small_disk) == set()
 
 
@@ -364,6 +366,19 @@ def test_weights_that_are_not_finite(case: str, where: str, value: float) -> Non
         assert torch.equal(tensor.view(torch.int32), after[name].view(torch.int32))
 
 
+@pytest.mark.parametrize("kind", ["wanda", "sparsegpt"])
+def test_what_overflows_when_pruned_is_not_blamed_on_the_text(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dense model that is finite, and infinity where something is pruned."""
+    apply = linears.apply_linear
+    monkeypatch.setattr(
+        linears, "apply_linear", lambda *args: apply(*args).fill_(torch.inf)
+    )
+    with pytest.raises(ValueError, match="under the weights that pruning leaves"):
+        runs.allocate(tiny.small(), kind=kind, signal="auto", strength=0.1)
+
+
 class Raising(Allocator):
     name = "raising"
 
@@ -447,6 +462,23 @@ def test_samples_that_are_mostly_or_all_padding(
     np.testing.assert_array_equal(found.sparsity, expected.sparsity)
     (told,) = [line for line in logs if "left out" in line]
     assert told.startswith("WARNING 2 of 6 calibration samples")
+
+
+def test_pruners_prune_by_padding_and_that_is_told(
+    tmp_path: Path, warnings: list[str]
+) -> None:
+    rows = {
+        "input_ids": [[5] * 16] * 6,
+        "attention_mask": [[1] * 12 + [0] * 4] * 6,
+    }
+    data = Dataset.from_dict(rows)
+    runs.run(tiny.small(), [runs.absorption(), runs.pruner()], tmp_path, dataset=data)
+    (told,) = [line for line in warnings if "is padding" in line]
+    assert told.startswith("25% of the calibration set") and "truncation" in told
+    reset_session()
+    bounded = runs.absorption(max_loss_increase=0.1, strength="auto")
+    with pytest.raises(ValueError, match="max_loss_increase=0.1: 25% .* is padding"):
+        runs.run(tiny.small(), [bounded, runs.pruner()], tmp_path, dataset=data)
 
 
 @pytest.mark.parametrize("case", SIGNALS)

@@ -38,6 +38,13 @@ def with_ours(**fields: Any) -> Recipe:
     return lambda: [runs.absorption(**fields), runs.pruner()]
 
 
+class REAPPruningModifier(Modifier):
+    """Of this name; llm-compressor's own has been there since 0.14."""
+
+    def on_initialize(self, state: Any, **kwargs: Any) -> bool:
+        return True
+
+
 REFUSED: dict[str, tuple[Recipe, str]] = {
     "no pruner": (lambda: [runs.absorption()], "no pruning modifier follows"),
     "pruner before us only": (
@@ -105,6 +112,14 @@ REFUSED: dict[str, tuple[Recipe, str]] = {
             runs.pruner(targets=["re:.*_proj$", "lm_head"], ignore=[]),
         ],
         "max_loss_increase.*lm_head by name.*upper bound, 0.5.*in `ignore`",
+    ),
+    "experts that go in between": (
+        lambda: [REAPPruningModifier(), runs.absorption(), runs.pruner()],
+        "REAPPruningModifier takes Linears out.*`oneshot` of its own, before",
+    ),
+    "experts that go afterwards": (
+        lambda: [runs.absorption(), runs.pruner(), REAPPruningModifier()],
+        "REAPPruningModifier takes Linears out.*`oneshot` of its own, before",
     ),
     "limits of nothing": (
         with_ours(limits={"re:.*down$": (0.0, 0.5)}),

@@ -1,14 +1,16 @@
 """Pruning and quantisation in one recipe: what is zero stays zero."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from helpers import runs, tiny
-from llmcompressor.core import reset_session
+from llmcompressor.core import State, reset_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -200,6 +202,39 @@ def test_smoothquant_beside_us(
             yaml.safe_load(recipe)
     else:
         yaml.safe_load(recipe)
+
+
+@pytest.mark.contract
+def test_a_rotation_before_us_replays(tmp_path: Path) -> None:
+    """llm-compressor saves what it has worked out of it, with which it does not run."""
+    rotate = SpinQuantModifier(rotations=["R1", "R2"], transform_type="hadamard")
+    model, out = tiny.make_model("llama", num_hidden_layers=2), tmp_path / "out"
+    recipe = [rotate, runs.absorption(), runs.pruner()]
+    pruned = runs.run(model, recipe, tmp_path, output_dir=str(out))
+    reset_session()
+    again = tiny.make_model("llama", num_hidden_layers=2)
+    runs.run(again, str(out / "recipe.yaml"), tmp_path)
+    tiny.assert_same(again.state_dict(), pruned.state_dict())
+
+
+class Locked(Modifier):
+    """Of somebody else, with a field that no YAML can hold."""
+
+    lock: Any = None
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        self.lock = threading.Lock()
+        return True
+
+
+def test_a_recipe_that_cannot_be_written_does_not_cost_the_run(
+    tmp_path: Path, warnings: list[str]
+) -> None:
+    model = make_model()
+    runs.run(model, [runs.absorption(), runs.pruner(), Locked()], tmp_path)
+    assert share(zeros_of(model)) == pytest.approx(0.5, abs=0.01)
+    (told,) = [line for line in warnings if "does not load again" in line]
+    assert "TypeError" in told
 
 
 def test_no_warning_where_gptq_stands_before(

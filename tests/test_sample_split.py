@@ -213,6 +213,27 @@ def test_a_pruner_that_needs_more_tokens_sees_parts_of_long_samples() -> None:
     assert sum(one["input_ids"].numel() for one in pruning) > 12 * PRUNING_WINDOW
 
 
+def test_of_a_small_set_little_is_held_out_without_a_last_comparison() -> None:
+    samples = [sample(i) for i in range(24)]
+    alone = split(samples, search=9, confirm=0, pruning_tokens=None)
+    both = split(samples, search=9, confirm=9)
+    assert len(alone.search) == len(both.search) == 24 // 8
+    assert alone.confirm is alone.search
+
+
+@given(st.lists(st.integers(4, 40), min_size=4, max_size=12), st.integers(1, 300))
+def test_a_pruner_gets_its_tokens_if_they_are_there(
+    lengths: list[int], wanted: int
+) -> None:
+    """Also where short samples stand at the places that are picked."""
+    samples = [sample(i, length) for i, length in enumerate(lengths)]
+    found = split(samples, pruning_tokens=wanted)
+    tokens = sum(one["input_ids"].numel() for one in found.pruning)
+    held_out = set(numbers(found.search)) | set(numbers(found.confirm))
+    there = sum(n for i, n in enumerate(lengths) if i not in held_out)
+    assert tokens >= min(wanted, there)
+
+
 def test_what_is_judged_with_long_windows_is_not_padded_to_their_length() -> None:
     samples = [sample(i, 2000) for i in range(24)]
     found = split(samples, search=2, confirm=2, tokens=40, pruning_tokens=2500)

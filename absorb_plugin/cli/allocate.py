@@ -172,7 +172,9 @@ def _print(allocation: "Allocation", file: TextIO) -> None:
 
     table = Table()
     for column in ("block", "weights", "metric", "base", "sparsity"):
-        table.add_column(column, justify="left" if column == "block" else "right")
+        table.add_column(
+            column, justify="left" if column == "block" else "right", overflow="fold"
+        )
     bases = allocation.block_means(allocation.base.sparsity)
     sparsities = allocation.block_means(allocation.sparsity)
     for row, index in enumerate(allocation.blocks.prunable):

@@ -101,7 +101,9 @@ def _table(report: "CheckReport") -> "Table":
     # over the Linears of the plan, of which the other columns are not
     there = ["zeros there"] if report.ignored else []
     for column in ("block", "weights", "planned", *there, "zeros", "fewest", "most"):
-        table.add_column(column, justify="left" if column == "block" else "right")
+        table.add_column(
+            column, justify="left" if column == "block" else "right", overflow="fold"
+        )
     for name, linears in report.blocks().items():
         shares = [one.count.share for one in linears]
         table.add_row(

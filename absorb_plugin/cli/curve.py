@@ -57,7 +57,8 @@ def curve(
     debug: options.Debug = False,
 ) -> None:
     """Loss and perplexity of MODEL over sparsity: uniform, base, corrected."""
-    with command(debug, fields=("allocator", "effort", "ignore")) as stdout:
+    fields = ("allocator", "effort", "ignore", "sparsities")
+    with command(debug, fields=fields) as stdout:
         from absorb_plugin.evaluation.curve import as_dict, measure_curve
         from absorb_plugin.evaluation.loading import load_model
         from absorb_plugin.evaluation.output import check_figure

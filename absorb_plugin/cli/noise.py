@@ -113,11 +113,11 @@ def _print(found: "NoiseScan", file: TextIO) -> None:
     from rich.table import Table
 
     table = Table(title=f"Ratio r, computed in {found.dtype}")
-    table.add_column("noise after")
+    table.add_column("noise after", overflow="fold")
     below_floor = found.below_floor()
     for eta in found.magnitudes:
         mark = "*" if eta in below_floor else ""
-        table.add_column(f"η={eta:g}{mark}", justify="right")
+        table.add_column(f"η={eta:g}{mark}", justify="right", overflow="fold")
     for row, name in enumerate(found.names):
         table.add_row(
             escape(name), *(f"{profile.ratio[row]:.3f}" for profile in found.profiles)

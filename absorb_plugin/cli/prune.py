@@ -140,7 +140,8 @@ def prune(
         if profile_cache is not None:
             oneshot.keep_profiles(parsed, profile_cache)
         oneshot.check_caches(parsed, out)
-        output.check_space(out, weight_bytes(empty, dtype.value))
+        bits = oneshot.least_bits(parsed)
+        output.check_space(out, weight_bytes(empty, dtype.value, bits))
         check_saving(model, empty, tokenizer)
         data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
         modifiers = oneshot.ours(parsed)

@@ -103,6 +103,7 @@ def _read_run(path: Path, name: str) -> Run:
         fields |= _from_profiles(list(profiles.values()))
     for file, result in results:
         _add_result(fields, file, result)
+    _check_same_model(dict(results))
     return Run(name, **fields)
 
 
@@ -120,6 +121,17 @@ def _check_same_run(profiles: Mapping[Path, Mapping[str, Any]]) -> None:
                 "one report_dir at once: run one of them again, or remove the file "
                 "that is not of the run you mean"
             )
+
+
+def _check_same_model(results: Mapping[Path, Mapping[str, Any]]) -> None:
+    """:raises ValueError: naming two results that are not of one model"""
+    for (first, one), (file, other) in pairwise(results.items()):
+        for key in ("model", "sparsity"):
+            if None not in (one.get(key), other.get(key)) and one[key] != other[key]:
+                raise ValueError(
+                    f"{first} and {file} are of different models ({key} {one[key]} and "
+                    f"{other[key]}): put them into a directory each"
+                )
 
 
 def _files_of(folder: Path) -> list[Path]:

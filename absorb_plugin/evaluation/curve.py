@@ -22,7 +22,7 @@ from absorb_plugin.method import Method
 from absorb_plugin.overflow import exp, expm1
 from absorb_plugin.pruners import PRUNERS
 from absorb_plugin.pruners.present import ModelZeros
-from absorb_plugin.search.budget import Budget
+from absorb_plugin.search.budget import Budget, OutOfReach
 from absorb_plugin.search.confirm import confirm
 from absorb_plugin.search.line_search import Losses, gain
 from absorb_plugin.settings import AllocationSettings
@@ -83,13 +83,14 @@ def measure_curve(
     :param samples: rows of `input_ids` and `attention_mask`
     :param sparsities: budgets, ascending
     :param pruner: name of the pruner, with its default settings
+    :raises ValueError: naming a sparsity that zeros which are there leave out of reach
     """
     arithmetic = PRUNERS[pruner]()
     with set_up(model, settings) as blocks:
         caps = {s: budget_of(blocks, s, settings, arithmetic) for s in sparsities}
         zeros = ModelZeros.of(blocks, arithmetic)
         for cap in caps.values():  # what cannot be met is told of at once
-            zeros.within(cap, warn=cap is caps[sparsities[0]])
+            _check_zeros(zeros, cap, warn=cap is caps[sparsities[0]])
         batches = samples_of(samples)
         method = Method(model, blocks, batches, pruner=arithmetic, settings=settings)
         zeros = method.zeros(zeros)
@@ -117,6 +118,16 @@ def measure_curve(
         points,
         chosen_by=method.setting.samples.confirm is method.setting.samples.search,
     )
+
+
+def _check_zeros(zeros: ModelZeros, budget: Budget, warn: bool) -> None:
+    try:
+        zeros.within(budget, warn=warn)
+    except OutOfReach as error:
+        raise ValueError(
+            f"sparsities={budget.sparsity:g} is out of reach: the model has zeros "
+            f"already, which leave between {error.least:.4f} and {error.most:.4f}"
+        ) from error
 
 
 def _found(

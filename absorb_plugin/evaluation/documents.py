@@ -401,14 +401,22 @@ def _is_turn(turn: object) -> bool:
 
 def _as_text(turn: dict[str, Any], where: str) -> dict[str, Any]:
     """
-    With the text of content that is a list of parts, of which many templates would make
-    what Python prints.
+    With the text of content that is a list of parts, and none where there is no
+    content, as of a turn that calls tools: many templates would make what Python prints
+    of either.
 
-    :raises ValueError: if a part is no text
+    :raises ValueError: if the content, or a part of it, is no text
     """
     parts = turn["content"]
-    if not isinstance(parts, list):
+    if parts is None:
+        return turn | {"content": ""}
+    if isinstance(parts, str):
         return turn
+    if not isinstance(parts, list):
+        raise ValueError(
+            f"{where}: the content of a turn is {type(parts).__name__}, neither text "
+            "nor a list of parts that are text"
+        )
     told = [part.get("text") if isinstance(part, dict) else None for part in parts]
     texts = [text for text in told if isinstance(text, str)]
     if len(texts) < len(parts):

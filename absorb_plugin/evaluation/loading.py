@@ -147,7 +147,9 @@ def _check_language_model(model: str, config: PretrainedConfig) -> None:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
             f"{model} is a {config.model_type!r} model, of which transformers has none "
-            "that predicts the next token: only decoder language models can be judged"
+            "that predicts the next token as AutoModelForCausalLM. If it sees images, "
+            "and a class of its own predicts text, load that from Python and prune it "
+            "by `oneshot`"
         )
     tied = getattr(config.get_text_config(), "tie_word_embeddings", False)
     for name in config.architectures or []:
@@ -213,14 +215,22 @@ def _auto_class(config: PretrainedConfig) -> Any:
     return AutoModelForCausalLM
 
 
-def weight_bytes(model: PreTrainedModel, dtype: str) -> int:
+def weight_bytes(
+    model: PreTrainedModel, dtype: str, linear_bits: int | None = None
+) -> int:
     """
     :param model: with or without its weights
     :param dtype: of the weights, "auto" as they were saved
+    :param linear_bits: of the weights of Linears, if these are quantised
     """
     saved = model.config.get_text_config().dtype or torch.float32
     chosen = saved if dtype == "auto" else getattr(torch, dtype)
-    return sum(parameter.numel() for parameter in model.parameters()) * chosen.itemsize
+    found = sum(parameter.numel() for parameter in model.parameters())
+    if linear_bits is None:
+        return found * chosen.itemsize
+    linears = (x for x in model.modules() if isinstance(x, torch.nn.Linear))
+    quantised = sum(linear.weight.numel() for linear in linears)
+    return (found - quantised) * chosen.itemsize + quantised * linear_bits // 8
 
 
 def check_saving(name: str, model: PreTrainedModel, tokenizer: Any) -> None:

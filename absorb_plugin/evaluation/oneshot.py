@@ -23,6 +23,7 @@ from absorb_plugin.settings import expanded
 __all__ = [
     "check_caches",
     "keep_profiles",
+    "least_bits",
     "load_recipe",
     "ours",
     "parse_recipe",
@@ -78,6 +79,19 @@ def parse_recipe(text: str) -> Recipe:
     for modifier in ours(recipe):
         modifier.base_allocator()
     return recipe
+
+
+def least_bits(recipe: Recipe) -> int | None:
+    """The fewest bits that it quantises weights to; None if it quantises none."""
+    bits = []
+    for modifier in recipe.modifiers:
+        if not hasattr(modifier, "resolve_quantization_config"):
+            continue
+        # of a copy: llm-compressor fills in what it finds
+        found = modifier.model_copy(deep=True).resolve_quantization_config()
+        weights = [group.weights for group in found.config_groups.values()]
+        bits += [one.num_bits for one in weights if one is not None]
+    return min(bits, default=None)
 
 
 def _recipe_text(path: Path) -> tuple[str, int]:

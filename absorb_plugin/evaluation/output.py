@@ -16,12 +16,18 @@ from absorb_plugin.files import check_file, json_object
 
 # What transformers, tokenizers, llm-compressor and we save a model as.
 SAVED = (
-    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"),
-    *("*config.json", "tokenizer*", "*tokens.json", "*tokens_map.json", "vocab*"),
-    *("merges.txt", "*.model", "*.spm", "*.tiktoken", "*.jinja", "chat_template*"),
-    *("normalizer.json", "recipe*.yaml", "absorb_recipe.yaml"),
-    *("profile*.json", "profile*.png", "report*.html"),
+    *("model.safetensors", "model-*-of-*.safetensors"),
+    *("pytorch_model.bin", "pytorch_model-*-of-*.bin"),
+    *("*.safetensors.index.json", "*.bin.index.json"),
+    *("*config.json", "tokenizer.json", "tokenizer.model*", "*tokens.json"),
+    *("*tokens_map.json", "vocab.json", "vocab.txt", "vocab.bpe", "merges.txt"),
+    *("*.model", "*.spm", "*.tiktoken", "*.jinja", "chat_template.json"),
+    *("normalizer.json", "recipe.yaml", "recipe_*.yaml", "absorb_recipe.yaml"),
+    *("profile.json", "profile_[0-9]*.json", "profile.png", "profile_[0-9]*.png"),
+    *("report.html", "report_[0-9]*.html"),
 )
+
+UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
 # In the words of errno and of safetensors: of a disk, of a quota, of a limit on a file.
 FULL = ("No space left", "Disk quota exceeded", "File too large")
@@ -78,7 +84,7 @@ def check_output(out: Path, overwrite: bool) -> None:
             f"{out} is the working directory, or above it, and a directory is needed "
             f"that can be replaced: give one in it, as {out / 'model'}"
         )
-    if not any(path.is_file() for path in out.rglob("*")):
+    if not _holds_anything(out):
         return
     if not overwrite:
         raise FileExistsError(f"{out} is not empty: choose another, or overwrite=True")
@@ -93,6 +99,11 @@ def check_output(out: Path, overwrite: bool) -> None:
             f"{out} holds {other.relative_to(out)} beside a model, which would be "
             "deleted with it: move it elsewhere, or choose another directory"
         )
+
+
+def _holds_anything(out: Path) -> bool:
+    """Files, or links to whatever, which may not be there now."""
+    return any(path.is_symlink() or not path.is_dir() for path in out.rglob("*"))
 
 
 def _config(folder: Path) -> Mapping[str, object]:
@@ -282,9 +293,15 @@ def check_space(out: Path, needed: int) -> None:
     if free < needed:
         raise OSError(
             errno.ENOSPC,
-            f"{folder} has {free / 1e9:.2f} GB free, and the pruned model needs "
-            f"{needed / 1e9:.2f}: make room, or choose another directory",
+            f"{folder} has {_size(free)} free, and the pruned model needs "
+            f"{_size(needed)}: make room, or choose another directory",
         )
+
+
+def _size(count: int) -> str:
+    """Of bytes."""
+    unit, name = next(x for x in UNITS if count >= x[0] or x == UNITS[-1])
+    return f"{count / unit:.2f} {name}"
 
 
 @contextmanager
@@ -366,7 +383,7 @@ def _content(out: Path) -> tuple[int, int] | bool:
     if config.is_file():
         stat = config.stat()
         return stat.st_ino, stat.st_mtime_ns
-    return any(path.is_file() for path in out.rglob("*"))
+    return _holds_anything(out)
 
 
 def _take_place(complete: Path, out: Path) -> None:

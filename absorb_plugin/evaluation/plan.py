@@ -35,6 +35,8 @@ __all__ += ["read_modifiers", "stored_names"]
 OF_EXPERTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 # Class names of pruners, told without the second that llm-compressor takes to import.
 COMMON = ("SparseGPTModifier", "WandaPruningModifier")
+# They mask, and what was zero before is the first to be masked again.
+ZEROS_STAY = ("WandaPruningModifier",)
 
 
 class _Loader(yaml.SafeLoader):
@@ -141,8 +143,16 @@ def pruned_linears(
     plan: dict[str, float] = {}
     for name, fields in modifiers:
         if "sparsity" in fields and _prunes_linears(name, fields):
-            plan |= _planned(name, fields, model)
+            found = _planned(name, fields, model)
+            if _keeps_zeros(name, fields):
+                found = {k: max(share, plan.get(k, 0.0)) for k, share in found.items()}
+            plan |= found
     return plan
+
+
+def _keeps_zeros(name: str, fields: Mapping[str, Any]) -> bool:
+    """Of a model that was pruned before; else a later modifier brings weights back."""
+    return name in ZEROS_STAY or bool(fields.get("preserve_sparsity_mask"))
 
 
 def _prunes_linears(name: str, fields: Mapping[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 
 from absorb_plugin.forward.block_io import put_hidden_state
-from absorb_plugin.forward.replaced import replaced_forward
+from absorb_plugin.forward.replaced import replaced_forward, without_hooks
 from absorb_plugin.language_model import REMEDY, forward_inputs
 
 # How configurations call the ids that stand for images and sounds.
@@ -66,6 +66,7 @@ class OutputHead:
         with ExitStack() as stack:
             stack.enter_context(self._enabled())
             for block in self._blocks:
+                stack.enter_context(without_hooks(block))
                 stack.enter_context(replaced_forward(block, _constant(output)))
             inputs = {"input_ids": input_ids[:, start:stop]}
             found = self._model(**forward_inputs(self._model, inputs))

@@ -75,6 +75,7 @@ class Probe:
             otherwise, and the head that `finish` is given holds its logits
         may_overflow: the model's own pass runs pruned weights, and what overflows under
             them is a bad loss and no error
+        runs_pruned: likewise, and no loss is worth having of what overflows
         own_weights: blocks run their own weights alone; where these are offloaded, each
             rank onloads some rows, and the probe is then in step
         in_step: under torch.distributed all ranks run equally many batches, and pass
@@ -89,6 +90,7 @@ class Probe:
     apart: int = 0
     wants_logits: bool = False
     may_overflow: bool = False
+    runs_pruned: bool = False
     own_weights: bool = False
     in_step: bool = False
     idle: bool = False

@@ -441,9 +441,16 @@ class _BlockHooks:
                 f"as Gemma 3n, or another order are not supported. {WITHOUT_FORWARD}"
             )
         overflows = any(probe.may_overflow for probe in self._probes)
-        if not overflows and not torch.isfinite(after).all():
+        if overflows or torch.isfinite(after).all():
+            return
+        if any(probe.runs_pruned for probe in self._probes):
             raise NonFiniteHiddenState(
-                f"block {name} puts out NaN or infinity on the "
-                "calibration text: check the weights and the dtype (float16 "
-                "overflows in some models, use bfloat16)"
+                f"block {name} puts out NaN or infinity under the weights that pruning "
+                "leaves, where the dense model need not: load it in bfloat16 if it is "
+                "in float16, ask for less sparsity, or keep the base allocation "
+                "(strength: 0)"
             )
+        raise NonFiniteHiddenState(
+            f"block {name} puts out NaN or infinity on the calibration text: check the "
+            "weights and the dtype (float16 overflows in some models, use bfloat16)"
+        )

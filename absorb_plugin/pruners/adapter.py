@@ -25,7 +25,7 @@ from torch.nn import Linear
 
 from absorb_plugin.blocks import MUCH, BlockMap, linear_parameters
 from absorb_plugin.language_model import language_model
-from absorb_plugin.other_modifiers import DESTROYS_ZEROS, ROTATE
+from absorb_plugin.other_modifiers import DESTROYS_ZEROS, REMOVES_LINEARS, ROTATE
 from absorb_plugin.pruners import Pruner, pruner_class
 from absorb_plugin.pruners.recipe import modifiers_before
 from absorb_plugin.search.budget import check_budget
@@ -125,7 +125,8 @@ def find_pruners(
 
     :param modifier: ours; those after a second one of its class belong to that
     :param ignore: names or patterns to leave dense beside their own `ignore`
-    :raises ValueError: if there is none, or one cannot take a list of sparsities
+    :raises ValueError: if there is none, or one cannot take a list of sparsities, or
+        another takes Linears away
     """
     _warn_of_version(version("llmcompressor"))
     recipe = active_session().lifecycle.recipe.modifiers
@@ -137,6 +138,7 @@ def find_pruners(
             f"no pruning modifier follows {type(modifier).__name__} in the recipe: put "
             "a SparseGPTModifier or WandaPruningModifier after it"
         )
+    _check_nothing_leaves(recipe, modifier)
     first = after.index(found[0])
     _warn_of_lost_zeros(after[first + 1 :], found[0])
     _warn_of_rotations(after[:first], modifier)
@@ -176,6 +178,17 @@ def _warn_of_version(installed: str) -> None:
             f"{NEWEST_TESTED[1]}, this is {installed}: going on. If a pruning modifier "
             "fails or prunes otherwise than profile.json says, install an older one"
         )
+
+
+def _check_nothing_leaves(recipe: Sequence[Modifier], ours: Modifier) -> None:
+    """Within one run the budget would be of Linears that are there no more."""
+    for modifier in recipe:
+        if (name := type(modifier).__name__) in REMOVES_LINEARS:
+            raise ValueError(
+                f"{name} takes Linears out of the model while the recipe runs, and "
+                f"{type(ours).__name__} would share the budget out over them too. Give "
+                f"{name} a `oneshot` of its own, before this one"
+            )
 
 
 def _warn_of_lost_zeros(after: Sequence[Modifier], pruner: Modifier) -> None:

@@ -7,7 +7,7 @@ tensor) nobody would find them again, and random numbers would stand in their pl
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import update_wrapper
 from types import MethodType
 from typing import Any
@@ -24,6 +24,7 @@ from llmcompressor.transformers.compression.compressed_tensors_utils import (
 from loguru import logger
 from torch.nn import Module
 
+from absorb_plugin import distributed
 from absorb_plugin._llmcompressor import (
     fused_experts,
     linear_experts,
@@ -174,11 +175,15 @@ def _weights(experts: Module) -> list[torch.Tensor]:
     return [x for x in found if x is not None]
 
 
+def _is_shared(weight: torch.Tensor) -> bool:
+    """On disk, or in memory that processes may share."""
+    return weight.is_meta or (weight.device.type == "cpu" and weight.is_shared())
+
+
 def _empty(experts: Module) -> None:
     """Give back their memory, unless they are on disk or processes share them."""
     for weight in _weights(experts):
-        on_cpu = weight.device.type == "cpu"
-        if not (weight.is_meta or (on_cpu and weight.is_shared())):
+        if not _is_shared(weight):
             weight.data = weight.new_tensor(torch.nan).expand(weight.shape)
 
 
@@ -217,10 +222,19 @@ def _packed(linear: Any) -> Module:
         ) from error
     if _same(linear, fused):
         return fused
+    turned: dict[str, torch.Tensor] = {}
     for name in ("gate_up_proj", "gate_up_proj_bias"):
         if isinstance(both := getattr(fused, name, None), torch.Tensor):
             dim = 1 if both.dim() == 3 and not fused.is_transposed else -1
-            update_offload_parameter(fused, name, _in_turn(both, dim))
+            turned[name] = _in_turn(both, dim)
+    with ExitStack() as stack:
+        if any(map(_is_shared, _weights(fused))):
+            # which ends when all have written; and before that all have looked, or some
+            # would turn what others have turned already
+            stack.enter_context(distributed.fail_together())
+            distributed.meet()
+        for name, both in turned.items():
+            update_offload_parameter(fused, name, both)
     if _same(linear, fused):
         return fused
     raise ValueError(

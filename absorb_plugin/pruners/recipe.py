@@ -12,7 +12,10 @@ from loguru import logger
 from pydantic_core import to_jsonable_python
 from torch.nn import Module
 
+from absorb_plugin.other_modifiers import WORKED_OUT
+
 __all__ = [
+    "broken_off",
     "leave_recipe",
     "modifiers_before",
     "recipe_text",
@@ -59,13 +62,20 @@ def recipe_text() -> str:
     return yaml.safe_dump({"prune_stage": groups}, sort_keys=False, allow_unicode=True)
 
 
+def broken_off() -> bool:
+    """Whether a modifier of the active recipe has begun and not come to its end."""
+    recipe = active_session().lifecycle.recipe.modifiers
+    return any(modifier.started_ and not modifier.ended_ for modifier in recipe)
+
+
 def leave_recipe(modifier: Modifier, model: Module) -> None:
     """
     Take `modifier` out of the active recipe, so that the recipe.yaml saved with the
     model holds only what replays without this plugin; and mend what llm-compressor
     would save such that it does not replay: of two modifiers of one class in a group
     the first is lost, and a stage is renamed to what no loader reads where the model
-    came with a recipe.yaml that has one of that name.
+    came with a recipe.yaml that has one of that name; and what a modifier has worked
+    out by itself is not worked out again.
 
     :param modifier: ours
     :param model: that is pruned
@@ -78,6 +88,10 @@ def leave_recipe(modifier: Modifier, model: Module) -> None:
         if name != was:
             other.group = name
     recipe.stage = _free(recipe.stage, _stages_of(model), "_stage")
+    for other in recipe.modifiers:
+        lost, saved = WORKED_OUT.get(type(other).__name__, ("", ""))
+        if lost and getattr(other, lost) is not None:
+            setattr(other, saved, None)
 
 
 def say_whether_it_replays(mask_kept: bool) -> None:
@@ -88,10 +102,10 @@ def say_whether_it_replays(mask_kept: bool) -> None:
     """
     try:
         yaml.safe_load(active_session().lifecycle.recipe.yaml())
-    except yaml.YAMLError as error:
-        said = " ".join(str(error).split())
+    except Exception as error:  # it may hold anything, and the run is done
+        said = " ".join(f"{type(error).__name__}: {error}".split())
         logger.warning(
-            f"Sparsities are set, but recipe.yaml does not load again: {said}. "
+            f"Sparsities are set, but recipe.yaml does not load again ({said}). "
             "llm-compressor writes the defaults of some modifiers so, as the mappings "
             "of SmoothQuantModifier: write them out in the recipe, as lists"
         )

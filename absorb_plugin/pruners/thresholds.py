@@ -100,7 +100,10 @@ def thresholds_between(
         inside = (scores > quantiles[:, level - 1, None]) & (
             scores <= quantiles[:, level, None]
         )
-        if bool((inside.sum(dim=1) == between).all()):
+        # as many equal scores beyond either quantile would make the number right
+        below = (scores <= quantiles[:, level - 1, None]).sum(dim=1)
+        exact = (below == ranks[level - 1]) & (inside.sum(dim=1) == between)
+        if bool(exact.all()):
             # the slice is the whole, but known without looking at the data
             rows = len(scores)
             picked = scores[inside][: rows * between].view(rows, between)

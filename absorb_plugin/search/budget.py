@@ -8,7 +8,7 @@ import numpy as np
 from absorb_plugin.search.present import PresentZeros
 from absorb_plugin.search.rows import Rows
 
-__all__ = ["Budget", "check_budget", "meet_budget"]
+__all__ = ["Budget", "OutOfReach", "check_budget", "meet_budget"]
 
 # Sparsities are rounded to this many decimals: the pruners take int(columns * s), and
 # 0.4999999999999999 would cost a weight in every row where 0.5 was meant.
@@ -17,6 +17,19 @@ DECIMALS = 10
 NEAR = 2e-4
 # Bounds that miss the budget by no more than rounding.
 SLACK = 1e-9
+
+
+class OutOfReach(ValueError):
+    """
+    A budget that the bounds do not allow.
+
+    :param least: what they leave
+    :param most: likewise
+    """
+
+    def __init__(self, told: str, least: float, most: float) -> None:
+        super().__init__(told)
+        self.least, self.most = least, most
 
 
 @dataclass(frozen=True)
@@ -215,8 +228,10 @@ def _check_bounds(
         raise ValueError(f"sparsity={sparsity} must be in [0, 1)")
     least, most = float(weights @ low), float(weights @ high)
     if not least - SLACK <= sparsity <= most + SLACK:
-        raise ValueError(
+        raise OutOfReach(
             f"sparsity={sparsity} cannot be met: max_sparsity, limits and zeros that "
             f"are there already leave between {least:.4f} and {most:.4f}. Widen them, "
-            "or change the pruning modifier's sparsity"
+            "or change the pruning modifier's sparsity",
+            least,
+            most,
         )

@@ -51,6 +51,9 @@ __all__ = ["Gradient", "GradientProbe", "LinearSlopes", "measured_slopes"]
 # Of the way of a descent, what is gone: the rest of it does a little good on text like
 # that of the calibration, and harm on other text (docs/benchmarks.md).
 SHARE = 0.8
+# Different tokens that it takes for that. By fewer less is gone, as what they say by
+# chance grows: by the root of their number.
+ENOUGH = 2048
 
 
 class GradientProbe(Probe):
@@ -65,6 +68,7 @@ class GradientProbe(Probe):
     """
 
     state = ("_slopes", "_tokens", "_losses", "_mixed")
+    runs_pruned = True
     # of the class until a batch runs, for they are no part of what is measured
     keeps_graphs = True
     _graphs = KeptGraphs(0)
@@ -256,7 +260,8 @@ class Gradient(Signal):
     step: float = Field(default=0.05, gt=0, lt=1)
 
     def stages(self, setting: Setting, rounds: int) -> list[Stage]:
-        return [Stage(self.measurer(setting), rounds, share=SHARE)]
+        known = min(1.0, setting.samples.signal_tokens(rounds) / ENOUGH)
+        return [Stage(self.measurer(setting), rounds, share=SHARE * known**0.5)]
 
     def measurer(self, setting: Setting) -> Callable[[np.ndarray], Slopes]:
         return partial(self._measure, setting)

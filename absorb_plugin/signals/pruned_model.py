@@ -45,6 +45,7 @@ class PrunedModel(Probe):
     """
 
     own_weights = True
+    runs_pruned = True
     in_step = True
 
     def __init__(

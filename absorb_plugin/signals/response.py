@@ -68,6 +68,7 @@ class ResponseProbe(Probe):
     """
 
     state = ("_losses", "_tokens")
+    runs_pruned = True
 
     def __init__(
         self,

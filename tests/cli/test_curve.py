@@ -11,6 +11,7 @@ from helpers import tiny
 from helpers.cli import absorb, error_of, files_in
 
 from absorb_plugin.allocators.base_allocation import Base
+from absorb_plugin.blocks import find_blocks
 from absorb_plugin.cli.curve import _print, parse_sparsities
 from absorb_plugin.evaluation import curve
 from absorb_plugin.evaluation.allocation import allocate_model
@@ -98,6 +99,19 @@ def test_a_budget_out_of_reach_is_refused_first(
 ) -> None:
     line = error_of("curve", model_dir, "--text", text_file, "--sparsities", "0.5,0.99")
     assert "0.99" in line and "max_sparsity" in line
+
+
+def test_zeros_that_leave_a_sparsity_out_of_reach(
+    text_file: Path, tmp_path: Path
+) -> None:
+    model, tokenizer = tiny.with_tokenizer(tiny.small(), tmp_path / "config")
+    for linear in find_blocks(model).linears().values():
+        linear.weight.data[:, ::2] = 0.0
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    options = ["--text", text_file, "--samples", 8, "--seq-len", 16]
+    line = error_of("curve", tmp_path / "model", *options, "--sparsities", "0.3,0.6")
+    assert "--sparsities 0.3 is out of reach" in line and "zeros already" in line
 
 
 def test_a_file_of_the_user_is_not_overwritten(

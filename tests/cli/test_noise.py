@@ -32,6 +32,14 @@ def test_command(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
         assert part in table.stdout
 
 
+def test_a_wide_table_loses_no_number(model_dir: Path, text_file: Path) -> None:
+    etas = [f"{0.001 * 3**k:.4g}" for k in range(11)]
+    options = ["--text", text_file, "--samples", 2, "--seq-len", 16]
+    result = absorb("noise", model_dir, *options, "--eta", ",".join(etas))
+    assert result.exit_code == 0, result.output
+    assert "…" not in result.stdout
+
+
 def test_a_figure_that_cannot_be_written_is_refused_first(
     model_dir: Path,
     text_file: Path,

@@ -538,6 +538,26 @@ def test_defaults_of_a_recipe(plain: Path, names: str) -> None:
     assert check_checkpoint(plain).planned == 0.5
 
 
+@pytest.mark.parametrize(
+    ("kind", "planned"),
+    [
+        ("WandaPruningModifier: {sparsity: 0.25", 0.5),
+        ("SparseGPTModifier: {preserve_sparsity_mask: true, sparsity: 0.25", 0.5),
+        ("SparseGPTModifier: {sparsity: 0.25", 0.25),
+    ],
+)
+def test_a_second_pruning_that_asks_for_less(
+    plain: Path, kind: str, planned: float
+) -> None:
+    """What keeps zeros leaves those of the first."""
+    targets = "targets: [Linear], ignore: [lm_head]}"
+    (plain / "recipe.yaml").write_text(
+        f"{WANDA}{{sparsity: 0.5, {targets}\nb_stage:\n  b_modifiers:\n    "
+        f"{kind}, {targets}\n"
+    )
+    assert check_checkpoint(plain).planned == planned
+
+
 @pytest.mark.parametrize("kind", ["REAPPruningModifier", "SomebodysModifier"])
 def test_a_sparsity_that_is_not_of_weights(plain: Path, kind: str) -> None:
     """Of experts, as REAP has it; it has neither targets nor a mask_structure."""

@@ -148,6 +148,13 @@ def test_different_measures_are_warned_of(
         ({"eval.json": [1]}, "not a JSON object"),
         ({"eval.json": TASKS, "eval_2.json": TASKS}, "another file .* has 'arc'"),
         (
+            {
+                "eval_a.json": TASKS | {"model": "m", "sparsity": 0.0},
+                "eval_b.json": {"perplexity": 2.0, "model": "m", "sparsity": 0.5},
+            },
+            "different models .sparsity 0.0 and 0.5",
+        ),
+        (
             {"profile.json": {"schema_version": 9}},
             "schema_version 9, this version reads 2",
         ),

@@ -200,6 +200,21 @@ def test_chats_in_parts(tmp_path: Path, name: str) -> None:
         list(read_text(path))
 
 
+def test_a_turn_that_calls_tools_has_no_text(tmp_path: Path) -> None:
+    turns = [CHAT[0], {"role": "assistant", "content": None, "tool_calls": [{}]}]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": turns}])
+    ((first, second),) = read_text(path)
+    assert first == CHAT[0] and second["content"] == ""
+
+
+@pytest.mark.parametrize("content", [7, {"text": "x"}, True])
+def test_content_that_is_no_text(content: object, tmp_path: Path) -> None:
+    turns = [CHAT[0], {"role": "user", "content": content}]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": turns}])
+    with pytest.raises(ValueError, match="messages`: the content of a turn is"):
+        list(read_text(path))
+
+
 def test_chats_that_are_none(tmp_path: Path) -> None:
     path = write_jsonl(
         tmp_path / "a.jsonl", [{"messages": [{"from": "x", "value": 1}]}]

@@ -364,6 +364,14 @@ def test_bytes_of_the_weights(dtype: str, tmp_path: Path) -> None:
     assert weight_bytes(model, dtype) == count * (4 if dtype == "float32" else 2)
 
 
+def test_bytes_of_weights_that_will_be_quantised(tmp_path: Path) -> None:
+    make_model().half().save_pretrained(tmp_path)
+    model = empty_model(load_config(str(tmp_path)))
+    linears = [x for x in model.modules() if isinstance(x, torch.nn.Linear)]
+    saved = sum(x.weight.numel() for x in linears)  # of two bytes each, half a byte now
+    assert weight_bytes(model, "auto", 4) == weight_bytes(model, "auto") - 1.5 * saved
+
+
 class Memory:
     """What psutil says is available."""
 

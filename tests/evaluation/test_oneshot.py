@@ -8,7 +8,9 @@ import pytest
 from absorb_plugin.evaluation.oneshot import (
     check_caches,
     keep_profiles,
+    least_bits,
     load_recipe,
+    parse_recipe,
     stage_reports,
 )
 
@@ -141,3 +143,25 @@ def test_directories_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     keep_profiles(recipe, Path("~/out/cache"))
     with pytest.raises(ValueError, match="where the model replaces"):
         check_caches(recipe, Path("~/out"))
+
+
+@pytest.mark.parametrize(
+    ("modifier", "bits"),
+    [
+        ("SmoothQuantModifier: {smoothing_strength: 0.5}", None),
+        ("QuantizationModifier: {targets: [Linear], scheme: W8A8}", 8),
+        ("QuantizationModifier: {targets: [Linear], scheme: FP8_DYNAMIC}", 8),
+        ("GPTQModifier: {targets: [Linear], scheme: W4A16}", 4),
+        (
+            "QuantizationModifier: {config_groups: {g: {targets: [Linear], "
+            "weights: {num_bits: 3}}}}",
+            3,
+        ),
+    ],
+)
+def test_the_fewest_bits_of_a_recipe(modifier: str, bits: int | None) -> None:
+    text = "a_stage:\n  a_modifiers:\n    WandaPruningModifier: {sparsity: 0.5}\n"
+    recipe = parse_recipe(f"{text}    {modifier}\n")
+    before = [one.model_dump() for one in recipe.modifiers]
+    assert least_bits(recipe) == bits
+    assert [one.model_dump() for one in recipe.modifiers] == before

@@ -1,6 +1,7 @@
 """The directory of a pruned model."""
 
 import errno
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -45,7 +46,12 @@ MODEL = '{"model_type": "llama"}'
 
 @pytest.mark.parametrize(
     "other",
-    ["thesis.md", "data/rows.csv", ".git/HEAD", "train.py", "runs/1/optimizer.pt"],
+    [
+        *("thesis.md", "data/rows.csv", ".git/HEAD", "train.py", "runs/1/optimizer.pt"),
+        *("train.bin", "optimizer.bin", "adapter_model.safetensors"),
+        *("vocab_counts.csv", "tokenizer_corpus.txt", "report_to_boss.html"),
+        "profile_new.json",
+    ],
 )
 def test_what_is_no_model_is_not_deleted_with_one(other: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -58,6 +64,22 @@ def test_what_is_no_model_is_not_deleted_with_one(other: str, tmp_path: Path) ->
     assert (out / other).read_text() == "of the user"
 
 
+@pytest.mark.parametrize("kind", ["directory", "dangling", "pipe"])
+def test_a_directory_of_links_is_not_empty(kind: str, tmp_path: Path) -> None:
+    out, inner = tmp_path / "out", tmp_path / "out" / "inner"
+    inner.mkdir(parents=True)
+    check_output(out, overwrite=False)
+    if kind == "pipe":
+        os.mkfifo(inner / "pipe")
+    else:
+        (tmp_path / "directory").mkdir()
+        (inner / "link").symlink_to(tmp_path / kind)
+    with pytest.raises(FileExistsError, match="is not empty"):
+        check_output(out, overwrite=False)
+    with pytest.raises(FileExistsError, match="no config.json of a model"):
+        check_output(out, overwrite=True)
+
+
 @pytest.mark.parametrize("config", ['{"lr": 0.1}', "[]", "not JSON"])
 def test_another_kind_of_config_is_no_model(config: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(config)
@@ -67,6 +89,8 @@ def test_another_kind_of_config_is_no_model(config: str, tmp_path: Path) -> None
 
 def test_what_a_model_is_saved_with_is_replaced(tmp_path: Path) -> None:
     names = ["model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    names += ["tokenizer.model", "vocab.json", "vocab.txt", "added_tokens.json"]
+    names += ["pytorch_model.bin", "report/profile_2.png", "model.safetensors"]
     names += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
     names += ["generation_config.json", "chat_template.jinja", "absorb_recipe.yaml"]
     names += ["recipe.yaml", "report/profile.json", "report/report_2.html", "a.py"]

@@ -1,11 +1,12 @@
 """A run of probes against whole forwards; what every probe promises: test_probes.py."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import naive, tiny
+from helpers import naive, runs, tiny
 from helpers.probes import first_linears, run
 from torch.nn import Module
 from transformers import PreTrainedModel
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.calibration import Batch
 from absorb_plugin.forward.head import OutputHead
+from absorb_plugin.forward.loss import cross_entropy_sums
 from absorb_plugin.forward.memory import footprint
 from absorb_plugin.forward.probe import Probe, RunBlock
 from absorb_plugin.forward.replaced import replaced_forward
@@ -111,6 +113,39 @@ def test_the_models_own_pass_goes_on_with_what_a_probe_returns(
     run_probes(llama, blocks, [batch], [probe])
     handle.remove()
     torch.testing.assert_close(seen[0], expected, rtol=0, atol=0)
+
+
+def test_a_hook_of_the_users_on_the_last_block_fires_once(
+    llama: PreTrainedModel,
+) -> None:
+    blocks, calls = find_blocks(llama), []
+
+    def double(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> Any:
+        calls.append(module)
+        return 2 * output
+
+    blocks.modules[-1].register_forward_hook(double)
+    batch = tiny.make_batch()
+    expected = naive.loss_sums(llama, batch)
+    calls.clear()
+    probe = Scored()
+    run_probes(llama, blocks, [batch], [probe])
+    assert len(calls) == 1
+    torch.testing.assert_close(torch.tensor(probe.losses), expected)
+    runs.allocate(llama, [tiny.make_batch(4)], strength="auto")
+
+
+class Scored(Probe):
+    """The model's own loss, by its last hidden state."""
+
+    def leave(
+        self, index: int, before: torch.Tensor, after: torch.Tensor, run: RunBlock
+    ) -> None:
+        self._last = after
+
+    def finish(self, batch: Batch, head: OutputHead) -> None:
+        found = cross_entropy_sums(head, batch, self._last)
+        self.losses = [total for total, _ in found]
 
 
 def test_noise_runs_through_later_blocks_alone(any_model: PreTrainedModel) -> None:

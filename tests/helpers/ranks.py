@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,10 +20,12 @@ import torch
 from compressed_tensors.offload import set_onload_device
 from compressed_tensors.offload.convert import from_accelerate
 from llmcompressor.core import reset_session
+from safetensors.torch import load_file
 from torch import distributed
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from absorb_plugin._llmcompressor import linearize_moe
 from absorb_plugin.allocators import owl
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.calibration import pad_to_batch, read_batches
@@ -31,7 +34,7 @@ from absorb_plugin.forward.joined import joined_before_made
 from absorb_plugin.hookspecs import hookimpl
 from absorb_plugin.judges import PrunedLoss
 from absorb_plugin.plugins import manager
-from absorb_plugin.pruners import factor, sparsegpt, together
+from absorb_plugin.pruners import experts, factor, sparsegpt, together
 from absorb_plugin.signals.gradient import GradientProbe
 from absorb_plugin.signals.pruned_model import PrunedModel
 from helpers import runs, tiny
@@ -444,6 +447,25 @@ def offload_to_host(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def packed(rank: int, folder: Path) -> list[str]:
+    """Tensors that are saved otherwise than the model has them."""
+    model = tiny.gpt_oss()
+    dense = tiny.snapshot(model)
+    linearize_moe(model)
+    experts.name_as_stored(model)
+    turn = experts._in_turn
+
+    def later(*args: Any) -> torch.Tensor:
+        time.sleep(0.3 * rank)  # and another rank might have written by then
+        return turn(*args)
+
+    with patch.object(experts, "_in_turn", later):
+        model.save_pretrained(folder / "packed")
+    distributed.barrier()
+    saved = load_file(folder / "packed" / "model.safetensors")
+    return [name for name, own in dense.items() if not torch.equal(own, saved[name])]
+
+
 def run_rank(rank: int, world: int, folder: Path) -> None:
     if world > 1:
         store = f"file://{folder}/store{world}"
@@ -455,6 +477,7 @@ def run_rank(rank: int, world: int, folder: Path) -> None:
         found["in step"] = in_step(world, rank, folder)
     if world == 2:
         found["on cards"] = on_cards(world, rank)
+        found["packed"] = packed(rank, folder)
     (folder / f"{world}-{rank}.json").write_text(json.dumps(found))
     torch.save(prunings(world, rank, folder), folder / f"{world}-{rank}.pt")
     if world > 1:

@@ -241,6 +241,30 @@ def with_images(kind: str, vision_width: int = 48) -> PreTrainedModel:
     return model_class(model_class.config_class(**fields)).float().eval()
 
 
+def gpt_oss() -> PreTrainedModel:
+    """Its gate and up are in turn, not side by side."""
+    config = transformers.GptOssConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        attn_implementation="eager",
+        tie_word_embeddings=False,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = transformers.GptOssForCausalLM(config).eval()
+    for parameter in model.parameters():  # biases too
+        parameter.data = 0.1 * torch.randn_like(parameter)
+    return model
+
+
 def small(**overrides: Any) -> PreTrainedModel:
     """A LLaMA of two blocks."""
     return make_model("llama", num_hidden_layers=2, **overrides)

@@ -19,8 +19,6 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
-    GptOssConfig,
-    GptOssForCausalLM,
     Llama4Config,
     Llama4ForConditionalGeneration,
     PreTrainedModel,
@@ -148,34 +146,10 @@ def test_prune_does_so_without_our_modifier_too(
     assert not check_checkpoint(out).problems
 
 
-def gpt_oss() -> PreTrainedModel:
-    """Its gate and up are in turn, not side by side."""
-    config = GptOssConfig(
-        vocab_size=tiny.VOCABULARY,
-        hidden_size=32,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        max_position_embeddings=64,
-        attn_implementation="eager",
-        tie_word_embeddings=False,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    model = GptOssForCausalLM(config).eval()
-    for parameter in model.parameters():  # biases too
-        parameter.data = 0.1 * torch.randn_like(parameter)
-    return model
-
-
 @PACKS
 @pytest.mark.contract
 def test_experts_with_gate_and_up_in_turn_are_packed_so(tmp_path: Path) -> None:
-    model = gpt_oss()
+    model = tiny.gpt_oss()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     check_packing(model)
     linearize_moe(model)
@@ -189,7 +163,7 @@ def test_experts_with_gate_and_up_in_turn_are_packed_so(tmp_path: Path) -> None:
 
 
 def packing(name: str) -> PreTrainedModel:
-    return gpt_oss() if name == "gpt_oss" else made(name)
+    return tiny.gpt_oss() if name == "gpt_oss" else made(name)
 
 
 @PACKS
@@ -338,7 +312,7 @@ def test_experts_that_cannot_be_packed_are_refused_before_minutes_are_spent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("absorb_plugin.pruners.experts._in_turn", lambda x, dim: x)
-    model, tokenizer = tiny.with_tokenizer(gpt_oss(), tmp_path / "config")
+    model, tokenizer = tiny.with_tokenizer(tiny.gpt_oss(), tmp_path / "config")
     data = tiny.make_dataset(6)
     with (
         tiny.counted({"model": model.model}) as passes,

@@ -131,6 +131,14 @@ def test_equal_scores_on_both_sides_of_a_quantile() -> None:
     assert torch.equal(found, row_thresholds(given, counts))
 
 
+def test_as_many_equal_scores_beyond_both_quantiles() -> None:
+    """Their number is right, and they are others."""
+    values = [0, 1, 1, 2, 2, 5, *range(6, 128)]
+    given = torch.tensor([values], dtype=torch.float32)
+    found = thresholds_between(given, row_quantiles(given), [3])
+    assert found.item() == row_thresholds(given, [3]).item() == 1
+
+
 def test_rows_are_not_ranked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     given, seen = scores(4, 6400), []
     known, smallest = row_quantiles(given), thresholds._smallest

@@ -13,6 +13,7 @@ import torch
 import yaml
 from helpers import runs, tiny
 from helpers.search import STEEP, search_ends_at_uniform
+from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.pruning import WandaPruningModifier
 from llmcompressor.recipe import Recipe
 from matplotlib.image import imread
@@ -465,6 +466,27 @@ def test_a_run_that_failed_reports_nothing_later(
     logs.clear()
     runs.run(model, [runs.pruner()], tmp_path)
     assert not [line for line in logs if "replays without" in line]
+    assert strict_json(tmp_path / "profile.json")["realised"] is None
+
+
+def test_a_run_that_failed_after_its_pruner_reports_nothing_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logs: list[str]
+) -> None:
+    class Failing(GPTQModifier):
+        def compress_modules(self) -> None:
+            raise RuntimeError("broken on purpose")
+
+    monkeypatch.setattr(report_profile, "draw_profile", lambda profile: b"")
+    ours = runs.absorption(strength=0, allocator="uniform", report_dir=tmp_path)
+    after = Failing(targets=["Linear"], scheme="W8A8", ignore=["lm_head"])
+    model = tiny.make_model("llama", num_hidden_layers=2)
+    with pytest.raises(RuntimeError, match="broken on purpose"):
+        runs.run(model, [ours, runs.pruner(), after], tmp_path)
+    logs.clear()
+    other = tiny.make_model("llama", num_hidden_layers=2)
+    runs.run(other, [runs.pruner()], tmp_path)
+    told = ("replays without", "realised", "zeros that")
+    assert not [line for line in logs for part in told if part in line]
     assert strict_json(tmp_path / "profile.json")["realised"] is None
 
 

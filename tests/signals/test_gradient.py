@@ -6,7 +6,8 @@ copies, and against finite differences of the loss.
 import copy
 import gc
 import itertools
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -29,8 +30,11 @@ from absorb_plugin.forward.memory import footprint
 from absorb_plugin.groups import Groups, named
 from absorb_plugin.pruners import Pruner, SparseGPT, Wanda
 from absorb_plugin.pruners.weights import MaskedSlopes, PrunedSlopes, band
+from absorb_plugin.sample_split import SampleSplit
 from absorb_plugin.search.standard_error import standard_error
-from absorb_plugin.signals.gradient import GradientProbe, LinearSlopes
+from absorb_plugin.settings import AllocationSettings
+from absorb_plugin.signals.base import Setting
+from absorb_plugin.signals.gradient import Gradient, GradientProbe, LinearSlopes
 from absorb_plugin.signals.pruned_model import PrunedModel
 
 GIB = 2**30
@@ -435,3 +439,19 @@ def test_of_blocks_that_are_offloaded_no_graph_is_kept() -> None:
         for block in find_blocks(there).modules:
             assert KeptGraphs(GIB).may_keep(block)
             assert not KeptGraphs(0).may_keep(block)
+
+
+@pytest.mark.parametrize(
+    ("samples", "tokens", "share"),
+    [(8, 128, 0.4), (40, 256, 0.8), (4, 4, None)],
+)
+def test_by_few_tokens_less_of_the_way_is_gone(
+    samples: int, tokens: int, share: float | None
+) -> None:
+    batches = [tiny.make_batch(1, tokens, seed=seed) for seed in range(samples)]
+    effort = AllocationSettings().measuring()
+    split = SampleSplit(batches, effort, judged=True, by_loss=True)
+    setting = cast(Setting, SimpleNamespace(samples=split))
+    (stage,) = Gradient().stages(setting, effort.rounds)
+    assert 0 < stage.share <= 0.8
+    assert share is None or stage.share == pytest.approx(share)
