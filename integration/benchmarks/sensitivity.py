@@ -20,7 +20,7 @@ measured and on as many others.
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,34 +56,46 @@ class Model:
             linear.register_forward_pre_hook(self._observe(name))
             for name, linear in self.linears.items()
         ]
-        self.log_probabilities(calibration)
+        for sample in calibration:
+            self.log_probabilities(sample)
         for hook in hooks:
             hook.remove()
 
     def _observe(self, name: str):
         def observe(module: Linear, args: tuple[torch.Tensor]) -> None:
             square_sums = args[0].flatten(0, -2).float().square().sum(dim=0)
-            self._square_sums[name] = square_sums
+            self._square_sums[name] = self._square_sums.get(name, 0.0) + square_sums
 
         return observe
 
     @torch.no_grad()
     def log_probabilities(self, ids: torch.Tensor) -> torch.Tensor:
-        logits = self.model(input_ids=ids.to(self.model.device)).logits
-        return logits[:, :-1].float().log_softmax(dim=-1)
+        """(tokens,) -> (tokens - 1, vocabulary); of a sample, for they are many."""
+        logits = self.model(input_ids=ids[None].to(self.model.device)).logits[0]
+        return logits[:-1].float().log_softmax(dim=-1)
 
     def divergence(
-        self, sparsities: Sparsities, ids: torch.Tensor, dense: torch.Tensor
+        self, sparsities: Sparsities, ids: torch.Tensor, dense: Sequence[torch.Tensor]
     ) -> float:
-        """KL(dense ‖ pruned), nats per token; the weights come back."""
+        """
+        KL(dense ‖ pruned), nats per token; the weights come back.
+
+        :param dense: log probabilities of every sample
+        """
         own = {name: self.linears[name].weight.data for name in sparsities}
         try:
             for name, sparsity in sparsities.items():
                 self.linears[name].weight.data = self._masked(name, sparsity)
-            pruned = self.log_probabilities(ids)
+            found = [
+                self._kl(sample, said) for sample, said in zip(ids, dense, strict=True)
+            ]
         finally:
             for name, weight in own.items():
                 self.linears[name].weight.data = weight
+        return float(np.mean(found))
+
+    def _kl(self, sample: torch.Tensor, dense: torch.Tensor) -> float:
+        pruned = self.log_probabilities(sample)
         return float((dense.exp() * (dense - pruned)).sum(dim=-1).mean())
 
     def _masked(self, name: str, sparsity: float) -> torch.Tensor:
@@ -178,7 +190,7 @@ def main() -> None:
     names = list(model.linears)
     sizes = np.array([model.linears[name].weight.numel() for name in names])
     share = dict(zip(names, sizes / sizes.sum(), strict=True))
-    dense = model.log_probabilities(measuring)
+    dense = list(map(model.log_probabilities, measuring))
 
     def cost(part: list[str], sparsity: float) -> float:
         return model.divergence(dict.fromkeys(part, sparsity), measuring, dense)
@@ -203,7 +215,7 @@ def main() -> None:
     )
     by_name = dict(zip(names, best, strict=True))
     for text, windows in {"measured by": measuring, "of others": others}.items():
-        dense = model.log_probabilities(windows)
+        dense = list(map(model.log_probabilities, windows))
         own = model.divergence(by_name, windows, dense)
         uniform = dict.fromkeys(names, options.sparsity)
         beside = model.divergence(uniform, windows, dense)
