@@ -144,12 +144,10 @@ def _refuse_adapter(folder: Path) -> None:
 def _check_language_model(model: str, config: PretrainedConfig) -> None:
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return  # its own code says what it is
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not _sees_images(config):
         raise ValueError(
             f"{model} is a {config.model_type!r} model, of which transformers has none "
-            "that predicts the next token as AutoModelForCausalLM. If it sees images, "
-            "and a class of its own predicts text, load that from Python and prune it "
-            "by `oneshot`"
+            "that predicts the next token: only decoder language models can be judged"
         )
     tied = getattr(config.get_text_config(), "tie_word_embeddings", False)
     for name in config.architectures or []:
@@ -206,13 +204,17 @@ def empty_model(
 def _auto_class(config: PretrainedConfig) -> Any:
     """
     Of some models that see images (Qwen3.5) `AutoModelForCausalLM` loads the language
-    model alone: what is pruned is saved again, and the rest would be lost.
+    model alone: what is pruned is saved again, and the rest would be lost. Others
+    (LLaVA) it does not know.
     """
+    return AutoModelForImageTextToText if _sees_images(config) else AutoModelForCausalLM
+
+
+def _sees_images(config: PretrainedConfig) -> bool:
+    """Whether it was saved as such a model."""
     saved_as = (config.architectures or [""])[0]
     whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
-    if getattr(whole, "__name__", None) == saved_as:
-        return AutoModelForImageTextToText
-    return AutoModelForCausalLM
+    return getattr(whole, "__name__", None) == saved_as
 
 
 def weight_bytes(

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from helpers import tiny
 from helpers.cli import absorb, error_of
 from helpers.words import make_model, make_tokenizer, words
+from transformers import AutoModelForImageTextToText
 
 COMMANDS: dict[str, list[Any]] = {
     "eval": [],
@@ -37,6 +40,22 @@ def test_a_head_of_random_numbers(command: str, arguments, tmp_path: Path) -> No
     message = error_of(*arguments(command, tmp_path / "headless"))
     assert "headless has no weights for lm_head.weight" in message
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_model_that_sees_images(command: str, arguments, tmp_path: Path) -> None:
+    """Of a kind that AutoModelForCausalLM does not know."""
+    model = tiny.with_images("llava")
+    model.save_pretrained(tmp_path / "llava")
+    make_tokenizer(bos=True).save_pretrained(tmp_path / "llava")
+    result = absorb(*arguments(command, tmp_path / "llava"))
+    assert result.exit_code == 0, result.output
+    if command == "prune":
+        out = tmp_path / "out"
+        pruned = AutoModelForImageTextToText.from_pretrained(out).state_dict()
+        for name, own in model.state_dict().items():
+            of_blocks = "language_model.layers" in name and "proj.weight" in name
+            assert torch.equal(own, pruned[name]) != of_blocks, name
 
 
 @pytest.mark.parametrize("command", COMMANDS)
