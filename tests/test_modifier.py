@@ -39,7 +39,7 @@ def with_ours(**fields: Any) -> Recipe:
 
 
 class REAPPruningModifier(Modifier):
-    """Of this name; llm-compressor's own has been there since 0.14."""
+    """Of this name; llm-compressor 0.12 has none."""
 
     def on_initialize(self, state: Any, **kwargs: Any) -> bool:
         return True

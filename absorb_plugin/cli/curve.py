@@ -142,7 +142,7 @@ def _print(found: "Curve", knee: str, allocator: str, file: TextIO) -> None:
         "corrected",
         "loss increase",
     ):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for point in found.points:
         perplexities = [
             _two_digits(exp(found.dense + increase))

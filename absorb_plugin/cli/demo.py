@@ -49,10 +49,10 @@ def _print(result: "DemoResult", file: TextIO) -> None:
     from rich.table import Table
 
     table = Table(title=result.title)
-    table.add_column("pruner")
-    table.add_column("allocation")
+    table.add_column("pruner", overflow="fold")
+    table.add_column("allocation", overflow="fold")
     for column in ("perplexity", "vs uniform", "sparsity", "seconds"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for row in result.rows:
         table.add_row(
             row.pruner or "",

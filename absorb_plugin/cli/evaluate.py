@@ -125,7 +125,7 @@ def _print(result: Mapping[str, Any], file: TextIO) -> None:
     table = Table()
     table.add_column("task", overflow="fold")
     for column in ("items", "acc", "± stderr", "acc_norm"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for name, one in tasks.items():
         values = (one["acc"], one["stderr"], one["acc_norm"])
         table.add_row(escape(name), str(one["n"]), *map(_four_digits, values))

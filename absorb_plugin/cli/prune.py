@@ -104,6 +104,7 @@ def prune(
         from absorb_plugin.evaluation import oneshot, output
         from absorb_plugin.evaluation.loading import (
             check_saving,
+            copy_processor,
             empty_model,
             load_for_pruning,
             weight_bytes,
@@ -157,6 +158,7 @@ def prune(
                 seed=seed,
                 output_dir=staging,
             )
+            copy_processor(model, config, staging)
             if made:
                 (staging / MADE).write_text(made, encoding="utf-8")
         # counting the zeros of a large model takes a while

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -125,12 +125,17 @@ def _check_same_run(profiles: Mapping[Path, Mapping[str, Any]]) -> None:
 
 def _check_same_model(results: Mapping[Path, Mapping[str, Any]]) -> None:
     """:raises ValueError: naming two results that are not of one model"""
+    same: Mapping[str, Callable[[Any, Any], bool]] = {
+        "model": lambda a, b: Path(a).resolve() == Path(b).resolve(),
+        "sparsity": lambda a, b: math.isclose(a, b, abs_tol=1e-6),
+    }
     for (first, one), (file, other) in pairwise(results.items()):
-        for key in ("model", "sparsity"):
-            if None not in (one.get(key), other.get(key)) and one[key] != other[key]:
+        for key, alike in same.items():
+            a, b = one.get(key), other.get(key)
+            if None not in (a, b) and not alike(a, b):
                 raise ValueError(
-                    f"{first} and {file} are of different models ({key} {one[key]} and "
-                    f"{other[key]}): put them into a directory each"
+                    f"{first} and {file} are of different models ({key} {a} and {b}): "
+                    "put them into a directory each"
                 )
 
 

@@ -26,6 +26,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from absorb_plugin.evaluation.shards import (
@@ -38,6 +39,7 @@ from absorb_plugin.evaluation.shards import (
 __all__ = [
     "check_length",
     "check_saving",
+    "copy_processor",
     "empty_model",
     "load_config",
     "load_for_pruning",
@@ -53,6 +55,14 @@ OTHER_HEAD = re.compile(
     r"|Prediction|RewardModel|Retrieval)$|Reranker"
 )
 BASE_MODEL = re.compile(r"(?<!LMHead)Model$")
+# Model types that see images, which AutoModelForCausalLM does not know, and that were
+# tried on text alone. Others want images, or have tokens that see those after them.
+RUN_ON_TEXT = ("llava", "mistral3", "qwen2_vl", "qwen2_5_vl")
+# What a model that sees images is used with, beside its tokenizer.
+OF_PROCESSORS = (
+    *("preprocessor_config.json", "processor_config.json"),
+    "video_preprocessor_config.json",
+)
 # Configurations and what tokenizers are made of.
 OF_TOKENIZERS = ("*token*", "vocab*", "merges.txt", "*.model")
 SMALL_FILES = ("*config.json", *OF_TOKENIZERS)
@@ -144,10 +154,13 @@ def _refuse_adapter(folder: Path) -> None:
 def _check_language_model(model: str, config: PretrainedConfig) -> None:
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return  # its own code says what it is
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not _sees_images(config):
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if not known and config.model_type not in RUN_ON_TEXT:
         raise ValueError(
             f"{model} is a {config.model_type!r} model, of which transformers has none "
-            "that predicts the next token: only decoder language models can be judged"
+            "that predicts the next token as AutoModelForCausalLM: only decoder "
+            "language models can be judged. One of another class that runs on text "
+            "alone can be loaded from Python, and pruned by `oneshot`"
         )
     tied = getattr(config.get_text_config(), "tie_word_embeddings", False)
     for name in config.architectures or []:
@@ -217,21 +230,37 @@ def _sees_images(config: PretrainedConfig) -> bool:
     return getattr(whole, "__name__", None) == saved_as
 
 
+def copy_processor(name: str, config: PretrainedConfig, folder: Path) -> None:
+    """
+    Of a model that sees images, what prepares them, into where its copy is saved:
+    `oneshot` saves the tokenizer alone.
+
+    :param name: directory or hub id
+    """
+    for file in OF_PROCESSORS if _sees_images(config) else ():
+        found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        if found is not None and not (folder / file).exists():
+            shutil.copyfile(found, folder / file)
+
+
 def weight_bytes(
     model: PreTrainedModel, dtype: str, linear_bits: int | None = None
 ) -> int:
     """
     :param model: with or without its weights
     :param dtype: of the weights, "auto" as they were saved
-    :param linear_bits: of the weights of Linears, if these are quantised
+    :param linear_bits: that weights are quantised to, of all that may be: matrices
+        but for embeddings and the head
     """
     saved = model.config.get_text_config().dtype or torch.float32
     chosen = saved if dtype == "auto" else getattr(torch, dtype)
     found = sum(parameter.numel() for parameter in model.parameters())
     if linear_bits is None:
         return found * chosen.itemsize
-    linears = (x for x in model.modules() if isinstance(x, torch.nn.Linear))
-    quantised = sum(linear.weight.numel() for linear in linears)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    whole = {id(end.weight) for end in ends if end is not None}
+    matrices = (x for x in model.parameters() if x.dim() > 1 and id(x) not in whole)
+    quantised = sum(matrix.numel() for matrix in matrices)
     return (found - quantised) * chosen.itemsize + quantised * linear_bits // 8
 
 

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from absorb_plugin.mistakes import check_patterns
+from absorb_plugin.other_modifiers import DESTROYS_ZEROS
 
 try:
     from transformers.initialization import no_init_weights
@@ -141,12 +142,16 @@ def pruned_linears(
         has not one for each target
     """
     plan: dict[str, float] = {}
+    there: dict[str, float] = {}  # what the modifiers before have left
     for name, fields in modifiers:
+        if name in DESTROYS_ZEROS:
+            there = {}
         if "sparsity" in fields and _prunes_linears(name, fields):
             found = _planned(name, fields, model)
             if _keeps_zeros(name, fields):
-                found = {k: max(share, plan.get(k, 0.0)) for k, share in found.items()}
+                found = {k: max(share, there.get(k, 0.0)) for k, share in found.items()}
             plan |= found
+            there |= found
     return plan
 
 

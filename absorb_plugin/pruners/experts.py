@@ -7,7 +7,7 @@ tensor) nobody would find them again, and random numbers would stand in their pl
 
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import update_wrapper
 from types import MethodType
 from typing import Any
@@ -198,12 +198,21 @@ def _fill(linear: Any, fused: Module) -> None:
             linear[index].copy_from_experts_module(fused, index)
 
 
-@torch.no_grad()
 def _packed(linear: Any) -> Module:
+    """As `_packed_by`; of ranks that share weights, all fail where one does."""
+    if not any(map(_is_shared, _weights(linear))):
+        return _packed_by(linear, shared=False)
+    with distributed.fail_together():
+        return _packed_by(linear, shared=True)
+
+
+@torch.no_grad()
+def _packed_by(linear: Any, shared: bool) -> Module:
     """
     Experts in one tensor. llm-compressor puts gate and up side by side, also where the
     model has them in turn (gpt-oss), so what it would make of the result is looked at.
 
+    :param shared: whether ranks share the weights
     :raises ValueError: if that is not what is there
     """
     if not hasattr(linear, "to_experts_module"):
@@ -227,14 +236,12 @@ def _packed(linear: Any) -> Module:
         if isinstance(both := getattr(fused, name, None), torch.Tensor):
             dim = 1 if both.dim() == 3 and not fused.is_transposed else -1
             turned[name] = _in_turn(both, dim)
-    with ExitStack() as stack:
-        if any(map(_is_shared, _weights(fused))):
-            # which ends when all have written; and before that all have looked, or some
-            # would turn what others have turned already
-            stack.enter_context(distributed.fail_together())
-            distributed.meet()
-        for name, both in turned.items():
-            update_offload_parameter(fused, name, both)
+    if shared:  # all have looked, or some would turn what others have turned
+        distributed.meet()
+    for name, both in turned.items():
+        update_offload_parameter(fused, name, both)
+    if shared:
+        distributed.meet()
     if _same(linear, fused):
         return fused
     raise ValueError(

@@ -63,8 +63,11 @@ def recipe_text() -> str:
 
 
 def broken_off() -> bool:
-    """Whether a modifier of the active recipe has begun and not come to its end."""
+    """Whether a modifier of the active recipe has not come to its end."""
     recipe = active_session().lifecycle.recipe.modifiers
+    if hasattr(Modifier, "on_calibration_end"):
+        return any(not modifier.ended_ for modifier in recipe)
+    # before 0.13 each says so by itself, and those without calibration do not
     return any(modifier.started_ and not modifier.ended_ for modifier in recipe)
 
 

@@ -127,7 +127,7 @@ class Costs:
         even = (self.share * density).sum()
         best = (self.share * wished).sum()
         found = sparsity * even ** (1 / self.power) * best ** (1 - 1 / self.power)
-        return found, np.minimum(wished * found / best, 1.0)
+        return found, wished * found / best
 
 
 def parts_of(names: list[str], each: str) -> dict[str, list[str]]:
@@ -208,6 +208,8 @@ def main() -> None:
     together = float((costs.share * density).sum())
     print(f"added up: {together:.5f}, {together / high:.2f} times all at once")
     bears, best = costs.bears(options.sparsity)
+    if best.max() >= 1:
+        parser.error("a Linear would lose all its weights: give a lower --sparsity")
     print(
         f"at the loss of uniform pruning at {options.sparsity:.1%} the cheapest "
         f"allocation bears {bears:.1%}: {100 * (bears - options.sparsity):.1f} points "
@@ -219,7 +221,7 @@ def main() -> None:
         own = model.divergence(by_name, windows, dense)
         uniform = dict.fromkeys(names, options.sparsity)
         beside = model.divergence(uniform, windows, dense)
-        points = 100 * options.sparsity * ((beside / own) ** (1 / power) - 1)
+        points = 100 * bears * ((beside / own) ** (1 / power) - 1)
         print(
             f"windows {text}: KL {own:.5f} there, {beside:.5f} of uniform pruning: "
             f"{points:+.1f} points beside what was said"

@@ -48,10 +48,12 @@ def test_a_model_that_sees_images(command: str, arguments, tmp_path: Path) -> No
     model = tiny.with_images("llava")
     model.save_pretrained(tmp_path / "llava")
     make_tokenizer(bos=True).save_pretrained(tmp_path / "llava")
+    (tmp_path / "llava" / "processor_config.json").write_text('{"patch_size": 14}')
     result = absorb(*arguments(command, tmp_path / "llava"))
     assert result.exit_code == 0, result.output
     if command == "prune":
         out = tmp_path / "out"
+        assert (out / "processor_config.json").read_text() == '{"patch_size": 14}'
         pruned = AutoModelForImageTextToText.from_pretrained(out).state_dict()
         for name, own in model.state_dict().items():
             of_blocks = "language_model.layers" in name and "proj.weight" in name

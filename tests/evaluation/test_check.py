@@ -558,6 +558,16 @@ def test_a_second_pruning_that_asks_for_less(
     assert check_checkpoint(plain).planned == planned
 
 
+def test_zeros_that_something_filled_in_between(plain: Path) -> None:
+    targets = "targets: [Linear], ignore: [lm_head]}"
+    (plain / "recipe.yaml").write_text(
+        f"{WANDA}{{sparsity: 0.75, {targets}\nb_stage:\n  b_modifiers:\n    "
+        "SpinQuantModifier: {rotations: [R1]}\n    "
+        f"WandaPruningModifier: {{sparsity: 0.5, {targets}\n"
+    )
+    assert check_checkpoint(plain).planned == 0.5
+
+
 @pytest.mark.parametrize("kind", ["REAPPruningModifier", "SomebodysModifier"])
 def test_a_sparsity_that_is_not_of_weights(plain: Path, kind: str) -> None:
     """Of experts, as REAP has it; it has neither targets nor a mask_structure."""

@@ -167,6 +167,15 @@ def test_bad_runs(tmp_path: Path, files: dict[str, Any], message: str) -> None:
         read_runs([tmp_path])
 
 
+def test_one_model_by_two_spellings(tmp_path: Path) -> None:
+    first = TASKS | {"model": str(tmp_path / "m"), "sparsity": 0.5}
+    other = {"perplexity": 2.0, "tokens": 5, "sparsity": 0.5 + 1e-12}
+    write(tmp_path / "eval_a.json", first)
+    write(tmp_path / "eval_b.json", other | {"model": f"{tmp_path}/n/../m/"})
+    (run,) = read_runs([tmp_path])
+    assert run.perplexity == 2.0 and "arc" in run.tasks
+
+
 def test_names_with_brackets_are_shown_whole(tmp_path: Path) -> None:
     settings = {"allocator": "mine[/x]", "strength": 0, "max_sparsity": 0.9}
     write(tmp_path / "profile.json", make_profile(settings=settings))

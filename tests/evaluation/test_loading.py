@@ -26,6 +26,7 @@ from transformers import (
     T5Config,
 )
 
+from absorb_plugin.blocks import find_blocks
 from absorb_plugin.evaluation import loading
 from absorb_plugin.evaluation.loading import (
     check_length,
@@ -367,9 +368,23 @@ def test_bytes_of_the_weights(dtype: str, tmp_path: Path) -> None:
 def test_bytes_of_weights_that_will_be_quantised(tmp_path: Path) -> None:
     make_model().half().save_pretrained(tmp_path)
     model = empty_model(load_config(str(tmp_path)))
-    linears = [x for x in model.modules() if isinstance(x, torch.nn.Linear)]
+    linears = find_blocks(model).linears().values()
     saved = sum(x.weight.numel() for x in linears)  # of two bytes each, half a byte now
     assert weight_bytes(model, "auto", 4) == weight_bytes(model, "auto") - 1.5 * saved
+
+
+def test_bytes_of_experts_that_will_be_quantised() -> None:
+    model = tiny.make_model("granitemoe").half()
+    linears = find_blocks(model).linears().values()  # of experts too
+    saved = sum(x.weight.numel() for x in linears)
+    assert weight_bytes(model, "auto", 8) <= weight_bytes(model, "auto") - saved
+
+
+@pytest.mark.parametrize("kind", ["paligemma", "florence2", "blip-2"])
+def test_what_does_not_run_on_text_alone(kind: str, folder: Path) -> None:
+    transformers.AutoConfig.for_model(kind).save_pretrained(folder)
+    with pytest.raises(ValueError, match=f"'{kind}' model, of which .* `oneshot`"):
+        load_config(str(folder))
 
 
 class Memory:

@@ -469,13 +469,17 @@ def test_a_run_that_failed_reports_nothing_later(
     assert strict_json(tmp_path / "profile.json")["realised"] is None
 
 
+@pytest.mark.parametrize("where", ["on_calibration_start", "compress_modules"])
 def test_a_run_that_failed_after_its_pruner_reports_nothing_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logs: list[str]
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logs: list[str]
 ) -> None:
     class Failing(GPTQModifier):
-        def compress_modules(self) -> None:
-            raise RuntimeError("broken on purpose")
+        pass
 
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("broken on purpose")
+
+    setattr(Failing, where, fail)
     monkeypatch.setattr(report_profile, "draw_profile", lambda profile: b"")
     ours = runs.absorption(strength=0, allocator="uniform", report_dir=tmp_path)
     after = Failing(targets=["Linear"], scheme="W8A8", ignore=["lm_head"])
