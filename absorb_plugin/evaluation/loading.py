@@ -237,10 +237,18 @@ def copy_processor(name: str, config: PretrainedConfig, folder: Path) -> None:
 
     :param name: directory or hub id
     """
+    # most have one of these, and what is pruned must not be lost for want of another
+    quiet = {
+        f"_raise_exceptions_for_{what}": False
+        for what in ("missing_entries", "connection_errors", "gated_repo")
+    }
     for file in OF_PROCESSORS if _sees_images(config) else ():
-        found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-        if found is not None and not (folder / file).exists():
-            shutil.copyfile(found, folder / file)
+        try:
+            found = cached_file(name, file, **quiet)
+            if found is not None and not (folder / file).exists():
+                shutil.copyfile(found, folder / file)
+        except OSError as error:
+            logger.warning(f"{file} of {name} is not beside the pruned model: {error}")
 
 
 def weight_bytes(

@@ -14,6 +14,7 @@ import torch
 import transformers
 from compressed_tensors.offload import disable_onloading
 from helpers import tiny
+from helpers.cli import files_in
 from helpers.words import make_model, make_tokenizer, words
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -31,6 +32,7 @@ from absorb_plugin.evaluation import loading
 from absorb_plugin.evaluation.loading import (
     check_length,
     check_saving,
+    copy_processor,
     empty_model,
     load_config,
     load_for_pruning,
@@ -476,3 +478,21 @@ def test_what_sees_images_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
     assert any("visual" in name for name, _ in whole.named_parameters())
     config.architectures = ["Qwen3_5ForCausalLM"]  # as the text model alone is saved
     assert type(empty_model(config)).__name__ == "Qwen3_5ForCausalLM"
+
+
+def test_a_processor_that_cannot_be_read_costs_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
+) -> None:
+    config = tiny.with_images("llava").config
+    config.architectures = ["LlavaForConditionalGeneration"]
+
+    def broken(*_: Any) -> None:
+        raise OSError("disk")
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "processor_config.json").write_text("{}")
+    monkeypatch.setattr(shutil, "copyfile", broken)
+    copy_processor(str(tmp_path / "model"), config, tmp_path)
+    (told,) = [line for line in warnings if "beside the pruned model" in line]
+    assert told.startswith("processor_config.json of")
+    assert files_in(tmp_path) == {"model"}
