@@ -148,9 +148,10 @@ class SampleSplit:
                 break
             length *= 2
         # those that were picked may be the shorter ones
-        while SampleUse("", windows).tokens < self._pruning_tokens:
-            if count == len(self._measuring):
-                break
+        while (
+            count < len(self._measuring)
+            and SampleUse("", windows).tokens < self._pruning_tokens
+        ):
             count += 1
             windows = self._pruning_windows(count, length)
         return windows

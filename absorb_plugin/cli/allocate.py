@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from absorb_plugin.cli import options
-from absorb_plugin.cli.frame import command, show
+from absorb_plugin.cli.frame import command, show, table_of
 from absorb_plugin.cli.inputs import (
     Source,
     check_samples,
@@ -168,13 +168,8 @@ def _parse_argument(argument: str) -> tuple[str, Any]:
 def _print(allocation: "Allocation", file: TextIO) -> None:
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
-    table = Table()
-    for column in ("block", "weights", "metric", "base", "sparsity"):
-        table.add_column(
-            column, justify="left" if column == "block" else "right", overflow="fold"
-        )
+    table = table_of(["block"], ["weights", "metric", "base", "sparsity"])
     bases = allocation.block_means(allocation.base.sparsity)
     sparsities = allocation.block_means(allocation.sparsity)
     for row, index in enumerate(allocation.blocks.prunable):

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from absorb_plugin.cli.frame import command
+from absorb_plugin.cli.frame import command, table_of
 from absorb_plugin.cli.options import AsJson, Debug
 
 __all__ = ["allocators"]
@@ -24,11 +24,9 @@ def allocators(as_json: AsJson = False, debug: Debug = False) -> None:
 def _print(entries: Sequence[dict[str, Any]], file: TextIO) -> None:
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
-    table = Table()
-    for column in ("name", "from", "arguments", "cost beside pruning", "paper"):
-        table.add_column(column, overflow="fold")
+    columns = ("name", "from", "arguments", "cost beside pruning", "paper")
+    table = table_of(columns)
     for entry in entries:
         arguments = (
             f"{key} (required)" if key in entry["required"] else f"{key}={value}"

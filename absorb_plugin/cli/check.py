@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from absorb_plugin.cli.frame import command, show
+from absorb_plugin.cli.frame import command, show, table_of
 from absorb_plugin.cli.options import AsJson, Debug
 
 if TYPE_CHECKING:
@@ -89,7 +89,6 @@ def _summary(report: "CheckReport") -> str:
 
 def _table(report: "CheckReport") -> "Table":
     from rich.markup import escape
-    from rich.table import Table
 
     from absorb_plugin.evaluation.check_report import (
         planned_share,
@@ -97,13 +96,10 @@ def _table(report: "CheckReport") -> "Table":
         zero_share,
     )
 
-    table = Table()
     # over the Linears of the plan, of which the other columns are not
     there = ["zeros there"] if report.ignored else []
-    for column in ("block", "weights", "planned", *there, "zeros", "fewest", "most"):
-        table.add_column(
-            column, justify="left" if column == "block" else "right", overflow="fold"
-        )
+    numbers = ["weights", "planned", *there, "zeros", "fewest", "most"]
+    table = table_of(["block"], numbers)
     for name, linears in report.blocks().items():
         shares = [one.count.share for one in linears]
         table.add_row(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from absorb_plugin.cli.frame import command, show
+from absorb_plugin.cli.frame import command, show, table_of
 from absorb_plugin.cli.options import AsJson, Debug
 
 if TYPE_CHECKING:
@@ -51,18 +51,14 @@ def compare(
 def _print(runs: Sequence["Run"], file: TextIO) -> None:
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
     from absorb_plugin.evaluation.compare import task_names
 
     tasks = task_names(runs)
-    table = Table(caption="accuracy ± standard error; norm: by length of the choice")
-    if not tasks:
-        table.caption = None
-    table.add_column("run", overflow="fold")
-    table.add_column("allocation", overflow="fold")
-    for column in ("sparsity", "perplexity", *map(escape, tasks)):
-        table.add_column(column, justify="right", overflow="fold")
+    numbers = ["sparsity", "perplexity", *map(escape, tasks)]
+    table = table_of(["run", "allocation"], numbers)
+    if tasks:
+        table.caption = "accuracy ± standard error; norm: by length of the choice"
     for run in runs:
         table.add_row(
             escape(run.name),

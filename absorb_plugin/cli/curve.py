@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 
 from absorb_plugin.cli import options
-from absorb_plugin.cli.frame import command, show
+from absorb_plugin.cli.frame import command, show, table_of
 from absorb_plugin.cli.inputs import (
     Source,
     check_samples,
@@ -130,19 +130,12 @@ def _check_count(count: float, remedy: str) -> None:
 def _print(found: "Curve", knee: str, allocator: str, file: TextIO) -> None:
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
     from absorb_plugin.overflow import exp
 
-    table = Table(title=f"Perplexity; dense {_two_digits(exp(found.dense))}")
-    for column in (
-        "sparsity",
-        "uniform",
-        escape(allocator),
-        "corrected",
-        "loss increase",
-    ):
-        table.add_column(column, justify="right", overflow="fold")
+    numbers = ["sparsity", "uniform", escape(allocator), "corrected", "loss increase"]
+    title = f"Perplexity; dense {_two_digits(exp(found.dense))}"
+    table = table_of([], numbers, title)
     for point in found.points:
         perplexities = [
             _two_digits(exp(found.dense + increase))

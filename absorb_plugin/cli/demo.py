@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from absorb_plugin.cli.frame import command, show
+from absorb_plugin.cli.frame import command, show, table_of
 from absorb_plugin.cli.options import AsJson, Debug
 
 if TYPE_CHECKING:
@@ -46,13 +46,9 @@ def demo(
 def _print(result: "DemoResult", file: TextIO) -> None:
     """The table, what was gained, where it is, what to do next."""
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title=result.title)
-    table.add_column("pruner", overflow="fold")
-    table.add_column("allocation", overflow="fold")
-    for column in ("perplexity", "vs uniform", "sparsity", "seconds"):
-        table.add_column(column, justify="right", overflow="fold")
+    numbers = ["perplexity", "vs uniform", "sparsity", "seconds"]
+    table = table_of(["pruner", "allocation"], numbers, result.title)
     for row in result.rows:
         table.add_row(
             row.pruner or "",

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from absorb_plugin.cli import options
-from absorb_plugin.cli.frame import command, show
+from absorb_plugin.cli.frame import command, show, table_of
 from absorb_plugin.cli.inputs import Source, read_model
 
 __all__ = ["evaluate"]
@@ -112,7 +112,6 @@ def _print(result: Mapping[str, Any], file: TextIO) -> None:
     """
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
     if "perplexity" in result:
         value = result["perplexity"]
@@ -122,10 +121,7 @@ def _print(result: Mapping[str, Any], file: TextIO) -> None:
     tasks = {name: one for name, one in result.items() if isinstance(one, Mapping)}
     if not tasks:
         return
-    table = Table()
-    table.add_column("task", overflow="fold")
-    for column in ("items", "acc", "± stderr", "acc_norm"):
-        table.add_column(column, justify="right", overflow="fold")
+    table = table_of(["task"], ["items", "acc", "± stderr", "acc_norm"])
     for name, one in tasks.items():
         values = (one["acc"], one["stderr"], one["acc_norm"])
         table.add_row(escape(name), str(one["n"]), *map(_four_digits, values))

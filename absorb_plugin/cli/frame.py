@@ -15,14 +15,17 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
-__all__ = ["command", "show"]
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["command", "show", "table_of"]
 
 # Fields of the library that are options of commands, in the library's messages. Not in
 # a path, and none that is a field of recipes as well.
@@ -230,3 +233,22 @@ def show(
     """
     text = json.dumps(result, allow_nan=False) if as_json else line.format(**result)
     print(text, file=stdout, flush=True)
+
+
+def table_of(
+    words: Iterable[str], numbers: Iterable[str] = (), title: str | None = None
+) -> "Table":
+    """
+    A table without rows, of which a narrow terminal or a pipe cuts nothing off.
+
+    :param words: columns of words, which come first
+    :param numbers: columns of numbers
+    """
+    from rich.table import Table
+
+    table = Table(title=title)
+    for column in words:
+        table.add_column(column, overflow="fold")
+    for column in numbers:
+        table.add_column(column, justify="right", overflow="fold")
+    return table

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 
 from absorb_plugin.cli import options
-from absorb_plugin.cli.frame import command, show
+from absorb_plugin.cli.frame import command, show, table_of
 from absorb_plugin.cli.inputs import Source, read_model
 
 if TYPE_CHECKING:
@@ -110,14 +110,11 @@ def _print(found: "NoiseScan", file: TextIO) -> None:
     """The ratio r per block and η."""
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
-    table = Table(title=f"Ratio r, computed in {found.dtype}")
-    table.add_column("noise after", overflow="fold")
     below_floor = found.below_floor()
-    for eta in found.magnitudes:
-        mark = "*" if eta in below_floor else ""
-        table.add_column(f"η={eta:g}{mark}", justify="right", overflow="fold")
+    marks = ["*" if eta in below_floor else "" for eta in found.magnitudes]
+    numbers = [f"η={eta:g}{mark}" for eta, mark in zip(found.magnitudes, marks)]
+    table = table_of(["noise after"], numbers, f"Ratio r, computed in {found.dtype}")
     for row, name in enumerate(found.names):
         table.add_row(
             escape(name), *(f"{profile.ratio[row]:.3f}" for profile in found.profiles)

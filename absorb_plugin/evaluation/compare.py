@@ -103,7 +103,7 @@ def _read_run(path: Path, name: str) -> Run:
         fields |= _from_profiles(list(profiles.values()))
     for file, result in results:
         _add_result(fields, file, result)
-    _check_same_model(dict(results))
+    _check_same_model(results)
     return Run(name, **fields)
 
 
@@ -123,13 +123,13 @@ def _check_same_run(profiles: Mapping[Path, Mapping[str, Any]]) -> None:
             )
 
 
-def _check_same_model(results: Mapping[Path, Mapping[str, Any]]) -> None:
+def _check_same_model(results: Sequence[tuple[Path, Mapping[str, Any]]]) -> None:
     """:raises ValueError: naming two results that are not of one model"""
     same: Mapping[str, Callable[[Any, Any], bool]] = {
         "model": lambda a, b: Path(a).resolve() == Path(b).resolve(),
         "sparsity": lambda a, b: math.isclose(a, b, abs_tol=1e-6),
     }
-    for (first, one), (file, other) in pairwise(results.items()):
+    for (first, one), (file, other) in pairwise(results):
         for key, alike in same.items():
             a, b = one.get(key), other.get(key)
             if None not in (a, b) and not alike(a, b):

@@ -60,7 +60,8 @@ BASE_MODEL = re.compile(r"(?<!LMHead)Model$")
 RUN_ON_TEXT = ("llava", "mistral3", "qwen2_vl", "qwen2_5_vl")
 # What a model that sees images is used with, beside its tokenizer.
 OF_PROCESSORS = (
-    *("preprocessor_config.json", "processor_config.json"),
+    "preprocessor_config.json",
+    "processor_config.json",
     "video_preprocessor_config.json",
 )
 # Configurations and what tokenizers are made of.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 from loguru import logger
+from tqdm import tqdm
 
 from absorb_plugin.files import check_file, json_object
 
@@ -26,8 +27,6 @@ SAVED = (
     *("profile.json", "profile_[0-9]*.json", "profile.png", "profile_[0-9]*.png"),
     *("report.html", "report_[0-9]*.html"),
 )
-
-UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
 # In the words of errno and of safetensors: of a disk, of a quota, of a limit on a file.
 FULL = ("No space left", "Disk quota exceeded", "File too large")
@@ -293,15 +292,10 @@ def check_space(out: Path, needed: int) -> None:
     if free < needed:
         raise OSError(
             errno.ENOSPC,
-            f"{folder} has {_size(free)} free, and the pruned model needs "
-            f"{_size(needed)}: make room, or choose another directory",
+            f"{folder} has {tqdm.format_sizeof(free, 'B')} free, and the pruned model "
+            f"needs {tqdm.format_sizeof(needed, 'B')}: make room, or choose another "
+            "directory",
         )
-
-
-def _size(count: int) -> str:
-    """Of bytes."""
-    unit, name = next(x for x in UNITS if count >= x[0] or x == UNITS[-1])
-    return f"{count / unit:.2f} {name}"
 
 
 @contextmanager

@@ -92,9 +92,9 @@ def leave_recipe(modifier: Modifier, model: Module) -> None:
             other.group = name
     recipe.stage = _free(recipe.stage, _stages_of(model), "_stage")
     for other in recipe.modifiers:
-        lost, saved = WORKED_OUT.get(type(other).__name__, ("", ""))
-        if lost and getattr(other, lost) is not None:
-            setattr(other, saved, None)
+        fields = WORKED_OUT.get(type(other).__name__)
+        if fields is not None and getattr(other, fields[0]) is not None:
+            setattr(other, fields[1], None)
 
 
 def say_whether_it_replays(mask_kept: bool) -> None:

@@ -97,12 +97,11 @@ def thresholds_between(
             found.append(quantiles[:, level])
             continue
         between = ranks[level] - ranks[level - 1]
-        inside = (scores > quantiles[:, level - 1, None]) & (
-            scores <= quantiles[:, level, None]
-        )
-        # as many equal scores beyond either quantile would make the number right
-        below = (scores <= quantiles[:, level - 1, None]).sum(dim=1)
-        exact = (below == ranks[level - 1]) & (inside.sum(dim=1) == between)
+        above = scores > quantiles[:, level - 1, None]
+        inside = above & (scores <= quantiles[:, level, None])
+        # as many equal scores beyond either quantile would make one number right
+        exact = above.sum(dim=1) == scores.shape[1] - ranks[level - 1]
+        exact &= inside.sum(dim=1) == between
         if bool(exact.all()):
             # the slice is the whole, but known without looking at the data
             rows = len(scores)

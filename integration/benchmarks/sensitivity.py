@@ -216,11 +216,14 @@ def main() -> None:
         "more"
     )
     by_name = dict(zip(names, best, strict=True))
-    for text, windows in {"measured by": measuring, "of others": others}.items():
-        dense = list(map(model.log_probabilities, windows))
-        own = model.divergence(by_name, windows, dense)
-        uniform = dict.fromkeys(names, options.sparsity)
-        beside = model.divergence(uniform, windows, dense)
+    uniform = dict.fromkeys(names, options.sparsity)
+    dense_of_others = list(map(model.log_probabilities, others))
+    high_of_others = model.divergence(uniform, others, dense_of_others)
+    for text, windows, said, beside in (
+        ("measured by", measuring, dense, high),
+        ("of others", others, dense_of_others, high_of_others),
+    ):
+        own = model.divergence(by_name, windows, said)
         points = 100 * bears * ((beside / own) ** (1 / power) - 1)
         print(
             f"windows {text}: KL {own:.5f} there, {beside:.5f} of uniform pruning: "
