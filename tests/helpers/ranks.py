@@ -209,7 +209,7 @@ def on_cards(world: int, rank: int) -> dict[str, Any]:
     mine = shard("unequal", world, rank)
     found = {}
     for name, where in ON_CARDS.items():
-        with strict_collectives() as strict:
+        with strict_collectives() as strict, tried_soon():
             found[name] = allocate(ALLOCATIONS[name], mine, where)
         found[name]["exchanged"] = strict.tensors
     return found
@@ -282,18 +282,23 @@ def joined_where_one_is_full(full: bool | None) -> list[Any]:
     from absorb_plugin import distributed as ranks  # not torch's
 
     error = torch.OutOfMemoryError("it is full") if full else None
-    with (
-        fake_accelerator(),
-        patch.object(joined, "TRIED", 64),
-        patch.object(joined, "_seconds", lambda run, device: run() or 1.0),
-        ranks.fail_together(),
-    ):
+    with fake_accelerator(), tried_soon(), ranks.fail_together():
         if full is None:
             found = joined_before_made(torch.device("fake:0"), torch.float32)
         else:
             with fails_once(ranks, "join_rows", error):
                 found = joined_before_made(torch.device("fake:0"), torch.float32)
         return [found, ranks.meet("here")]
+
+
+@contextmanager
+def tried_soon() -> Iterator[None]:
+    """Within the context rows of small matrices are joined to try it, and are so."""
+    with (
+        patch.object(joined, "TRIED", 64),
+        patch.object(joined, "_seconds", lambda run, device: run() or 1.0),
+    ):
+        yield
 
 
 @contextmanager
