@@ -56,7 +56,7 @@ def allocate(
     method = Method(model, blocks, batches, pruner=pruner, settings=settings)
     budget = method.zeros(zeros).within(cap)
     search, confirmed, quality, direction = None, None, None, None
-    with method.setting.runner.kept_onloaded():
+    with method.context.runner.kept_onloaded():
         if settings.max_loss_increase is not None:
             quality = method.largest_budget(budget, settings.max_loss_increase)
             budget = budget.at(quality.found.sparsity)
@@ -73,7 +73,7 @@ def allocate(
             search, confirmed = method.confirmed(final, base, budget, search)
             final = confirmed.sparsity
             direction = direction if search is None else search.direction
-        noise = report_noise(settings, method.setting, method.signal)
+        noise = report_noise(settings, method.context, method.signal)
     signal = method.signal
     return Allocation(
         blocks=blocks,

@@ -12,7 +12,7 @@ from absorb_plugin.judges import MaskedLoss, PrunedLoss
 from absorb_plugin.search.descent import Slopes, Stage
 from absorb_plugin.search.line_search import Losses
 from absorb_plugin.settings import AllocationSettings
-from absorb_plugin.signals import Setting, Signal
+from absorb_plugin.signals import Context, Signal
 from absorb_plugin.signals.noise import Noise, NoiseProfile
 
 __all__ = [
@@ -42,60 +42,60 @@ def _same_slopes(
 
 
 def measure_direction(
-    setting: Setting, signal: Signal, allocation: np.ndarray
+    context: Context, signal: Signal, allocation: np.ndarray
 ) -> np.ndarray:
     """Δ of every Linear, the same on all ranks."""
     allocation = distributed.from_first(allocation)
-    direction = distributed.from_first(signal.direction(setting, allocation))
-    return setting.groups.spread(direction)
+    direction = distributed.from_first(signal.direction(context, allocation))
+    return context.groups.spread(direction)
 
 
-def masked_loss(setting: Setting, candidates: Sequence[np.ndarray]) -> Losses:
+def masked_loss(context: Context, candidates: Sequence[np.ndarray]) -> Losses:
     """Losses under masks on the samples of the search, the same on all ranks."""
     candidates = distributed.from_first(candidates)
     probe = MaskedLoss(
-        setting.blocks,
-        setting.pruner.masks,
-        setting.statistics,
+        context.blocks,
+        context.pruner.masks,
+        context.statistics,
         candidates,
-        setting.quantiles,
-        setting.runner.joins_rows,
+        context.quantiles,
+        context.runner.joins_rows,
     )
-    return _judged(setting, "Held-out loss", setting.samples.search, probe)
+    return _judged(context, "Held-out loss", context.samples.search, probe)
 
 
-def pruned_loss(setting: Setting, candidates: Sequence[np.ndarray]) -> Losses:
+def pruned_loss(context: Context, candidates: Sequence[np.ndarray]) -> Losses:
     """Losses by the pruner's arithmetic on samples that chose nothing."""
-    candidates, samples = distributed.from_first(candidates), setting.samples
+    candidates, samples = distributed.from_first(candidates), context.samples
     pruning, judged = samples.pruning, [*samples.pruning, *samples.confirm]
     probe = PrunedLoss(
-        setting.blocks,
-        setting.pruner,
+        context.blocks,
+        context.pruner,
         candidates,
         len(pruning),
-        together=setting.pruner.hessians,
+        together=context.pruner.hessians,
     )
     # the ranks take the same steps, and the room of each is its own
-    if not all(distributed.gather(setting.runner.has_room(probe.needs, judged))):
+    if not all(distributed.gather(context.runner.has_room(probe.needs, judged))):
         probe.release()
-    what = f"Pruning as {setting.pruner.name} does"
-    return _judged(setting, what, judged, probe)
+    what = f"Pruning as {context.pruner.name} does"
+    return _judged(context, what, judged, probe)
 
 
-def dense_loss(setting: Setting) -> Losses:
+def dense_loss(context: Context) -> Losses:
     """
     Losses of the dense model on the samples of `pruned_loss`.
 
     :raises ValueError: if one is not finite
     """
-    return _dense_loss(setting, setting.samples.confirm)
+    return _dense_loss(context, context.samples.confirm)
 
 
-def _dense_loss(setting: Setting, samples: Sequence[dict]) -> Losses:
-    nothing = [np.zeros(len(setting.groups.linears))]
-    probe = MaskedLoss(setting.blocks, setting.pruner.masks, {}, nothing)
+def _dense_loss(context: Context, samples: Sequence[dict]) -> Losses:
+    nothing = [np.zeros(len(context.groups.linears))]
+    probe = MaskedLoss(context.blocks, context.pruner.masks, {}, nothing)
     sums, tokens = distributed.from_first(
-        setting.runner.run("Dense loss", samples, probe)
+        context.runner.run("Dense loss", samples, probe)
     )
     if not np.isfinite(sums).all():
         raise ValueError(
@@ -108,31 +108,31 @@ def _dense_loss(setting: Setting, samples: Sequence[dict]) -> Losses:
 
 
 def _judged(
-    setting: Setting, what: str, samples: Sequence[dict], probe: MaskedLoss | PrunedLoss
+    context: Context, what: str, samples: Sequence[dict], probe: MaskedLoss | PrunedLoss
 ) -> Losses:
     """
     An overflow is the worst of losses, not none; ranks decide by the first's.
 
     :raises ValueError: if it is none of pruning
     """
-    sums, tokens = distributed.from_first(setting.runner.run(what, samples, probe))
+    sums, tokens = distributed.from_first(context.runner.run(what, samples, probe))
     sums = np.where(np.isnan(sums), np.inf, sums)
     if np.isinf(sums).all(axis=0).any():
-        _dense_loss(setting, samples)
+        _dense_loss(context, samples)
     return sums, tokens
 
 
 def report_noise(
-    settings: AllocationSettings, setting: Setting, signal: Signal
+    settings: AllocationSettings, context: Context, signal: Signal
 ) -> NoiseProfile | None:
     """The noise probe's profile, where it is the signal or a report wants it."""
     if settings.strength == 0:
         return None
     if isinstance(signal, Noise):
-        return signal.measured(setting)
+        return signal.measured(context)
     if settings.report_dir is None:
         return None
     tokens = settings.measuring().tokens
-    samples = setting.samples.in_turn()[:REPORT_SAMPLES]
+    samples = context.samples.in_turn()[:REPORT_SAMPLES]
     few = [cut_tokens(sample, tokens) for sample in samples]
-    return Noise().profile(setting, few)
+    return Noise().profile(context, few)

@@ -50,7 +50,7 @@ from absorb_plugin.search.line_search import (
 )
 from absorb_plugin.search.quality import Quality, largest_budget
 from absorb_plugin.settings import AllocationSettings
-from absorb_plugin.signals import Setting
+from absorb_plugin.signals import Context
 from absorb_plugin.torch_state import check_differentiable
 
 __all__ = ["Method"]
@@ -118,7 +118,7 @@ class Method:
             self._measured = runner.run("Second moments", samples.statistics, grams)
         self.unseen = unseen(blocks, statistics) if statistics else None
         groups = Groups.at(choose_level(settings), blocks)
-        self.setting = Setting(blocks, groups, samples, runner, pruner, statistics)
+        self.context = Context(blocks, groups, samples, runner, pruner, statistics)
 
     def uses(self, compared: bool) -> list[SampleUse]:
         """
@@ -129,7 +129,7 @@ class Method:
         idle = set() if self._observes else {"statistics"}
         if not compared:
             idle |= {"confirm"} if self.signal.prunes else {"confirm", "pruning"}
-        return [one for one in self.setting.samples.uses() if one.use not in idle]
+        return [one for one in self.context.samples.uses() if one.use not in idle]
 
     def zeros(self, present: ModelZeros) -> ModelZeros:
         """
@@ -137,28 +137,28 @@ class Method:
 
         :param present: zeros of the model's own weights
         """
-        setting = self.setting
-        if not (setting.pruner.zeroes_unused and setting.statistics):
+        context = self.context
+        if not (context.pruner.zeroes_unused and context.statistics):
             return present
-        return ModelZeros.of(setting.blocks, setting.pruner, setting.statistics)
+        return ModelZeros.of(context.blocks, context.pruner, context.statistics)
 
     def base(self, budget: Budget) -> Base:
         """What the base allocator makes of a budget."""
         return base_allocation(
             self._allocator,
-            self.setting.blocks,
-            self.setting.statistics,
+            self.context.blocks,
+            self.context.statistics,
             budget,
             measured=self._measured,
             granularity=self.settings.granularity,
-            cache=self.setting.runner.cache or self._numbers,
+            cache=self.context.runner.cache or self._numbers,
         )
 
     def step(
         self, start: np.ndarray, budget: Budget, strength: float
     ) -> tuple[np.ndarray, np.ndarray]:
         """One step of exactly that size, as in the paper, and its direction."""
-        direction = measure_direction(self.setting, self.signal, start)
+        direction = measure_direction(self.context, self.signal, start)
         return budget.meet(corrected(start, direction, strength)), direction
 
     def undecided(self, final: np.ndarray, base: Base, budget: Budget) -> bool:
@@ -180,7 +180,7 @@ class Method:
         :param search: that found `final`; None where a bound on the loss did, and
             base and uniform have been asked
         """
-        judge = partial(pruned_loss, self.setting)
+        judge = partial(pruned_loss, self.context)
         settled = search is None
         first = confirm(final, base.sparsity, budget, judge, settled)
         agreed = search is None or first.start in ("", search.start)
@@ -200,17 +200,17 @@ class Method:
         :param start: of the former, "base" or "uniform"; None for the better one under
             masks
         """
-        setting, signal = self.setting, self.signal
-        judge = partial(masked_loss, setting)
+        context, signal = self.context, self.signal
+        judge = partial(masked_loss, context)
         if signal.once:
-            measure = partial(measure_direction, setting, signal)
+            measure = partial(measure_direction, context, signal)
             return line_search(base.sparsity, budget, measure, judge, rounds=1)
         return descent_search(
             base.sparsity,
             budget,
             self._stages(),
             judge,
-            groups=setting.groups,
+            groups=context.groups,
             start=start,
             times=self._effort.descents,
         )
@@ -218,18 +218,18 @@ class Method:
     def refine(self, near: np.ndarray, budget: Budget) -> np.ndarray:
         """From the allocation of another budget, by a few short steps."""
         last = self._stages()[-1]
-        found = refined(budget.meet(near), budget, last, self.setting.groups)
+        found = refined(budget.meet(near), budget, last, self.context.groups)
         return budget.whole(found)
 
     def _stages(self) -> list[Stage]:
-        return same_stages(self.signal.stages(self.setting, self._effort.rounds))
+        return same_stages(self.signal.stages(self.context, self._effort.rounds))
 
     def largest_budget(self, budget: Budget, bound: float) -> Quality:
         """
         :param budget: the largest
         :param bound: on the increase of the loss over the dense model, nats per token
         """
-        dense, tokens = dense_loss(self.setting)
+        dense, tokens = dense_loss(self.context)
 
         def at(sparsity: float, near: np.ndarray | None) -> np.ndarray:
             there = budget.at(sparsity)
@@ -242,7 +242,7 @@ class Method:
         def increase(allocation: np.ndarray) -> tuple[float, float]:
             if (told := known.get(allocation.tobytes())) is not None:
                 return told
-            sums, _ = pruned_loss(self.setting, [allocation])
+            sums, _ = pruned_loss(self.context, [allocation])
             found, error = gain(sums[0], dense[0], tokens)
             logger.info(
                 f"Sparsity {budget.achieved(allocation):.4f} costs {found:.4f} ± "
@@ -253,7 +253,7 @@ class Method:
         def scan(sparsities: Sequence[float]) -> list[float]:
             uniform = [budget.at(sparsity).uniform() for sparsity in sparsities]
             nothing = np.zeros_like(uniform[0])
-            sums, tokens = masked_loss(self.setting, [nothing, *uniform])
+            sums, tokens = masked_loss(self.context, [nothing, *uniform])
             return [gain(one, sums[0], tokens)[0] for one in sums[1:]]
 
         # in whole weights of a row, else they would bear less than is said

@@ -16,7 +16,7 @@ from pydantic import Field, PrivateAttr
 from absorb_plugin.groups import LEVELS
 from absorb_plugin.pruners import PRUNERS, MaskPruner
 from absorb_plugin.search.descent import Slopes
-from absorb_plugin.signals import SIGNALS, Setting, Signal
+from absorb_plugin.signals import SIGNALS, Context, Signal
 
 
 class MagnitudeModifier(SparsityModifierBase):
@@ -91,8 +91,8 @@ class LateIsCheap(Signal):
 
     slope: float = Field(default=1.0, gt=0)
 
-    def measurer(self, setting: Setting) -> Callable[[np.ndarray], Slopes]:
-        mean = -self.slope * setting.groups.block_of.astype(float)
+    def measurer(self, context: Context) -> Callable[[np.ndarray], Slopes]:
+        mean = -self.slope * context.groups.block_of.astype(float)
         return lambda allocation: Slopes(mean, np.full(len(mean), np.nan), 0.0)
 
 

@@ -95,11 +95,11 @@ def measure_curve(
         method = Method(model, blocks, batches, pruner=arithmetic, settings=settings)
         zeros = method.zeros(zeros)
         budgets = {sparsity: zeros.within(cap) for sparsity, cap in caps.items()}
-        with method.setting.runner.kept_onloaded():
-            dense, tokens = dense_loss(method.setting)
+        with method.context.runner.kept_onloaded():
+            dense, tokens = dense_loss(method.context)
             ours: dict[float, np.ndarray] = {}
             points = []
-            judge = partial(pruned_loss, method.setting)
+            judge = partial(pruned_loss, method.context)
             order = _from_the_middle(sparsities)
             hidden = not distributed.is_first()
             for sparsity in tqdm(order, desc="Sparsities", disable=hidden):
@@ -116,7 +116,7 @@ def measure_curve(
         float(dense.sum() / tokens.sum()),
         int(tokens.sum()),
         points,
-        chosen_by=method.setting.samples.confirm is method.setting.samples.search,
+        chosen_by=method.context.samples.confirm is method.context.samples.search,
     )
 
 

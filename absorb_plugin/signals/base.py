@@ -1,4 +1,4 @@
-"""What a signal is: where it measures, and the direction that it gives."""
+"""What a signal is: what it measures with, and the direction that it gives."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from absorb_plugin.sample_split import SampleSplit
 from absorb_plugin.search.correction import direction_from_response
 from absorb_plugin.search.descent import Slopes, Stage
 
-__all__ = ["Setting", "Signal"]
+__all__ = ["Context", "Signal"]
 
 
 @dataclass(frozen=True)
-class Setting:
+class Context:
     """
-    Where a signal measures.
+    What a signal measures with, and judges by loss too.
 
     :param blocks: all blocks
     :param groups: what is corrected alike
@@ -79,7 +79,7 @@ class Signal(BaseModel):
     once: ClassVar[bool] = False
     differentiates: ClassVar[bool] = False
 
-    def measurer(self, setting: Setting) -> Callable[[np.ndarray], Slopes]:
+    def measurer(self, context: Context) -> Callable[[np.ndarray], Slopes]:
         """
         Of a signal that is not `once`: what takes an allocation, one sparsity per
         Linear, and gives the slopes of every group under it. One serves a whole
@@ -87,17 +87,17 @@ class Signal(BaseModel):
         """
         raise NotImplementedError
 
-    def direction(self, setting: Setting, allocation: np.ndarray) -> np.ndarray:
+    def direction(self, context: Context, allocation: np.ndarray) -> np.ndarray:
         """Δ of every group, negative for those that are to be pruned less."""
-        return direction_from_response(self.measurer(setting)(allocation).mean)
+        return direction_from_response(self.measurer(context)(allocation).mean)
 
-    def stages(self, setting: Setting, rounds: int) -> list[Stage]:
+    def stages(self, context: Context, rounds: int) -> list[Stage]:
         """
         Of a descent by this signal.
 
         :param rounds: steps that `effort` allows
         """
-        return [Stage(self.measurer(setting), rounds)]
+        return [Stage(self.measurer(context), rounds)]
 
     @classmethod
     def made_with(cls, arguments: Mapping[str, object]) -> Signal:

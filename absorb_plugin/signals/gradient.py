@@ -44,7 +44,7 @@ from absorb_plugin.precision import widest_float
 from absorb_plugin.pruners.weights import Change, MaskedSlopes, PrunedSlopes
 from absorb_plugin.search.descent import Slopes, Stage
 from absorb_plugin.search.standard_error import standard_error
-from absorb_plugin.signals.base import Setting, Signal
+from absorb_plugin.signals.base import Context, Signal
 
 __all__ = ["Gradient", "GradientProbe", "LinearSlopes", "measured_slopes"]
 
@@ -259,23 +259,23 @@ class Gradient(Signal):
 
     step: float = Field(default=0.05, gt=0, lt=1)
 
-    def stages(self, setting: Setting, rounds: int) -> list[Stage]:
-        known = min(1.0, setting.samples.signal_tokens(rounds) / ENOUGH)
-        return [Stage(self.measurer(setting), rounds, share=SHARE * known**0.5)]
+    def stages(self, context: Context, rounds: int) -> list[Stage]:
+        known = min(1.0, context.samples.signal_tokens(rounds) / ENOUGH)
+        return [Stage(self.measurer(context), rounds, share=SHARE * known**0.5)]
 
-    def measurer(self, setting: Setting) -> Callable[[np.ndarray], Slopes]:
-        return partial(self._measure, setting)
+    def measurer(self, context: Context) -> Callable[[np.ndarray], Slopes]:
+        return partial(self._measure, context)
 
-    def _measure(self, setting: Setting, allocation: np.ndarray) -> Slopes:
-        source = MaskedSlopes(setting.blocks, setting.masks, allocation, self.step)
-        return measured_slopes(setting, source)
+    def _measure(self, context: Context, allocation: np.ndarray) -> Slopes:
+        source = MaskedSlopes(context.blocks, context.masks, allocation, self.step)
+        return measured_slopes(context, source)
 
 
-def measured_slopes(setting: Setting, source: MaskedSlopes | PrunedSlopes) -> Slopes:
+def measured_slopes(context: Context, source: MaskedSlopes | PrunedSlopes) -> Slopes:
     """Of every group, on samples whose turn it is, under the weights of `source`."""
-    probe = GradientProbe(setting.blocks, source)
-    if setting.runner.out_of_memory:  # where an earlier round had to go on without
+    probe = GradientProbe(context.blocks, source)
+    if context.runner.out_of_memory:  # where an earlier round had to go on without
         probe.keeps_graphs = False
-    found = setting.runner.run("Loss slope", setting.samples.next_signal(), probe)
-    setting.runner.out_of_memory |= not probe.keeps_graphs
-    return found.of_groups(setting.groups)
+    found = context.runner.run("Loss slope", context.samples.next_signal(), probe)
+    context.runner.out_of_memory |= not probe.keeps_graphs
+    return found.of_groups(context.groups)

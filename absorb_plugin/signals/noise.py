@@ -34,7 +34,7 @@ from absorb_plugin.groups import Groups
 from absorb_plugin.precision import widest_float
 from absorb_plugin.search.correction import direction_from_ratio
 from absorb_plugin.search.standard_error import standard_error
-from absorb_plugin.signals.base import Setting, Signal
+from absorb_plugin.signals.base import Context, Signal
 
 __all__ = ["Noise", "NoiseProbe", "NoiseProfile", "measure_until", "unit_noise"]
 
@@ -380,25 +380,25 @@ class Noise(Signal):
     seed: int = Field(default=0, ge=0, lt=2**63)
     sink_tokens: Literal["perturb", "spare", "auto"] = "auto"
 
-    def direction(self, setting: Setting, allocation: np.ndarray) -> np.ndarray:
-        profile = self.measured(setting)
-        by_block = Groups.at("block", setting.blocks)
+    def direction(self, context: Context, allocation: np.ndarray) -> np.ndarray:
+        profile = self.measured(context)
+        by_block = Groups.at("block", context.blocks)
         by_linear = by_block.spread(direction_from_ratio(profile.ratio))
-        return setting.groups.mean(by_linear)
+        return context.groups.mean(by_linear)
 
-    def measured(self, setting: Setting) -> NoiseProfile:
+    def measured(self, context: Context) -> NoiseProfile:
         """The profile that the direction is of; it costs as much as all the rest."""
-        if self not in setting.known:
-            profile = self.profile(setting, setting.samples.in_turn())
+        if self not in context.known:
+            profile = self.profile(context, context.samples.in_turn())
             profile.warn_if_below_floor(self.magnitude)
-            setting.known[self] = profile
-        return setting.known[self]
+            context.known[self] = profile
+        return context.known[self]
 
-    def profile(self, setting: Setting, samples: Sequence[dict]) -> NoiseProfile:
+    def profile(self, context: Context, samples: Sequence[dict]) -> NoiseProfile:
         """What the probe measures on some samples; also for the report."""
         probe = NoiseProbe(
-            setting.blocks.prunable,
-            len(setting.blocks),
+            context.blocks.prunable,
+            len(context.blocks),
             self.magnitude,
             self.seed,
             self.sink_tokens,
@@ -406,7 +406,7 @@ class Noise(Signal):
         )
         most = max(self.samples, self.samples_limit)
         profile = measure_until(
-            lambda chunk: setting.runner.run("Noise probe", chunk, probe),
+            lambda chunk: context.runner.run("Noise probe", chunk, probe),
             probe,
             samples[:most],
             self.samples,

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from absorb_plugin.pruners.weights import PrunedSlopes
 from absorb_plugin.search.descent import Slopes, Stage
-from absorb_plugin.signals.base import Setting
+from absorb_plugin.signals.base import Context
 from absorb_plugin.signals.gradient import Gradient, measured_slopes
 from absorb_plugin.signals.pruned_model import PrunedModel
 
@@ -41,28 +41,28 @@ class PrunerGradient(Gradient):
 
     refresh: int = Field(default=6, ge=1)
 
-    def measurer(self, setting: Setting) -> Callable[[np.ndarray], Slopes]:
-        return _PrunerSlopes(setting, self).measure
+    def measurer(self, context: Context) -> Callable[[np.ndarray], Slopes]:
+        return _PrunerSlopes(context, self).measure
 
     @staticmethod
     def shared_out(rounds: int) -> tuple[int, int]:
         """In how many rounds masks lead, and in how many the pruner after them."""
         return max(1, round(rounds * ROUNDS_OF_MASKS)), max(1, rounds // 2)
 
-    def stages(self, setting: Setting, rounds: int) -> list[Stage]:
-        masks = Gradient(step=self.step).measurer(setting)
+    def stages(self, context: Context, rounds: int) -> list[Stage]:
+        masks = Gradient(step=self.step).measurer(context)
         first, own = self.shared_out(rounds)
         return [
             Stage(masks, first, LENGTHS_OF_MASKS, SHARE_OF_MASKS),
-            Stage(self.measurer(setting), own, LENGTHS_AFTER_MASKS),
+            Stage(self.measurer(context), own, LENGTHS_AFTER_MASKS),
         ]
 
 
 class _PrunerSlopes:
     """The slopes of one descent through the pruner's weights."""
 
-    def __init__(self, setting: Setting, signal: PrunerGradient) -> None:
-        self._setting, self._signal = setting, signal
+    def __init__(self, context: Context, signal: PrunerGradient) -> None:
+        self._setting, self._signal = context, signal
         self._made: PrunedSlopes | None = None
         self._age = 0
 
@@ -74,11 +74,11 @@ class _PrunerSlopes:
         return measured_slopes(self._setting, self._made.at(allocation))
 
     def _prune(self, allocation: np.ndarray) -> PrunedSlopes:
-        setting, samples = self._setting, self._setting.samples.next_pruning()
+        context, samples = self._setting, self._setting.samples.next_pruning()
         model = PrunedModel(
-            setting.blocks, setting.pruner, allocation, self._signal.step
+            context.blocks, context.pruner, allocation, self._signal.step
         )
-        model.joined = setting.runner.joins_rows
-        model.room = setting.runner.spare(model.needs, samples)
-        what = f"Pruning as {setting.pruner.name} does"
-        return setting.runner.run(what, samples, model)
+        model.joined = context.runner.joins_rows
+        model.room = context.runner.spare(model.needs, samples)
+        what = f"Pruning as {context.pruner.name} does"
+        return context.runner.run(what, samples, model)

@@ -34,7 +34,7 @@ from absorb_plugin.groups import Groups
 from absorb_plugin.pruners.weights import MaskedWeights, block_sparsities
 from absorb_plugin.search.descent import Slopes
 from absorb_plugin.search.standard_error import standard_error
-from absorb_plugin.signals.base import Setting, Signal
+from absorb_plugin.signals.base import Context, Signal
 
 __all__ = ["Response", "ResponseProbe", "ResponseSignal"]
 
@@ -185,16 +185,16 @@ class ResponseSignal(Signal):
 
     step: float = Field(default=0.1, gt=0, lt=1)
 
-    def measurer(self, setting: Setting) -> Callable[[np.ndarray], Slopes]:
-        return partial(self._slopes, setting)
+    def measurer(self, context: Context) -> Callable[[np.ndarray], Slopes]:
+        return partial(self._slopes, context)
 
-    def _slopes(self, setting: Setting, allocation: np.ndarray) -> Slopes:
+    def _slopes(self, context: Context, allocation: np.ndarray) -> Slopes:
         probe = ResponseProbe(
-            setting.blocks, setting.groups, setting.masks, allocation, self.step
+            context.blocks, context.groups, context.masks, allocation, self.step
         )
-        samples = setting.samples.next_signal()
-        found = setting.runner.run("Response probe", samples, probe)
-        groups, sizes = setting.groups, setting.groups.sizes
+        samples = context.samples.next_signal()
+        found = context.runner.run("Response probe", samples, probe)
+        groups, sizes = context.groups, context.groups.sizes
         relief = allocation - relieved(groups, allocation, self.step)
         change = groups.total(sizes * relief) / sizes.sum()
         error = found.response_error / np.abs(change)

@@ -24,7 +24,7 @@ from absorb_plugin.sample_split import SampleSplit
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.search.descent import Slopes
 from absorb_plugin.settings import Effort
-from absorb_plugin.signals import Setting, Signal
+from absorb_plugin.signals import Context, Signal
 from absorb_plugin.signals.pruner_gradient import PrunerGradient
 
 __all__ = ["RandomSlopes", "by_name", "evolve", "tokens_of"]
@@ -46,9 +46,9 @@ class RandomSlopes(Signal):
 
     seed: int = Field(default=0, ge=0)
 
-    def measurer(self, setting: Setting) -> Callable[[np.ndarray], Slopes]:
+    def measurer(self, context: Context) -> Callable[[np.ndarray], Slopes]:
         generator = np.random.default_rng(self.seed)
-        fixed = generator.normal(size=len(setting.groups))
+        fixed = generator.normal(size=len(context.groups))
         return lambda allocation: Slopes(fixed, np.zeros_like(fixed), float("nan"))
 
 

@@ -49,8 +49,8 @@ def allocations(
         if options.start == "base":
             start = method.base(budget).sparsity
         rounds = settings.measuring().rounds
-        (stage,) = method.signal.stages(method.setting, rounds)
-        way = descend(start, budget, replace(stage, share=1.0), method.setting.groups)
+        (stage,) = method.signal.stages(method.context, rounds)
+        way = descend(start, budget, replace(stage, share=1.0), method.context.groups)
         found = {}
         for share in options.shares:
             one = budget.meet(start + share * (way.path[-1] - start))

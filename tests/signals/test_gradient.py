@@ -33,7 +33,7 @@ from absorb_plugin.pruners.weights import MaskedSlopes, PrunedSlopes, band
 from absorb_plugin.sample_split import SampleSplit
 from absorb_plugin.search.standard_error import standard_error
 from absorb_plugin.settings import AllocationSettings
-from absorb_plugin.signals.base import Setting
+from absorb_plugin.signals.base import Context
 from absorb_plugin.signals.gradient import Gradient, GradientProbe, LinearSlopes
 from absorb_plugin.signals.pruned_model import PrunedModel
 
@@ -451,7 +451,7 @@ def test_by_few_tokens_less_of_the_way_is_gone(
     batches = [tiny.make_batch(1, tokens, seed=seed) for seed in range(samples)]
     effort = AllocationSettings().measuring()
     split = SampleSplit(batches, effort, judged=True, by_loss=True)
-    setting = cast(Setting, SimpleNamespace(samples=split))
-    (stage,) = Gradient().stages(setting, effort.rounds)
+    context = cast(Context, SimpleNamespace(samples=split))
+    (stage,) = Gradient().stages(context, effort.rounds)
     assert 0 < stage.share <= 0.8
     assert share is None or stage.share == pytest.approx(share)

@@ -85,14 +85,14 @@ def test_slopes_are_per_what_was_changed(llama: PreTrainedModel) -> None:
     """A group that has nothing to give is not the least sensitive of all for that."""
     batch = tiny.make_batch(6)
     where = place(llama, batch)
-    setting = SimpleNamespace(
+    context = SimpleNamespace(
         blocks=where.blocks,
         groups=Groups.at("block", where.blocks),
         masks=where.masks(Wanda()),
         samples=SimpleNamespace(next_signal=lambda: single_samples([batch])),
         runner=ProbeRunner(llama, where.blocks, 2**30),
     )
-    measure = ResponseSignal(step=STEP).measurer(setting)
+    measure = ResponseSignal(step=STEP).measurer(context)
     own = by_block(where.blocks, [0.0, 0.5, 0.5])
     # the same interval from both of its ends
     up, down = measure(own), measure(np.where(own == 0, STEP, own))
