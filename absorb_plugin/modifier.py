@@ -255,18 +255,18 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
                 notify_plugins(report.profile())
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
-        from absorb_plugin.pruners import ranks
         from absorb_plugin.pruners.experts import name_as_stored
         from absorb_plugin.pruners.recipe import (
             broken_off,
             leave_recipe,
             say_whether_it_replays,
         )
+        from absorb_plugin.pruners.wrapped import unwrap
         from absorb_plugin.pruners.zeros import at_the_end
 
         mask_kept = self._take_masks_away()
         for found in self._pruners:
-            ranks.leave_statistics(found.modifier)
+            unwrap(found.modifier, "compress_modules")
         # not if the run has failed, and the next one clears up after it
         if all(found.modifier.ended_ for found in self._pruners) and not broken_off():
             at_the_end(self, self._measure_realised)

@@ -1,8 +1,8 @@
 """
 The pruning modifiers that follow in the recipe: find them, set their sparsities.
 
-With ranks.py the only file that relies on names of llm-compressor which are not part of
-its recipes (`_target_layers`, `PRUNABLE_LAYER_TYPES`, the session's recipe).
+Relies on names of llm-compressor which are not part of its recipes: `_target_layers`,
+`PRUNABLE_LAYER_TYPES`, the session's recipe.
 """
 
 import re

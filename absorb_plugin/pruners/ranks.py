@@ -3,11 +3,12 @@ What llm-compressor's pruners leave out under torch.distributed: add up what the
 saw before pruning. Each rank sees its own calibration samples, and without this each
 prunes by those alone, and writes over what the others wrote to weights that are shared.
 
-With adapter.py the only file that relies on private names of llm-compressor
-(`_num_samples`, `_module_names`, and where a pruner's statistics lie).
+Relies on private names of llm-compressor: `_num_samples`, `_module_names`, and where a
+pruner's statistics lie.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from compressed_tensors.distributed import greedy_bin_packing
@@ -21,8 +22,9 @@ from loguru import logger
 from torch.nn import Module
 
 from absorb_plugin import distributed
+from absorb_plugin.pruners.wrapped import wrap
 
-__all__ = ["leave_statistics", "reduce_statistics"]
+__all__ = ["reduce_statistics"]
 
 WARNING = (
     "{name} does not keep its statistics as absorb_plugin knows it ({reason}): under "
@@ -34,10 +36,10 @@ WARNING = (
 
 def reduce_statistics(modifier: SparsityModifierBase, attribute: str) -> None:
     """
-    From now on `modifier.compress_modules` works on the samples of all ranks: each
-    module is pruned by one of them, by the mean over all, and its weight is then told
-    to the others. Nothing is done without a process group, or, with a warning, where
-    the statistics are not kept as expected.
+    From now on, until `unwrap`, `modifier.compress_modules` works on the samples of all
+    ranks: each module is pruned by one of them, by the mean over all, and its weight is
+    then told to the others. Nothing is done without a process group, or, with a
+    warning, where the statistics are not kept as expected.
 
     :param modifier: a WandaPruningModifier, SparseGPTModifier or subclass
     :param attribute: where it keeps its statistics (`Pruner.rank_statistics`): Wanda's
@@ -48,22 +50,16 @@ def reduce_statistics(modifier: SparsityModifierBase, attribute: str) -> None:
         return
     if _refused(modifier, attribute):
         return
-    original = modifier.compress_modules
+    refused: list[bool] = []  # said once
 
-    def compress_modules() -> None:
-        if _refused(modifier, attribute):
-            leave_statistics(modifier)  # said once
+    def compress(original: Callable[[], None]) -> None:
+        if refused or _refused(modifier, attribute):
+            refused.append(True)
             original()
         else:
             _compress_together(modifier, attribute, original)
 
-    # past pydantic, which takes no attribute that is no field
-    object.__setattr__(modifier, "compress_modules", compress_modules)
-
-
-def leave_statistics(modifier: SparsityModifierBase) -> None:
-    """Undo `reduce_statistics`."""
-    modifier.__dict__.pop("compress_modules", None)
+    wrap(modifier, "compress_modules", lambda original: partial(compress, original))
 
 
 def _refused(modifier: SparsityModifierBase, attribute: str) -> bool:

@@ -20,6 +20,7 @@ from loguru import logger
 from torch.nn import Linear
 
 from absorb_plugin.pruners.adapter import PrunerAdapter
+from absorb_plugin.pruners.wrapped import unwrap, wrap
 
 __all__ = ["PrunedZeros", "at_the_end"]
 
@@ -38,13 +39,10 @@ class PrunedZeros:
         self._zeros: dict[str, np.ndarray] = {}
 
     def watch(self) -> None:
-        """From now on note what `compress_modules` of the modifier makes zero."""
-        modifier = self._adapter.modifier
-        if not _others():
-            return
-        compress = partial(self._compress, modifier.compress_modules)
-        # past pydantic, which takes no attribute that is no field
-        object.__setattr__(modifier, "compress_modules", compress)
+        """Until `unwrap` note what `compress_modules` of the modifier makes zero."""
+        if _others():
+            compress = partial(partial, self._compress)
+            wrap(self._adapter.modifier, "compress_modules", compress)
 
     def lost(self) -> float | None:
         """Share of the zeros that are none any more; None if none were noted."""
@@ -104,15 +102,20 @@ def at_the_end(modifier: Modifier, call: Callable[[], None]) -> None:
     if last is modifier:
         call()
         return
-    original = last.finalize
+    wrap(last, "finalize", lambda original: partial(_then, call, last, original))
 
-    def finalize(*args: object, **kwargs: object) -> object:
-        last.__dict__.pop("finalize", None)
-        done = original(*args, **kwargs)
-        call()
-        return done
 
-    object.__setattr__(last, "finalize", finalize)
+def _then(
+    call: Callable[[], None],
+    last: Modifier,
+    original: Callable[..., object],
+    *args: object,
+    **kwargs: object,
+) -> object:
+    unwrap(last, "finalize")
+    done = original(*args, **kwargs)
+    call()
+    return done
 
 
 def _others() -> list[str]:

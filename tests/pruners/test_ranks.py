@@ -9,7 +9,8 @@ from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifier
 from torch import distributed
 
 from absorb_plugin.pruners import pruner_class
-from absorb_plugin.pruners.ranks import leave_statistics, reduce_statistics
+from absorb_plugin.pruners.ranks import reduce_statistics
+from absorb_plugin.pruners.wrapped import unwrap, wrap
 
 pytestmark = pytest.mark.contract
 
@@ -80,6 +81,8 @@ def test_what_the_names_hold_is_checked_too(
     )
     reduce_statistics(modifier, attribute_of(modifier))
     assert "compress_modules" in modifier.__dict__ and not warnings
+    noted: list[None] = []  # as zeros are
+    wrap(modifier, "compress_modules", lambda prune: lambda: noted.append(prune()))
     if change == "count":  # as GPTQ keeps it, which reduces by itself
         modifier._num_samples[linear] = torch.tensor(2)
     elif change == "statistic":
@@ -88,7 +91,7 @@ def test_what_the_names_hold_is_checked_too(
         modifier._module_names = {}
     modifier.compress_modules()
     modifier.compress_modules()
-    assert called == [modifier, modifier]
+    assert called == [modifier, modifier] and len(noted) == 2
     (message,) = warnings
     assert "does not keep its statistics as absorb_plugin knows it" in message
 
@@ -102,7 +105,7 @@ def test_one_rank_prunes_as_without(group: None, kind: str) -> None:
         if reduced:
             reduce_statistics(modifier, attribute_of(modifier))
         modifier.compress_modules()
-        leave_statistics(modifier)
+        unwrap(modifier, "compress_modules")
         assert "compress_modules" not in modifier.__dict__
         weights.append(tiny.snapshot(linear))
     tiny.assert_same(*weights)

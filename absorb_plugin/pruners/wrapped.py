@@ -1,0 +1,25 @@
+"""Methods of one modifier that do something more for the time of a run."""
+
+from collections.abc import Callable
+from typing import Any
+
+from llmcompressor.modifiers import Modifier
+
+__all__ = ["unwrap", "wrap"]
+
+
+def wrap(
+    modifier: Modifier,
+    method: str,
+    around: Callable[[Callable[..., Any]], Callable[..., Any]],
+) -> None:
+    """
+    :param around: what is called from now on, made of what was called until now
+    """
+    # past pydantic, which takes no attribute that is no field
+    object.__setattr__(modifier, method, around(getattr(modifier, method)))
+
+
+def unwrap(modifier: Modifier, method: str) -> None:
+    """Undo every `wrap` of the method."""
+    modifier.__dict__.pop(method, None)
