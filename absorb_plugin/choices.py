@@ -87,7 +87,7 @@ def budget_of(
     low, high = bounds_of(blocks, settings.limits, settings.max_sparsity)
     if settings.max_loss_increase is not None:  # it is but the most
         sizes = linear_sizes(blocks)
-        most = float(sizes @ np.minimum(high, settings.max_sparsity) / sizes.sum())
+        most = float(sizes @ high / sizes.sum())
         sparsity = min(sparsity, most)
     cap = Budget.of(linear_sizes(blocks), sparsity, settings.max_sparsity)
     budget = cap.within(low, high)

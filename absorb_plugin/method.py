@@ -44,6 +44,7 @@ from absorb_plugin.search.correction import corrected
 from absorb_plugin.search.descent import Stage, refined
 from absorb_plugin.search.line_search import (
     SearchResult,
+    Start,
     descent_search,
     gain,
     line_search,
@@ -183,7 +184,7 @@ class Method:
         judge = partial(pruned_loss, self.context)
         settled = search is None
         first = confirm(final, base.sparsity, budget, judge, settled)
-        agreed = search is None or first.start in ("", search.start)
+        agreed = search is None or first.start in (None, search.start)
         if agreed or self.signal.once:
             return search, first
         again = self.search(base, budget, first.start)
@@ -192,7 +193,7 @@ class Method:
         return won[0], replace(won[1], anew=True)
 
     def search(
-        self, base: Base, budget: Budget, start: str | None = None
+        self, base: Base, budget: Budget, start: Start | None = None
     ) -> SearchResult:
         """
         Down the slopes of a signal that has some, else along its direction.
@@ -215,8 +216,15 @@ class Method:
             times=self._effort.descents,
         )
 
-    def refine(self, near: np.ndarray, budget: Budget) -> np.ndarray:
-        """From the allocation of another budget, by a few short steps."""
+    def found(self, base: Base, budget: Budget, near: np.ndarray | None) -> np.ndarray:
+        """
+        What the search finds.
+
+        :param near: the allocation of another budget, from which a few short steps are
+            enough; None if there is none
+        """
+        if near is None:
+            return self.search(base, budget).sparsity
         last = self._stages()[-1]
         found = refined(budget.meet(near), budget, last, self.context.groups)
         return budget.whole(found)
@@ -233,9 +241,7 @@ class Method:
 
         def at(sparsity: float, near: np.ndarray | None) -> np.ndarray:
             there = budget.at(sparsity)
-            if near is not None:
-                return self.refine(near, there)
-            return self.search(self.base(there), there).sparsity
+            return self.found(self.base(there), there, near)
 
         known: dict[bytes, tuple[float, float]] = {}
 

@@ -12,11 +12,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from absorb_plugin import distributed
-from absorb_plugin.allocators.base_allocation import Base
 from absorb_plugin.calibration import samples_of
 from absorb_plugin.choices import budget_of
 from absorb_plugin.evaluation.allocation import set_up
 from absorb_plugin.files import json_numbers
+from absorb_plugin.language_model import check_ids
 from absorb_plugin.measuring import dense_loss, pruned_loss
 from absorb_plugin.method import Method
 from absorb_plugin.overflow import exp, expm1
@@ -86,12 +86,13 @@ def measure_curve(
     :raises ValueError: naming a sparsity that zeros which are there leave out of reach
     """
     arithmetic = PRUNERS[pruner]()
+    batches = samples_of(samples)
+    check_ids(model, batches)
     with set_up(model, settings) as blocks:
         caps = {s: budget_of(blocks, s, settings, arithmetic) for s in sparsities}
         zeros = ModelZeros.of(blocks, arithmetic)
         for cap in caps.values():  # what cannot be met is told of at once
             _check_zeros(zeros, cap, warn=cap is caps[sparsities[0]])
-        batches = samples_of(samples)
         method = Method(model, blocks, batches, pruner=arithmetic, settings=settings)
         zeros = method.zeros(zeros)
         budgets = {sparsity: zeros.within(cap) for sparsity, cap in caps.items()}
@@ -105,7 +106,7 @@ def measure_curve(
             for sparsity in tqdm(order, desc="Sparsities", disable=hidden):
                 budget = budgets[sparsity]
                 base = method.base(budget)
-                found = _found(method, base, budget, _near(ours, sparsity))
+                found = method.found(base, budget, _near(ours, sparsity))
                 taken = confirm(found, base.sparsity, budget, judge)
                 ours[sparsity] = taken.sparsity
                 names = ("uniform", "base", taken.chosen)
@@ -128,15 +129,6 @@ def _check_zeros(zeros: ModelZeros, budget: Budget, warn: bool) -> None:
             f"sparsities={budget.sparsity:g} is out of reach: the model has zeros "
             f"already, which leave between {error.least:.4f} and {error.most:.4f}"
         ) from error
-
-
-def _found(
-    method: Method, base: Base, budget: Budget, near: np.ndarray | None
-) -> np.ndarray:
-    """What the search finds, or a few steps from the allocation of another budget."""
-    if near is None:
-        return method.search(base, budget).sparsity
-    return method.refine(near, budget)
 
 
 def _from_the_middle(sparsities: Sequence[float]) -> list[float]:

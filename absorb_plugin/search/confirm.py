@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from absorb_plugin.search.budget import Budget
-from absorb_plugin.search.line_search import Judge, beyond, gain
+from absorb_plugin.search.line_search import Judge, Start, beyond, gain
 
 __all__ = ["Confirmed", "confirm"]
 
@@ -27,7 +27,7 @@ class Confirmed:
     :param gain: by how much the one taken is below the base, nats per token
     :param standard_error: of that, over samples; NaN for one sample
     :param start: "base" or "uniform", which of the two beats the other clearly, by more
-        than CLEARLY standard errors; empty if neither does
+        than CLEARLY standard errors; None if neither does
     :param sums: losses that were judged, added up over each sample, by name
     :param anew: whether the search was begun anew for that, so that the samples of this
         comparison have chosen
@@ -38,7 +38,7 @@ class Confirmed:
     losses: dict[str, float]
     gain: float
     standard_error: float
-    start: str = ""
+    start: Start | None = None
     sums: Mapping[str, np.ndarray] = field(default_factory=dict)
     anew: bool = False
 
@@ -70,8 +70,9 @@ def confirm(
     if settled:  # and `found` may be one of these, in whole weights of a row
         base, uniform = budget.whole(base), budget.whole(uniform)
     ballot.ask({"base": base, "uniform": uniform, "searched": found})
-    best = min(("base", "uniform"), key=ballot.loss)
-    chosen = ballot.twin("searched", ("base", "uniform"))
+    starts: tuple[Start, Start] = ("base", "uniform")
+    best, other = sorted(starts, key=ballot.loss)
+    chosen = ballot.twin("searched", starts)
     loss = ballot.loss("searched")
     if not (settled or (np.isfinite(loss) and loss <= ballot.loss(best))):
         middle = budget.meet((ballot.allocations[best] + found) / 2)
@@ -79,11 +80,10 @@ def confirm(
         chosen = "halfway" if ballot.beats("halfway", best) else best
     won, error = ballot.gain(chosen, "base")
     losses = {name: ballot.loss(name) for name in ballot.allocations}
-    other = "uniform" if best == "base" else "base"
     ahead, unsure = ballot.gain(best, other)
     # of one sample nothing is clear but an overflow
     clear = ahead == np.inf or ahead > CLEARLY * unsure
-    start = best if clear else ""
+    start = best if clear else None
     sparsity = ballot.allocations[chosen]
     return Confirmed(sparsity, chosen, losses, won, error, start, ballot.sums)
 

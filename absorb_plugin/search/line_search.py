@@ -6,6 +6,7 @@ is for the pruner's own judge (`search.confirm`).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 
@@ -20,6 +21,7 @@ __all__ = [
     "Measure",
     "Round",
     "SearchResult",
+    "Start",
     "beyond",
     "descent_search",
     "gain",
@@ -36,6 +38,8 @@ TIE = 1e-3
 # Points of a descent's path that are judged.
 PARTS = 3
 
+# Where a search may begin.
+Start = Literal["base", "uniform"]
 # Sums of cross-entropy (candidates, samples), and predicted tokens (samples,).
 Losses = tuple[np.ndarray, np.ndarray]
 Judge = Callable[[Sequence[np.ndarray]], Losses]
@@ -76,7 +80,7 @@ class SearchResult:
     """
 
     sparsity: np.ndarray
-    start: str
+    start: Start
     base_loss: float
     uniform_loss: float
     loss: float
@@ -131,7 +135,7 @@ def descent_search(
     judge: Judge,
     *,
     groups: Spreading,
-    start: str | None = None,
+    start: Start | None = None,
     times: int = 1,
 ) -> SearchResult:
     """
@@ -200,7 +204,7 @@ def _best_of_path(
 
 
 def _started(
-    base: np.ndarray, budget: Budget, judge: Judge, start: str | None = None
+    base: np.ndarray, budget: Budget, judge: Judge, start: Start | None = None
 ) -> tuple[SearchResult, np.ndarray, np.ndarray]:
     """
     The better of base and uniform, or the one asked for, its loss sums, and tokens, per

@@ -3,7 +3,6 @@
 import io
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -173,17 +172,13 @@ def test_what_prune_would_fall_back_to(
         sums = [np.full(4, 3 - side * (0.5 - one[0])) for one in candidates]
         return np.stack(sums), np.ones(4)
 
-    def found(self: Method, near: np.ndarray, budget: Budget) -> np.ndarray:
-        return budget.meet(budget.uniform() - 0.1 * (np.arange(len(near)) == 0))
+    def found(self: Method, base: Base, budget: Budget, near: object) -> np.ndarray:
+        first = np.arange(len(base.sparsity)) == 0
+        return budget.meet(budget.uniform() - 0.1 * first)
 
     monkeypatch.setattr(curve, "pruned_loss", judged)
     monkeypatch.setattr(curve, "dense_loss", lambda _: (np.ones((1, 4)), np.ones(4)))
-    monkeypatch.setattr(
-        Method, "search", lambda self, base, budget: SimpleNamespace(
-            sparsity=found(self, base.sparsity, budget)
-        ),
-    )  # fmt: skip
-    monkeypatch.setattr(Method, "refine", found)
+    monkeypatch.setattr(Method, "found", found)
     settings = AllocationSettings(allocator="uniform", effort="quick")
     model, data = tiny.small(), tiny.make_dataset(8)
     drawn = measure_curve(model, data, [0.4, 0.5], settings, pruner="wanda")

@@ -132,9 +132,11 @@ def test_equal_allocations_are_judged_once() -> None:
 
 @pytest.mark.parametrize(
     "better, expected",
-    [(BASE, "base"), (UNIFORM, "uniform"), ((BASE + UNIFORM) / 2, "")],
+    [(BASE, "base"), (UNIFORM, "uniform"), ((BASE + UNIFORM) / 2, None)],
 )
-def test_which_start_the_pruner_prefers(better: np.ndarray, expected: str) -> None:
+def test_which_start_the_pruner_prefers(
+    better: np.ndarray, expected: str | None
+) -> None:
     found, _ = confirmed(distance_from(better))
     assert found.start == expected
 
