@@ -39,8 +39,8 @@ class Effort:
     tokens: int
 
 
-# Not shorter windows: of as many tokens in them more would have little before them, as
-# few tokens of a text have.
+# Windows are not shorter: more of their tokens would be predicted from little context,
+# as few tokens of a text are.
 EFFORTS = {
     "quick": Effort(6, 1, statistics=8, signal=4, search=4, confirm=4, tokens=256),
     "standard": Effort(12, 1, statistics=16, signal=8, search=8, confirm=8, tokens=256),

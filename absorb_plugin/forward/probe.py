@@ -80,8 +80,9 @@ class Probe:
             rank onloads some rows, and the probe is then in step
         in_step: under torch.distributed all ranks run equally many batches, and pass
             every block together, for they share the work on its weights
-        idle: this rank has no sample of its own, and runs another's to keep in step. Of
-            probes that take a single batch it is not to count; of others it is undone
+        idle: this rank has no sample of its own, and runs another's to keep in step. A
+            probe that takes a single batch must not count it; what another did, the
+            runner undoes
         left: bytes of the limit that are over when the next batch runs, beside what
             `needs` says; none for a probe that is not alone in its forward
     """

@@ -68,12 +68,12 @@ class Slopes:
 @dataclass(frozen=True)
 class Stage:
     """
-    A descent, and how much of its way is gone.
+    A descent, and the fraction of its path that is taken.
 
     :param measure: the slopes of every group under an allocation
     :param rounds: number of steps
     :param lengths: of the first and the last step, geometric between
-    :param share: of the way from its start to its end
+    :param share: of the way from its start to its end, between 0 and 1
     """
 
     measure: Callable[[np.ndarray], Slopes]

@@ -69,6 +69,7 @@ class Signal(BaseModel):
         by_loss: whether it needs tokens to predict, and the inputs' statistics
         prunes: whether it needs samples to prune by
         once: whether it says the same of every allocation, and gives a direction only
+        differentiates: whether it runs backward, so that the model has to allow that
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -48,11 +48,11 @@ from absorb_plugin.signals.base import Context, Signal
 
 __all__ = ["Gradient", "GradientProbe", "LinearSlopes", "measured_slopes"]
 
-# Of the way of a descent, what is gone: the rest of it does a little good on text like
-# that of the calibration, and harm on other text (docs/benchmarks.md).
+# Of the way of a descent, what is taken: the rest of it does a little good on text like
+# that of the calibration, and harm on other text (docs/experiments.md).
 SHARE = 0.8
-# Different tokens that it takes for that. By fewer less is gone, as what they say by
-# chance grows: by the root of their number.
+# Different tokens needed for that. With fewer a smaller part is taken, by the root of
+# their number, for more of what they say is chance.
 ENOUGH = 2048
 
 

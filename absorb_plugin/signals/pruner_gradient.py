@@ -18,7 +18,7 @@ from absorb_plugin.signals.pruned_model import PrunedModel
 __all__ = ["PrunerGradient"]
 
 # Before a pruner that repairs, masks lead in fewer and longer steps, and of their way a
-# share is gone; then come the steps by that pruner's own slopes (`search.descent`).
+# share is taken; then come the steps by that pruner's own slopes (`search.descent`).
 ROUNDS_OF_MASKS = 2 / 3
 LENGTHS_OF_MASKS = (0.084, 0.014)
 SHARE_OF_MASKS = 0.7
@@ -29,7 +29,7 @@ class PrunerGradient(Gradient):
     """
     The slope through the pruner itself, from where masks lead. Masks know where the
     network is sensitive and cost little; not knowing what the pruner repairs they go
-    too far, so a part of their way is gone, and the pruner's slopes lead on.
+    too far, so a part of their way is taken, and the pruner's slopes lead on.
 
     :param step: δ: half the distance of the two sparsities whose weights are compared
     :param refresh: rounds after which the pruner makes the weights anew; in between

@@ -1,5 +1,5 @@
 """
-Perplexity by the share of the descent's way that is gone (`signals.gradient.SHARE`):
+Perplexity by the share of the descent's way that is taken (`signals.gradient.SHARE`):
 
     python integration/benchmarks/shares.py MODEL --text CALIBRATION \
         --eval-text HELD_OUT [OTHER ...] [--sparsity 0.6] [--seeds 0 1] \
