@@ -1,6 +1,5 @@
 """Bounds of single Linears, by patterns of their names."""
 
-import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -8,6 +7,7 @@ from compressed_tensors.utils import match_name
 
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.groups import linear_names
+from absorb_plugin.mistakes import check_patterns
 
 __all__ = ["Limits", "bounds_of", "check_limits", "check_matched"]
 
@@ -17,13 +17,8 @@ Limits = Mapping[str, tuple[float, float]]
 
 def check_limits(limits: Limits) -> None:
     """:raises ValueError: unless 0 <= low <= high <= 1, and of wrong expressions"""
+    check_patterns("limits", limits)
     for pattern, (low, high) in limits.items():
-        try:
-            re.compile(pattern.removeprefix("re:") if pattern[:3] == "re:" else "")
-        except re.error as error:
-            raise ValueError(
-                f"limits holds {pattern!r}, which is no regular expression: {error}"
-            ) from error
         if not 0.0 <= low <= high <= 1.0:
             raise ValueError(
                 f"limits[{pattern!r}]={[low, high]}: write [low, high] with "

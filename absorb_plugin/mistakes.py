@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
-__all__ = ["check_patterns", "in_words"]
+__all__ = ["argument_problem", "check_patterns", "default_of", "in_words"]
 
 
 def in_words(error: ValidationError, fields: Iterable[str]) -> str:
@@ -42,8 +43,48 @@ def _reason(error: Mapping[str, Any], fields: list[str]) -> str:
         close = get_close_matches(str(error["loc"][0]), fields, n=1)
         remedy = f", did you mean {close[0]}?" if close else ""
         return f"there is no such field{remedy}"
+    return _text(error)
+
+
+def _text(error: Mapping[str, Any]) -> str:
     text = error["msg"].removeprefix("Value error, ")
     return text[:1].lower() + text[1:]
+
+
+def argument_problem(taker: type[BaseModel], error: Mapping[str, Any]) -> str:
+    """
+    :param taker: an allocator or a signal
+    :param error: one of pydantic's about its arguments
+    :return: argument, value, reason, and what there is to give
+    """
+    field = ".".join(map(str, error["loc"])) or "arguments"
+    fields = taker.model_fields
+    takes = ", ".join(
+        f"{name} (required)" if info.is_required() else f"{name}={default_of(info)!r}"
+        for name, info in fields.items()
+    )
+    if error["type"] == "missing":
+        return f"{field} is required. It takes {takes}."
+    if error["type"] == "extra_forbidden":
+        close = get_close_matches(field, fields, n=1)
+        remedy = f", did you mean {close[0]!r}?" if close else "."
+        return (
+            f"{field}={error['input']!r} is no argument of it{remedy} It takes "
+            f"{takes or 'none'}."
+        )
+    return f"{field}={error['input']!r}: {_text(error)}. Defaults: {takes}."
+
+
+def default_of(field: FieldInfo) -> Any:
+    """None where it is required; a remark where there is none before it is built."""
+    if field.is_required():
+        return None
+    if field.default_factory_takes_validated_data:
+        return "(made of the others)"
+    try:
+        return field.get_default(call_default_factory=True)
+    except Exception as error:
+        return f"(cannot be made: {error!r})"
 
 
 def check_patterns(field: str, patterns: Iterable[object]) -> None:
@@ -57,5 +98,6 @@ def check_patterns(field: str, patterns: Iterable[object]) -> None:
                 re.compile(pattern.removeprefix("re:"))
             except re.error as error:
                 raise ValueError(
-                    f"{field}: {pattern!r} is no regular expression: {error}"
+                    f"{field} holds {pattern!r}, which is no regular expression: "
+                    f"{error}"
                 ) from error

@@ -5,7 +5,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import (
     Distribution,
@@ -20,7 +19,6 @@ import numpy as np
 import pluggy
 import torch
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
 import absorb_plugin.allocators as builtins
@@ -33,6 +31,7 @@ from absorb_plugin.allocators.base import (
     Needs,
 )
 from absorb_plugin.distributed import OtherRankFailed
+from absorb_plugin.mistakes import argument_problem, default_of
 
 __all__ = [
     "PluginError",
@@ -132,7 +131,7 @@ def listing() -> list[dict[str, Any]]:
             {
                 "name": name,
                 "distribution": entry.distribution,
-                "arguments": {k: _plain(_default(x)) for k, x in fields.items()},
+                "arguments": {k: _plain(default_of(x)) for k, x in fields.items()},
                 "required": [k for k, field in fields.items() if field.is_required()],
             }
             | _described(allocator)
@@ -148,18 +147,6 @@ def _described(allocator: type[Allocator]) -> dict[str, Any]:
     if not isinstance(own := told["granularities"], str):  # of a set too in one order
         told["granularities"] = [x for x in get_args(Granularity) if x in own]
     return told
-
-
-def _default(field: FieldInfo) -> Any:
-    """None where it is required; a remark where there is none before it is built."""
-    if field.is_required():
-        return None
-    if field.default_factory_takes_validated_data:
-        return "(made of the others)"
-    try:
-        return field.get_default(call_default_factory=True)
-    except Exception as error:
-        return f"(cannot be made: {error!r})"
 
 
 def _plain(value: Any) -> Any:
@@ -193,7 +180,7 @@ def build_allocator(name: str, arguments: Mapping[str, Any]) -> Allocator:
     try:
         return allocator(**arguments)
     except ValidationError as error:
-        problems = "; ".join(_problem(allocator, x) for x in error.errors())
+        problems = "; ".join(argument_problem(allocator, x) for x in error.errors())
         raise ValueError(f"allocator {name!r}: {problems}") from error
     except Exception as error:  # of a validator, or the default of an argument
         raise PluginError(
@@ -344,27 +331,6 @@ def _faults(allocator: type[Allocator]) -> dict[str, str]:
         if not isinstance(getattr(allocator, key), str):
             remedies[key] = "give a text"
     return {k: f"{k}={getattr(allocator, k)!r}: {x}" for k, x in remedies.items()}
-
-
-def _problem(allocator: type[Allocator], error: Mapping[str, Any]) -> str:
-    """One pydantic error in words: field, value, reason, remedy."""
-    field = ".".join(map(str, error["loc"])) or "arguments"
-    fields = allocator.model_fields
-    takes = ", ".join(
-        f"{name} (required)" if info.is_required() else f"{name}={_default(info)!r}"
-        for name, info in fields.items()
-    )
-    if error["type"] == "missing":
-        return f"{field} is required. It takes {takes}."
-    if error["type"] == "extra_forbidden":
-        close = get_close_matches(field, fields, n=1)
-        remedy = f"did you mean {close[0]!r}? " if close else ""
-        return (
-            f"{field}={error['input']!r} is no argument of it; {remedy}It takes "
-            f"{takes or 'none'}."
-        )
-    reason = error["msg"][:1].lower() + error["msg"][1:]
-    return f"{field}={error['input']!r}: {reason}. Defaults: {takes}."
 
 
 def owner_of(allocator: Allocator) -> str:

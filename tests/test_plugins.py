@@ -286,7 +286,7 @@ def test_unknown_name_lists_the_others() -> None:
     [
         ("owl", {"m": -1}, "'owl': m=-1: .*greater than 0.*m=5.0, lmbda=0.08"),
         ("owl", {"lambda": 1}, "'owl': lambda=1 is no.* mean 'lmbda'"),
-        ("uniform", {"x": 1}, "'uniform': x=1 is no argument of it; It takes none"),
+        ("uniform", {"x": 1}, "'uniform': x=1 is no argument of it. It takes none"),
         ("alpha_pruning", {"variant": "top"}, "variant='top': .*'peak' or 'mid'"),
         ("demanding", {}, "'demanding': floor is required. It takes floor .required."),
     ],

@@ -88,15 +88,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "step": (
         {"signal": "response", "signal_args": {"step": 1.0}},
-        "'response': step=1.0: .*less than 1.*takes step=",
+        "'response': step=1.0: .*less than 1. Defaults: step=",
     ),
     "of another signal": (
         {"signal": "gradient", "signal_args": {"magnitude": 0.1}},
-        "'gradient': magnitude=0.1: .*not permitted.*takes step=0.05",
+        "'gradient': magnitude=0.1 is no argument of it. It takes step=0.05",
     ),
     "of what auto stands for": (
         {"signal": "auto", "signal_args": {"seed": 1}},
-        "'gradient': seed=1: ",
+        "'gradient': seed=1 is no argument",
     ),
     "signal": (
         {"signal": "loud"},

@@ -25,6 +25,7 @@ from torch.nn import Linear
 
 from absorb_plugin.blocks import MUCH, BlockMap, linear_parameters
 from absorb_plugin.language_model import language_model
+from absorb_plugin.mistakes import check_patterns
 from absorb_plugin.other_modifiers import DESTROYS_ZEROS, REMOVES_LINEARS, ROTATE
 from absorb_plugin.pruners import Pruner, pruner_class
 from absorb_plugin.pruners.recipe import modifiers_before
@@ -237,7 +238,7 @@ def _check_ignored(ignore: Sequence[str], model: torch.nn.Module) -> None:
 
     :raises ValueError: of a wrong expression
     """
-    _check_patterns("ignore", _as_list(ignore))
+    check_patterns("ignore", _as_list(ignore))
     linears = [(n, x) for n, x in model.named_modules() if isinstance(x, Linear)]
     for pattern in _as_list(ignore):
         if not any(_ignored(name, module, [pattern]) for name, module in linears):
@@ -270,8 +271,8 @@ def _resolve(
             f"it as {[modifier.targets]!r}"
         )
         modifier.targets = [modifier.targets]
-    _check_patterns(f"{name}.targets", modifier.targets)
-    _check_patterns(f"{name}.ignore", _as_list(modifier.ignore))
+    check_patterns(f"{name}.targets", modifier.targets)
+    check_patterns(f"{name}.ignore", _as_list(modifier.ignore))
     modifier.ignore = [*_as_list(modifier.ignore), *_as_list(ignore)]
 
     layers = dict(match_named_modules(model, modifier.targets))
@@ -307,16 +308,6 @@ def _resolve(
         *(f"re:{re.escape(linear)}\\.?$" for linear in spared),
     ]
     return PrunerAdapter(modifier, sparsity, layers, mine, frozenset(named), pruner)
-
-
-def _check_patterns(field: str, patterns: Iterable[str]) -> None:
-    for pattern in patterns:
-        try:
-            re.compile(pattern.removeprefix("re:") if pattern[:3] == "re:" else "")
-        except re.error as error:
-            raise ValueError(
-                f"{field} holds {pattern!r}, which is no regular expression: {error}"
-            ) from error
 
 
 def _scalar_sparsity(modifier: SparsityModifierBase) -> float:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.groups import Groups
+from absorb_plugin.mistakes import argument_problem
 from absorb_plugin.pruners.base import Pruner
 from absorb_plugin.pruners.weights import MaskedWeights
 from absorb_plugin.sample_split import SampleSplit
@@ -106,12 +107,5 @@ class Signal(BaseModel):
         try:
             return cls(**arguments)
         except ValidationError as error:
-            takes = ", ".join(f"{k}={f.default!r}" for k, f in cls.model_fields.items())
-            told = "; ".join(
-                f"{'.'.join(map(str, one['loc']))}={one['input']!r}: {one['msg']}"
-                for one in error.errors()
-            )
-            raise ValueError(
-                f"signal_args of signal {cls.name!r}: {told}. It takes "
-                f"{takes or 'none'}"
-            ) from error
+            told = "; ".join(argument_problem(cls, one) for one in error.errors())
+            raise ValueError(f"signal_args of signal {cls.name!r}: {told}") from error

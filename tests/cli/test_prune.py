@@ -121,7 +121,7 @@ def test_prune_refuses_a_directory_in_use(
         (
             "s_stage:\n  p_modifiers:\n"
             "    WandaPruningModifier: {sparsity: 0.5, targets: ['re:*x']}\n",
-            "WandaPruningModifier: targets: 're:*x' is no regular expression",
+            "WandaPruningModifier: targets holds 're:*x', which is no regular",
         ),
         ("[1, 2]", "it holds no stages"),
         ("stage:\n  modifiers:\n    WandaPruningModifier: {}\n", "holds no modifier"),
