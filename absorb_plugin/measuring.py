@@ -9,6 +9,7 @@ import numpy as np
 from absorb_plugin import distributed
 from absorb_plugin.calibration import cut_tokens
 from absorb_plugin.judges import MaskedLoss, PrunedLoss
+from absorb_plugin.pruners.weights import MaskedWeights
 from absorb_plugin.search.descent import Slopes, Stage
 from absorb_plugin.search.line_search import Losses
 from absorb_plugin.settings import AllocationSettings
@@ -53,14 +54,7 @@ def measure_direction(
 def masked_loss(context: Context, candidates: Sequence[np.ndarray]) -> Losses:
     """Losses under masks on the samples of the search, the same on all ranks."""
     candidates = distributed.from_first(candidates)
-    probe = MaskedLoss(
-        context.blocks,
-        context.pruner.masks,
-        context.statistics,
-        candidates,
-        context.quantiles,
-        context.runner.joins_rows,
-    )
+    probe = MaskedLoss(context.blocks, context.masks, candidates)
     return _judged(context, "Held-out loss", context.samples.search, probe)
 
 
@@ -93,7 +87,8 @@ def dense_loss(context: Context) -> Losses:
 
 def _dense_loss(context: Context, samples: Sequence[dict]) -> Losses:
     nothing = [np.zeros(len(context.groups.linears))]
-    probe = MaskedLoss(context.blocks, context.pruner.masks, {}, nothing)
+    masks = MaskedWeights(context.blocks, context.pruner.masks, {})
+    probe = MaskedLoss(context.blocks, masks, nothing)
     sums, tokens = distributed.from_first(
         context.runner.run("Dense loss", samples, probe)
     )

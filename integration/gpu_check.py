@@ -134,8 +134,10 @@ def flat(blocks: BlockMap, sparsity: float = S) -> np.ndarray:
     return np.full(len(blocks.linears()), sparsity)
 
 
-def masks(blocks: BlockMap, sums: Statistics) -> MaskedWeights:
-    return MaskedWeights(blocks, PRUNERS["wanda"]().masks, sums)
+def masks(
+    blocks: BlockMap, sums: Statistics, known: dict[str, torch.Tensor] | None = None
+) -> MaskedWeights:
+    return MaskedWeights(blocks, PRUNERS["wanda"]().masks, sums, known)
 
 
 def noise(blocks: BlockMap, sums: Statistics) -> Probe:
@@ -154,7 +156,7 @@ def slope(blocks: BlockMap, sums: Statistics) -> Probe:
 
 def masked_loss(blocks: BlockMap, sums: Statistics) -> Probe:
     candidates = [flat(blocks, s) for s in (0.4, 0.5, 0.6)]
-    return MaskedLoss(blocks, PRUNERS["wanda"]().masks, sums, candidates, {})
+    return MaskedLoss(blocks, masks(blocks, sums, {}), candidates)
 
 
 def pruned_loss(

@@ -2,14 +2,22 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from compressed_tensors.offload import disable_offloading
 
+from absorb_plugin import distributed
 from absorb_plugin.calibration import Batch, token_mask
 from absorb_plugin.forward.head import OutputHead
 from absorb_plugin.precision import widest_float
 
-__all__ = ["check_predicted", "cross_entropy_sums", "loss_gradient", "score_states"]
+__all__ = [
+    "check_predicted",
+    "cross_entropy_sums",
+    "gathered_losses",
+    "loss_gradient",
+    "score_states",
+]
 
 Losses = list[tuple[float, int]]
 
@@ -65,6 +73,22 @@ def score_states(
         scored = [cross_entropy_sums(head, batch, state) for state in states]
     losses = [[total for total, _ in sample] for sample in zip(*scored, strict=True)]
     return losses, [count for _, count in scored[0]]
+
+
+def gathered_losses(
+    losses: list[list[float]], tokens: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    What `score_states` said of this rank's samples, of those of all ranks.
+
+    :return: sums of cross-entropy in nats, shape (trajectories, samples), and numbers
+        of predicted tokens, shape (samples,)
+    :raises ValueError: if no token is predicted
+    """
+    losses = distributed.gather_shares(losses)
+    tokens = distributed.gather_shares(tokens)
+    check_predicted(sum(tokens))
+    return np.array(losses).T, np.array(tokens)
 
 
 def loss_gradient(

@@ -1,20 +1,17 @@
 """A judge of whole allocations: the held-out loss under the masks of each."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import numpy as np
 import torch
 from torch.nn import Module
 
-from absorb_plugin import distributed
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch
 from absorb_plugin.forward.head import OutputHead
-from absorb_plugin.forward.linears import replaced_weights
-from absorb_plugin.forward.loss import check_predicted, score_states
+from absorb_plugin.forward.loss import gathered_losses, score_states
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
-from absorb_plugin.pruners.base import MaskPruner
 from absorb_plugin.pruners.weights import MaskedWeights, block_sparsities
 
 __all__ = ["MaskedLoss"]
@@ -26,10 +23,8 @@ class MaskedLoss(Probe):
     The first is the model's own pass.
 
     :param blocks: all blocks; their prunable Linears are masked
-    :param pruner: ranks the weights
-    :param input_square_sums: full name of a Linear -> a_j of the dense network
+    :param masks: makes the weights
     :param candidates: allocations, each one sparsity per prunable Linear
-    :param quantiles: as of `MaskedWeights`, and so is `joined`
     """
 
     state = ("_losses", "_tokens")
@@ -37,17 +32,11 @@ class MaskedLoss(Probe):
     def __init__(
         self,
         blocks: BlockMap,
-        pruner: MaskPruner,
-        input_square_sums: Mapping[str, torch.Tensor],
+        masks: MaskedWeights,
         candidates: Sequence[np.ndarray],
-        quantiles: dict[str, torch.Tensor] | None = None,
-        joined: bool = False,
     ) -> None:
-        self._blocks = blocks
-        self._masks = MaskedWeights(
-            blocks, pruner, input_square_sums, quantiles, joined
-        )
-        self.in_step = self._masks.joined
+        self._masks = masks
+        self.in_step = masks.joined
         self._candidates = [block_sparsities(blocks, one) for one in candidates]
         self.may_overflow = bool(np.any(candidates[0]))
         self._in_force = ExitStack()
@@ -95,14 +84,9 @@ class MaskedLoss(Probe):
         Sums of cross-entropy in nats, shape (candidates, samples), and the number of
         predicted tokens, shape (samples,).
         """
-        losses = distributed.gather_shares(self._losses)
-        tokens = distributed.gather_shares(self._tokens)
-        check_predicted(sum(tokens))
-        return np.array(losses).T, np.array(tokens)
+        return gathered_losses(self._losses, self._tokens)
 
     def _apply(self, stack: ExitStack, index: int, candidate: int) -> None:
         sparsities = self._candidates[candidate].get(index)
         if sparsities is not None:
-            linears = self._blocks.blocks[index].linears
-            weights = self._masks.weights(index, sparsities)
-            stack.enter_context(replaced_weights(linears, weights))
+            stack.enter_context(self._masks.applied(index, sparsities))

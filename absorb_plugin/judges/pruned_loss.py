@@ -20,7 +20,7 @@ from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch, token_mask
 from absorb_plugin.forward.head import OutputHead
 from absorb_plugin.forward.linears import all_given, replaced_weights
-from absorb_plugin.forward.loss import check_predicted, score_states
+from absorb_plugin.forward.loss import gathered_losses, score_states
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.pruners.base import Pruner
 from absorb_plugin.pruners.together import Work, shared_out, told
@@ -151,10 +151,7 @@ class PrunedLoss(Probe):
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         """As of `MaskedLoss`."""
-        losses = distributed.gather_shares(self._losses)
-        tokens = distributed.gather_shares(self._tokens)
-        check_predicted(sum(tokens))
-        return np.array(losses).T, np.array(tokens)
+        return gathered_losses(self._losses, self._tokens)
 
     def _inputs(self, index: int, mask: torch.Tensor) -> ObservedInputs:
         linears = self._blocks.blocks[index].linears

@@ -4,7 +4,7 @@ as the pruner itself makes them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,7 +17,7 @@ from absorb_plugin import distributed
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.forward.inputs import real_tokens
 from absorb_plugin.forward.joined import joined_rows
-from absorb_plugin.forward.linears import Weights, all_given
+from absorb_plugin.forward.linears import Weights, all_given, replaced_weights
 from absorb_plugin.forward.parts import current_part
 from absorb_plugin.forward.resident import own_rows
 from absorb_plugin.groups import named
@@ -110,6 +110,13 @@ class MaskedWeights:
             name: partial(self.weight, index, name, sparsities[name])
             for name in self.seen(index)
         }
+
+    def applied(
+        self, index: int, sparsities: Mapping[str, float]
+    ) -> AbstractContextManager[None]:
+        """Within the context the Linears of a block compute with their weights."""
+        linears = self._blocks.blocks[index].linears
+        return replaced_weights(linears, self.weights(index, sparsities))
 
     def weight(self, index: int, name: str, sparsity: float) -> torch.Tensor:
         """The masked weight of one Linear; of one that is joined this rank's rows."""

@@ -27,7 +27,6 @@ from absorb_plugin import distributed
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch
 from absorb_plugin.forward.head import OutputHead
-from absorb_plugin.forward.linears import replaced_weights
 from absorb_plugin.forward.loss import check_predicted, score_states
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.groups import Groups
@@ -78,7 +77,7 @@ class ResponseProbe(Probe):
         allocation: np.ndarray,
         step: float,
     ) -> None:
-        self._blocks, self._masks = blocks, masks
+        self._masks = masks
         self.in_step = masks.joined
         self._sparsities = block_sparsities(blocks, allocation)
         relaxed = block_sparsities(blocks, relieved(groups, allocation, step))
@@ -98,7 +97,8 @@ class ResponseProbe(Probe):
 
     def enter(self, index: int, block: Module) -> None:
         if index in self._sparsities:
-            self._apply(self._in_force, index, self._sparsities[index])
+            own = self._masks.applied(index, self._sparsities[index])
+            self._in_force.enter_context(own)
 
     def leave(
         self, index: int, before: torch.Tensor, after: torch.Tensor, run: RunBlock
@@ -106,8 +106,7 @@ class ResponseProbe(Probe):
         for group, hidden in self._relaxed.items():
             self._relaxed[group] = run(hidden)
         for group, sparsities in self._relief.get(index, {}).items():
-            with ExitStack() as stack:
-                self._apply(stack, index, sparsities)
+            with self._masks.applied(index, sparsities):
                 self._relaxed[group] = run(before)
         self._in_force.close()
         self._own = after
@@ -131,13 +130,6 @@ class ResponseProbe(Probe):
         mean = gains.sum(axis=0) / total
         error = standard_error(gains, tokens[:, None])
         return Response(mean, error, float(losses[:, 0].sum() / total), total)
-
-    def _apply(
-        self, stack: ExitStack, index: int, sparsities: Mapping[str, float]
-    ) -> None:
-        linears = self._blocks.blocks[index].linears
-        weights = self._masks.weights(index, sparsities)
-        stack.enter_context(replaced_weights(linears, weights))
 
 
 def relieved(groups: Groups, allocation: np.ndarray, step: float) -> np.ndarray:

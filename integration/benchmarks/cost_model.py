@@ -241,15 +241,15 @@ def make_probe(station: Station, blocks: BlockMap, pruner: Pruner) -> Probe:
         return probe
     if station.probe == "GradientProbe" and station.needs.kept_weights:
         return GradientProbe(blocks, pruned_slopes(blocks, joined))
+    masks = MaskedWeights(blocks, pruner.masks, sums, quantiles, joined)
     if station.probe == "GradientProbe":
-        masks = MaskedWeights(blocks, pruner.masks, sums, quantiles, joined)
         flat = np.full(count, S)
         return GradientProbe(blocks, MaskedSlopes(blocks, masks, flat, 0.05))
     if station.probe == "PrunedLoss":
         together = station.needs.sets > 1
         return PrunedLoss(blocks, pruner, flats, station.pruning, together)
     assert station.probe == "MaskedLoss", station.probe
-    return MaskedLoss(blocks, pruner.masks, sums, flats, quantiles, joined)
+    return MaskedLoss(blocks, masks, flats)
 
 
 def _rows(linear: torch.nn.Linear) -> int:

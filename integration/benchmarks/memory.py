@@ -98,7 +98,8 @@ def measure(options: argparse.Namespace) -> dict:
     sums = {n: torch.rand(x.in_features) + 0.1 for n, x in blocks.linears().items()}
     flat, half = np.full(len(blocks.linears()), 0.5), np.full(len(names), 0.5)
     masks = MaskedWeights(some, Wanda(), sums)
-    slopes = MaskedSlopes(blocks, MaskedWeights(blocks, Wanda(), sums), flat, 0.05)
+    all_masks = MaskedWeights(blocks, Wanda(), sums)
+    slopes = MaskedSlopes(blocks, all_masks, flat, 0.05)
     probe = {
         "statistics": lambda: InputStatistics(blocks),
         "noise": lambda: NoiseProbe(few, count, 1e-2, 0),
@@ -106,7 +107,7 @@ def measure(options: argparse.Namespace) -> dict:
             some, Groups.at("block", some), masks, half, 0.1
         ),
         "gradient": lambda: GradientProbe(blocks, slopes),
-        "masked": lambda: MaskedLoss(blocks, Wanda(), sums, [flat] * 2),
+        "masked": lambda: MaskedLoss(blocks, all_masks, [flat] * 2),
         "pruned": lambda: PrunedLoss(blocks, SparseGPT(), [flat] * 2, 2),
         "pruned_model": lambda: PrunedModel(blocks, SparseGPT(), flat, 0.05),
     }[options.probes[0]]()

@@ -22,7 +22,7 @@ def test_cross_entropy_in_chunks(
     for chunk in (head.CHUNK_BYTES, 4 * tiny.VOCABULARY * 3 * 4, 1):
         monkeypatch.setattr(head, "CHUNK_BYTES", chunk)
         dense = [where.flat(0.0)]
-        judge = MaskedLoss(where.blocks, Wanda(), where.statistics, dense)
+        judge = MaskedLoss(where.blocks, where.masks(Wanda()), dense)
         run(llama, [batch], judge)
         totals.append(judge.result()[0][0])
     with torch.no_grad():

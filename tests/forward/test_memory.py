@@ -78,18 +78,18 @@ def test_a_run_keeps_to_its_memory(
     assert max(shares) <= 1
 
 
+def rows_of_masks(where: Place) -> MaskedWeights:
+    masks = PRUNERS["wanda"]().masks
+    return MaskedWeights(where.blocks, masks, where.statistics, joined=True)
+
+
 def joined_slopes(where: Place) -> Probe:
-    masks = MaskedWeights(
-        where.blocks, PRUNERS["wanda"]().masks, where.statistics, joined=True
-    )
-    return GradientProbe(
-        where.blocks, MaskedSlopes(where.blocks, masks, where.flat(), 0.1)
-    )
+    slopes = MaskedSlopes(where.blocks, rows_of_masks(where), where.flat(), 0.1)
+    return GradientProbe(where.blocks, slopes)
 
 
 def joined_masks(where: Place) -> Probe:
-    masks, candidates = PRUNERS["wanda"]().masks, where.candidates()
-    return MaskedLoss(where.blocks, masks, where.statistics, candidates, joined=True)
+    return MaskedLoss(where.blocks, rows_of_masks(where), where.candidates())
 
 
 def joined_copies(where: Place) -> PrunedModel:

@@ -22,7 +22,7 @@ from absorb_plugin.forward.inputs import InputStatistics
 from absorb_plugin.forward.probe import Probe
 from absorb_plugin.forward.run import run_probes
 from absorb_plugin.groups import Groups
-from absorb_plugin.judges import JUDGES, MaskedLoss, PrunedLoss
+from absorb_plugin.judges import MaskedLoss, PrunedLoss
 from absorb_plugin.pruners import PRUNERS, Pruner
 from absorb_plugin.pruners.weights import MaskedSlopes, MaskedWeights, PrunedSlopes
 from absorb_plugin.signals import SIGNALS
@@ -48,6 +48,7 @@ __all__ = [
     "run",
 ]
 
+JUDGES: dict[str, type[Probe]] = {"masks": MaskedLoss, "pruner": PrunedLoss}
 STEP = 0.1
 # Of a batch, what a judge that prunes goes by; the others are judged.
 CALIBRATING = 2
@@ -124,7 +125,7 @@ def make_judge(
 ) -> Probe:
     kind = JUDGES[name]
     if kind is MaskedLoss:
-        return kind(where.blocks, pruner.masks, where.statistics, candidates)
+        return kind(where.blocks, where.masks(pruner), candidates)
     assert kind is PrunedLoss
     return kind(where.blocks, pruner, candidates, CALIBRATING)
 

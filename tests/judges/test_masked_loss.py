@@ -26,7 +26,7 @@ def test_losses_equal_masked_copies(any_model: PreTrainedModel) -> None:
             for one in candidates
         ]
         expected = [naive.loss_sums(copy, batch).numpy() for copy in copies]
-    judge = MaskedLoss(where.blocks, Wanda(), where.statistics, candidates)
+    judge = MaskedLoss(where.blocks, where.masks(Wanda()), candidates)
     run(any_model, [batch], judge)
     losses, tokens = judge.result()
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
