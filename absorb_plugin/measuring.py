@@ -9,7 +9,7 @@ import numpy as np
 from absorb_plugin import distributed
 from absorb_plugin.calibration import cut_tokens
 from absorb_plugin.judges import MaskedLoss, PrunedLoss
-from absorb_plugin.pruners.weights import MaskedWeights
+from absorb_plugin.pruners.masks import MaskedWeights
 from absorb_plugin.search.descent import Slopes, Stage
 from absorb_plugin.search.line_search import Losses
 from absorb_plugin.settings import AllocationSettings

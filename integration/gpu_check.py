@@ -61,12 +61,9 @@ from absorb_plugin.groups import Groups
 from absorb_plugin.judges import MaskedLoss, PrunedLoss
 from absorb_plugin.precision import gram, ieee_float32
 from absorb_plugin.pruners import PRUNERS, factor, sparsegpt, together
-from absorb_plugin.pruners.weights import (
-    MaskedSlopes,
-    MaskedWeights,
-    PrunedSlopes,
-    band,
-)
+from absorb_plugin.pruners.masks import MaskedWeights
+from absorb_plugin.pruners.packed import Packed
+from absorb_plugin.pruners.slopes import MaskedSlopes, PrunedSlopes, band
 from absorb_plugin.settings import AllocationSettings
 from absorb_plugin.signals.gradient import GradientProbe
 from absorb_plugin.signals.noise import NoiseProbe
@@ -248,7 +245,9 @@ def fields(result: Any, name: str = "") -> dict[str, np.ndarray]:
     dictionary, a place in a tuple, or one below the other, as "kept.0.q_proj".
     """
     if isinstance(result, PrunedSlopes):
-        result = result.made()
+        result = result._kept
+    if isinstance(result, Packed):
+        result = result.weight()
     if isinstance(result, torch.Tensor):
         return {name: result.detach().cpu().double().numpy()}
     if isinstance(result, np.ndarray | float | int):

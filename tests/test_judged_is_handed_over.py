@@ -22,7 +22,8 @@ from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.groups import LEVELS
 from absorb_plugin.judges import pruned_loss
 from absorb_plugin.pruners.adapter import PrunerAdapter
-from absorb_plugin.pruners.weights import MaskedWeights, Observed, prune_observed
+from absorb_plugin.pruners.masks import MaskedWeights
+from absorb_plugin.pruners.observed import Observed, prune_observed
 from absorb_plugin.signals import gradient
 
 BUDGET, CAP = 0.7, 0.73

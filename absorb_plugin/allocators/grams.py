@@ -12,9 +12,9 @@ from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.plugins import run_measure, version_of
+from absorb_plugin.pruners.observed import ObservedInputs
 from absorb_plugin.pruners.sparsegpt import SparseGPT
 from absorb_plugin.pruners.together import shared_out
-from absorb_plugin.pruners.weights import ObservedInputs
 
 __all__ = ["GramProbe"]
 

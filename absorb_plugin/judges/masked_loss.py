@@ -12,7 +12,7 @@ from absorb_plugin.calibration import Batch
 from absorb_plugin.forward.head import OutputHead
 from absorb_plugin.forward.loss import gathered_losses, score_states
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
-from absorb_plugin.pruners.weights import MaskedWeights, block_sparsities
+from absorb_plugin.pruners.masks import MaskedWeights, block_sparsities
 
 __all__ = ["MaskedLoss"]
 

@@ -23,13 +23,9 @@ from absorb_plugin.forward.linears import all_given, replaced_weights
 from absorb_plugin.forward.loss import gathered_losses, score_states
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.pruners.base import Pruner
+from absorb_plugin.pruners.masks import block_sparsities
+from absorb_plugin.pruners.observed import Observed, ObservedInputs, prune_observed
 from absorb_plugin.pruners.together import Work, shared_out, told
-from absorb_plugin.pruners.weights import (
-    Observed,
-    ObservedInputs,
-    block_sparsities,
-    prune_observed,
-)
 
 __all__ = ["PrunedLoss", "judged_rows"]
 

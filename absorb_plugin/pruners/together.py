@@ -14,7 +14,7 @@ from torch.nn import Linear
 from absorb_plugin import distributed
 from absorb_plugin.pruners.base import Pruner
 from absorb_plugin.pruners.factor import Factor
-from absorb_plugin.pruners.weights import Observed, prune_observed
+from absorb_plugin.pruners.observed import Observed, prune_observed
 
 __all__ = ["Work", "own_part", "pruned_together", "shared_out", "told"]
 

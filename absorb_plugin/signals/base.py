@@ -15,7 +15,7 @@ from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.groups import Groups
 from absorb_plugin.mistakes import argument_problem
 from absorb_plugin.pruners.base import Pruner
-from absorb_plugin.pruners.weights import MaskedWeights
+from absorb_plugin.pruners.masks import MaskedWeights
 from absorb_plugin.sample_split import SampleSplit
 from absorb_plugin.search.correction import direction_from_response
 from absorb_plugin.search.descent import Slopes, Stage

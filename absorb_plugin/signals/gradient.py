@@ -41,7 +41,7 @@ from absorb_plugin.forward.loss import check_predicted, loss_gradient
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.groups import EXPERT, Groups, linear_names
 from absorb_plugin.precision import widest_float
-from absorb_plugin.pruners.weights import Change, MaskedSlopes, PrunedSlopes
+from absorb_plugin.pruners.slopes import Change, MaskedSlopes, SlopeSource
 from absorb_plugin.search.descent import Slopes, Stage
 from absorb_plugin.search.standard_error import standard_error
 from absorb_plugin.signals.base import Context, Signal
@@ -73,7 +73,7 @@ class GradientProbe(Probe):
     keeps_graphs = True
     _graphs = KeptGraphs(0)
 
-    def __init__(self, blocks: BlockMap, source: MaskedSlopes | PrunedSlopes) -> None:
+    def __init__(self, blocks: BlockMap, source: SlopeSource) -> None:
         self._blocks, self._source = blocks, source
         self.in_step = source.joined
         self._rows = {name: row for row, name in enumerate(linear_names(blocks))}
@@ -271,7 +271,7 @@ class Gradient(Signal):
         return measured_slopes(context, source)
 
 
-def measured_slopes(context: Context, source: MaskedSlopes | PrunedSlopes) -> Slopes:
+def measured_slopes(context: Context, source: SlopeSource) -> Slopes:
     """Of every group, on samples whose turn it is, under the weights of `source`."""
     probe = GradientProbe(context.blocks, source)
     if context.runner.out_of_memory:  # where an earlier round had to go on without

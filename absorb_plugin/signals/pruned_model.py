@@ -13,14 +13,11 @@ from absorb_plugin.calibration import Batch
 from absorb_plugin.forward.linears import all_given, replaced_weights
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.pruners.base import Pruner
+from absorb_plugin.pruners.masks import block_sparsities
+from absorb_plugin.pruners.observed import ObservedInputs
 from absorb_plugin.pruners.packed import HOST, Packed
+from absorb_plugin.pruners.slopes import PrunedSlopes, band
 from absorb_plugin.pruners.together import pruned_together
-from absorb_plugin.pruners.weights import (
-    ObservedInputs,
-    PrunedSlopes,
-    band,
-    block_sparsities,
-)
 
 __all__ = ["PrunedModel"]
 

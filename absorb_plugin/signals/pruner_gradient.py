@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from absorb_plugin.pruners.weights import PrunedSlopes
+from absorb_plugin.pruners.slopes import PrunedSlopes
 from absorb_plugin.search.descent import Slopes, Stage
 from absorb_plugin.signals.base import Context
 from absorb_plugin.signals.gradient import Gradient, measured_slopes

@@ -30,7 +30,7 @@ from absorb_plugin.forward.head import OutputHead
 from absorb_plugin.forward.loss import check_predicted, score_states
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.groups import Groups
-from absorb_plugin.pruners.weights import MaskedWeights, block_sparsities
+from absorb_plugin.pruners.masks import MaskedWeights, block_sparsities
 from absorb_plugin.search.descent import Slopes
 from absorb_plugin.search.standard_error import standard_error
 from absorb_plugin.signals.base import Context, Signal

@@ -19,7 +19,7 @@ from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch, count_tokens
 from absorb_plugin.groups import Groups
 from absorb_plugin.pruners import MaskPruner, Pruner, Wanda
-from absorb_plugin.pruners.weights import MaskedWeights, block_sparsities
+from absorb_plugin.pruners.masks import MaskedWeights, block_sparsities
 from absorb_plugin.sample_split import SampleSplit
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.search.descent import Slopes

@@ -47,14 +47,10 @@ from absorb_plugin.forward.run import run_probes
 from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.judges import MaskedLoss, PrunedLoss
 from absorb_plugin.pruners import PRUNERS, Pruner, sparsegpt, thresholds
+from absorb_plugin.pruners.masks import MaskedWeights
 from absorb_plugin.pruners.packed import Packed
+from absorb_plugin.pruners.slopes import MaskedSlopes, PrunedSlopes, band
 from absorb_plugin.pruners.thresholds import LEVELS
-from absorb_plugin.pruners.weights import (
-    MaskedSlopes,
-    MaskedWeights,
-    PrunedSlopes,
-    band,
-)
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.settings import AllocationSettings
 from absorb_plugin.signals.gradient import GradientProbe, LinearSlopes

@@ -81,7 +81,8 @@ def measure(options: argparse.Namespace) -> dict:
     from absorb_plugin.groups import Groups
     from absorb_plugin.judges import MaskedLoss, PrunedLoss
     from absorb_plugin.pruners import SparseGPT, Wanda
-    from absorb_plugin.pruners.weights import MaskedSlopes, MaskedWeights
+    from absorb_plugin.pruners.masks import MaskedWeights
+    from absorb_plugin.pruners.slopes import MaskedSlopes
     from absorb_plugin.signals.gradient import GradientProbe
     from absorb_plugin.signals.noise import NoiseProbe
     from absorb_plugin.signals.pruned_model import PrunedModel

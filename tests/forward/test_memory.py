@@ -17,7 +17,8 @@ from absorb_plugin.forward.memory import Footprint, footprint, limit_by_machine
 from absorb_plugin.forward.probe import Needs, Probe
 from absorb_plugin.judges import MaskedLoss
 from absorb_plugin.pruners import PRUNERS, factor, sparsegpt, together
-from absorb_plugin.pruners.weights import MaskedSlopes, MaskedWeights
+from absorb_plugin.pruners.masks import MaskedWeights
+from absorb_plugin.pruners.slopes import MaskedSlopes
 from absorb_plugin.signals.gradient import GradientProbe
 from absorb_plugin.signals.pruned_model import PrunedModel
 

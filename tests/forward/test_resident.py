@@ -36,7 +36,7 @@ from absorb_plugin.forward.run import run_probes
 from absorb_plugin.forward.runner import ProbeRunner
 from absorb_plugin.pruners import SparseGPT, sparsegpt
 from absorb_plugin.pruners.packed import Packed
-from absorb_plugin.pruners.weights import PrunedSlopes
+from absorb_plugin.pruners.slopes import PrunedSlopes
 from absorb_plugin.settings import AllocationSettings
 from absorb_plugin.signals.gradient import GradientProbe
 from absorb_plugin.signals.pruned_model import PrunedModel

@@ -24,7 +24,9 @@ from absorb_plugin.forward.run import run_probes
 from absorb_plugin.groups import Groups
 from absorb_plugin.judges import MaskedLoss, PrunedLoss
 from absorb_plugin.pruners import PRUNERS, Pruner
-from absorb_plugin.pruners.weights import MaskedSlopes, MaskedWeights, PrunedSlopes
+from absorb_plugin.pruners.masks import MaskedWeights
+from absorb_plugin.pruners.packed import unpacked
+from absorb_plugin.pruners.slopes import MaskedSlopes, PrunedSlopes
 from absorb_plugin.signals import SIGNALS
 from absorb_plugin.signals.gradient import GradientProbe, LinearSlopes
 from absorb_plugin.signals.noise import NoiseProbe, NoiseProfile
@@ -145,8 +147,8 @@ def _vector(result: Any) -> np.ndarray:
         return result.response
     if isinstance(result, PrunedSlopes):
         result = {
-            f"{index}.{name}": torch.stack(weights).float()
-            for index, linears in result.made().items()
+            f"{index}.{name}": torch.stack(list(map(unpacked, weights))).float()
+            for index, linears in result._kept.items()
             for name, weights in linears.items()
         }
     if isinstance(result, dict):

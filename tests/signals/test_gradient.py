@@ -29,7 +29,7 @@ from absorb_plugin.forward.graphs import KeptGraphs
 from absorb_plugin.forward.memory import footprint
 from absorb_plugin.groups import Groups, named
 from absorb_plugin.pruners import Pruner, SparseGPT, Wanda
-from absorb_plugin.pruners.weights import MaskedSlopes, PrunedSlopes, band
+from absorb_plugin.pruners.slopes import MaskedSlopes, PrunedSlopes, band
 from absorb_plugin.sample_split import SampleSplit
 from absorb_plugin.search.standard_error import standard_error
 from absorb_plugin.settings import AllocationSettings
