@@ -12,7 +12,6 @@ from absorb_plugin.forward.chunks import row_chunks
 from absorb_plugin.forward.inputs import square_sum
 from absorb_plugin.pruners.factor import Factor
 from absorb_plugin.pruners.thresholds import (
-    global_threshold,
     row_quantiles,
     row_thresholds,
     thresholds_between,
@@ -150,14 +149,10 @@ class Pruner:
 
 class MaskPruner(Pruner):
     """
-    A pruner that zeroes the least scores and leaves the other weights alone. It scores
-    by a weight and by a_j = Σ x_j² over the tokens that enter the Linear.
-
-    Class attributes:
-        by_row: whether rows are compared within themselves, or all weights of a Linear
+    A pruner that zeroes the least scores of every row and leaves the other weights
+    alone. It scores by a weight and by a_j = Σ x_j² over the tokens that enter the
+    Linear.
     """
-
-    by_row: ClassVar[bool] = True
 
     def score(self, weight: torch.Tensor, observed: torch.Tensor) -> torch.Tensor:
         """
@@ -169,7 +164,7 @@ class MaskPruner(Pruner):
 
     @property
     def whole_rows(self) -> bool:
-        return self.by_row
+        return True
 
     def observe(self, inputs: torch.Tensor) -> torch.Tensor:
         return square_sum(inputs)
@@ -189,9 +184,8 @@ class MaskPruner(Pruner):
     def present(
         self, zero: torch.Tensor, unused: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        parts = zero if self.by_row else zero.reshape(1, -1)
-        sizes = torch.full((len(parts),), parts.shape[1])
-        return parts.float().mean(dim=1), sizes
+        sizes = torch.full((len(zero),), zero.shape[1])
+        return zero.float().mean(dim=1), sizes
 
     def thresholds(
         self,
@@ -201,16 +195,7 @@ class MaskPruner(Pruner):
         quantiles: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Largest score that goes, per row and sparsity: (rows, sparsities)."""
-        rows, columns = weight.shape
-        if not self.by_row:
-            scores = self.score(weight, observed)
-            ranks = [int(scores.numel() * s) for s in sparsities]
-            found = [
-                global_threshold(scores, rank - 1) if rank else scores.new_tensor(-1.0)
-                for rank in ranks
-            ]
-            return torch.stack(found).expand(rows, -1)
-        counts = [int(columns * s) for s in sparsities]
+        counts = [int(weight.shape[1] * s) for s in sparsities]
         found = []
         for part in row_chunks(weight):
             scores = self.score(weight[part], observed)

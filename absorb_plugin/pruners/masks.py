@@ -60,8 +60,7 @@ class MaskedWeights:
     ) -> None:
         self._blocks, self._pruner = blocks, pruner
         self._square_sums, self._quantiles = input_square_sums, quantiles
-        # others than by rows look at the whole
-        self.joined = joined and pruner.by_row
+        self.joined = joined
         self._thresholds: dict[tuple[str, float], torch.Tensor] = {}
 
     def identity(self) -> list[object]:
@@ -136,8 +135,7 @@ class MaskedWeights:
         self, full: str, weight: torch.Tensor, observed: torch.Tensor
     ) -> torch.Tensor | None:
         # on a CPU a sort takes no longer than to pick out what lies between quantiles
-        on_cpu = weight.device.type == "cpu"
-        if self._quantiles is None or on_cpu or not self._pruner.by_row:
+        if self._quantiles is None or weight.device.type == "cpu":
             return None
         if full not in self._quantiles:
             self._quantiles[full] = self._pruner.quantiles(weight, observed)
