@@ -205,7 +205,7 @@ class Method:
         judge = partial(masked_loss, context)
         if signal.once:
             measure = partial(measure_direction, context, signal)
-            return line_search(base.sparsity, budget, measure, judge, rounds=1)
+            return line_search(base.sparsity, budget, measure, judge)
         return descent_search(
             base.sparsity,
             budget,

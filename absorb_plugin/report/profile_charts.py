@@ -153,13 +153,18 @@ def _search(profile: Profile) -> Iterator[Chart]:
     search = profile["search"]
     if search is None or not search["rounds"]:
         return
-    strengths = [s for entry in search["rounds"] for s in entry["strengths"]]
+    found = search["rounds"][-1]  # the only one, but of an older version
+    strengths, losses = found["strengths"], found["losses"]
+    ring = strengths.index(found["chosen"])
     yield LineChart(
         "Search for the strength",
         "strength β",
         "held-out loss [nats per token]",
-        [*_starts(profile, strengths), *_rounds(search["rounds"])],
-        f"{_taken(profile)} Each round starts where the one before ended.",
+        [
+            *_starts(profile, strengths),
+            Line("held out", "final", strengths, losses, ring=ring),
+        ],
+        _taken(profile),
     )
 
 
@@ -207,18 +212,6 @@ def _taken(profile: Profile, circled: bool = True) -> str:
         return "Circled: taken." if circled else "The end was taken."
     what = "What is circled" if circled else "The end"
     return f"{what} went into the last comparison, which took another."
-
-
-def _rounds(rounds: Sequence[Mapping[str, Any]]) -> Iterator[Line]:
-    for count, entry in enumerate(rounds, start=1):
-        yield Line(
-            f"round {count}",
-            "final",
-            entry["strengths"],
-            entry["losses"],
-            ring=entry["strengths"].index(entry["chosen"]),
-            opacity=0.3 + 0.7 * count / len(rounds),
-        )
 
 
 def _confirmed(profile: Profile) -> Iterator[Chart]:

@@ -29,9 +29,7 @@ __all__ = [
 ]
 
 # The negative side is there because a signal can point the wrong way: the noise ratio
-# does on some models. Whether it does shows in the first round, so later ones leave it
-# out. A round that does not take the largest is near the optimum along its direction,
-# and the next one tries half of everything.
+# does on some models.
 STRENGTHS = (-0.05, 0.05, 0.1, 0.2)
 # Losses closer than this, in nats per token, are a tie: the smaller strength wins.
 TIE = 1e-3
@@ -50,12 +48,12 @@ Measure = Callable[[np.ndarray], np.ndarray]
 @dataclass(frozen=True)
 class Round:
     """
-    One round: the direction measured and what each strength scored.
+    Of a line search the direction measured and what each strength scored.
 
     :param direction: Δ of every Linear, shape (N,)
     :param strengths: β tried, 0 included, ascending
     :param losses: held-out cross-entropy in nats per token, one per strength
-    :param chosen: the β taken; 0 where none beat the start of the round
+    :param chosen: the β taken; 0 where none beat the start
     """
 
     direction: np.ndarray
@@ -73,7 +71,7 @@ class SearchResult:
     :param uniform_loss: the same of the uniform allocation
     :param loss: the same of the outcome
     :param direction: Δ of the first round or step, shape (N,)
-    :param rounds: of a line search
+    :param rounds: the one of a line search
     :param steps: of a descent
     :param judged: number of steps -> held-out loss of the allocation after them
     :param taken: number of steps of a descent that were taken
@@ -92,40 +90,31 @@ class SearchResult:
 
 
 def line_search(
-    base: np.ndarray, budget: Budget, measure: Measure, judge: Judge, *, rounds: int
+    base: np.ndarray, budget: Budget, measure: Measure, judge: Judge
 ) -> SearchResult:
     """
-    Each round starts from the allocation that the one before chose, and measures its
-    direction there. A strength is taken only if it beats the start of the round by more
-    than one standard error of the paired difference over samples.
+    From the better of base and uniform along the direction that is measured there. A
+    strength is taken only if it beats the start by more than one standard error of the
+    paired difference over samples.
 
     :param base: base allocation that meets the budget, shape (N,)
     :param budget: sizes, S and bounds of the Linears
     :param measure: the signal
     :param judge: the loss of allocations on held-out samples
-    :param rounds: at most so many; the search stops when a round chooses 0
     """
-    found, own, tokens = _started(base, budget, judge)
+    found, own, _ = _started(base, budget, judge)
     current = found.sparsity
-    done: list[Round] = []
-    scale = 1.0
-    for number in range(rounds):
-        direction = measure(current)
-        strengths = [beta * scale for beta in STRENGTHS if beta > 0 or number == 0]
-        wished = [corrected(current, direction, beta) for beta in strengths]
-        candidates = [budget.whole(budget.meet(one)) for one in wished]
-        sums, tokens = judge(candidates)
-        best = _choose(own, sums, tokens, strengths)
-        taken = 0.0 if best is None else strengths[best]
-        done.append(_round(direction, strengths, own, sums, tokens, taken))
-        if best is None:
-            break
+    direction = measure(current)
+    wished = [corrected(current, direction, beta) for beta in STRENGTHS]
+    candidates = [budget.whole(budget.meet(one)) for one in wished]
+    sums, tokens = judge(candidates)
+    best = _choose(own, sums, tokens)
+    taken = 0.0 if best is None else STRENGTHS[best]
+    done = [_round(direction, own, sums, tokens, taken)]
+    if best is not None:
         current, own = candidates[best], sums[best]
-        if taken < max(strengths):
-            scale /= 2
     loss = float(own.sum() / tokens.sum())
-    first = done[0].direction
-    return replace(found, sparsity=current, loss=loss, direction=first, rounds=done)
+    return replace(found, sparsity=current, loss=loss, direction=direction, rounds=done)
 
 
 def descent_search(
@@ -247,13 +236,12 @@ def beyond(won: float, error: float) -> bool:
 
 def _round(
     direction: np.ndarray,
-    strengths: list[float],
     own: np.ndarray,
     sums: np.ndarray,
     tokens: np.ndarray,
     taken: float,
 ) -> Round:
-    losses = dict(zip(strengths, _means(sums, tokens), strict=True))
+    losses = dict(zip(STRENGTHS, _means(sums, tokens), strict=True))
     losses[0.0] = float(own.sum() / tokens.sum())
     tried = sorted(losses)
     return Round(direction, tried, [losses[beta] for beta in tried], taken)
@@ -263,14 +251,12 @@ def _means(sums: np.ndarray, tokens: np.ndarray) -> list[float]:
     return (sums.sum(axis=1) / tokens.sum()).tolist()
 
 
-def _choose(
-    own: np.ndarray, sums: np.ndarray, tokens: np.ndarray, strengths: Sequence[float]
-) -> int | None:
+def _choose(own: np.ndarray, sums: np.ndarray, tokens: np.ndarray) -> int | None:
     """Index of the strength to take, None for none."""
     means = sums.sum(axis=1) / tokens.sum()
     if np.isinf(means).all():
         return None
     tied = [i for i, mean in enumerate(means) if mean <= means.min() + TIE]
-    best = min(tied, key=lambda i: (abs(strengths[i]), -strengths[i]))
+    best = min(tied, key=lambda i: (abs(STRENGTHS[i]), -STRENGTHS[i]))
     mean, error = gain(own, sums[best], tokens)
     return best if beyond(mean, error) else None

@@ -105,7 +105,7 @@ def test_the_outcome_is_ringed() -> None:
     profile = make_profile(confirmed=make_confirmed(), quality=make_quality())
     charts = profile_charts(profile)
     search = chart_of(charts, "Search for the strength")
-    assert [line.name for line in search.lines] == ["owl", "uniform", "round 1"]
+    assert [line.name for line in search.lines] == ["owl", "uniform", "held out"]
     assert search.lines[2].ring == 2
     confirmed: BarChart = chart_of(charts, "Confirmed loss")
     assert confirmed.names == ["owl", "uniform", "searched"]
@@ -157,7 +157,7 @@ def test_what_is_circled_may_have_lost_the_last_comparison(
 def test_losses_that_overflowed_have_no_rule() -> None:
     charts = profile_charts(make_profile(search=make_search(uniform_loss=None)))
     names = [line.name for line in chart_of(charts, "Search for the strength").lines]
-    assert names == ["owl", "round 1"]
+    assert names == ["owl", "held out"]
     charts = profile_charts(make_profile(search=make_descent(uniform_loss=None)))
     assert len(chart_of(charts, "Descent").lines) == 3
 

@@ -21,11 +21,9 @@ Loss = Callable[[np.ndarray], float]
 
 
 def search(
-    loss: Loss, direction: np.ndarray = UP, rounds: int = 3, base: np.ndarray = BASE
+    loss: Loss, direction: np.ndarray = UP, base: np.ndarray = BASE
 ) -> SearchResult:
-    return line_search(
-        base, BUDGET, lambda allocation: direction, Text(loss), rounds=rounds
-    )
+    return line_search(base, BUDGET, lambda allocation: direction, Text(loss))
 
 
 def step(start: np.ndarray, strength: float) -> np.ndarray:
@@ -41,14 +39,14 @@ def test_a_correction_that_can_only_harm_gets_strength_zero() -> None:
 
 
 def test_a_correction_that_helps_is_taken() -> None:
-    found = search(distance_from(step(BASE, 0.1)), rounds=1)
+    found = search(distance_from(step(BASE, 0.1)))
     np.testing.assert_allclose(found.sparsity, step(BASE, 0.1))
     assert found.rounds[0].chosen == 0.1
     assert found.loss == pytest.approx(2.0)
 
 
 def test_a_signal_turned_round_gets_a_negative_strength() -> None:
-    found = search(distance_from(step(BASE, -0.05)), rounds=1)
+    found = search(distance_from(step(BASE, -0.05)))
     assert found.rounds[0].chosen == -0.05
     np.testing.assert_allclose(found.sparsity, step(BASE, -0.05))
     assert found.loss < found.base_loss
@@ -59,7 +57,7 @@ def test_uniform_is_the_start_where_it_scores_better() -> None:
     assert found.start == "uniform"
     np.testing.assert_array_equal(found.sparsity, UNIFORM)
     assert found.loss == found.uniform_loss == 2.0 < found.base_loss
-    further = search(distance_from(step(UNIFORM, 0.2)), rounds=1)
+    further = search(distance_from(step(UNIFORM, 0.2)))
     assert further.start == "uniform" and further.rounds[0].chosen == 0.2
     np.testing.assert_allclose(further.sparsity, step(UNIFORM, 0.2))
 
@@ -72,7 +70,7 @@ def test_a_tie_goes_to_the_smaller_strength() -> None:
         return 2.0 - 0.1 * (relief > 1e-6) - 0.9 * TIE * max(0.0, relief)
 
     smallest = min(beta for beta in STRENGTHS if beta > 0)
-    assert search(loss, rounds=1, base=UNIFORM).rounds[0].chosen == smallest
+    assert search(loss, base=UNIFORM).rounds[0].chosen == smallest
 
 
 def test_no_gain_beyond_a_tie_is_no_gain() -> None:
@@ -107,42 +105,29 @@ def test_a_gain_within_its_standard_error_is_no_gain() -> None:
         gains = np.array([-0.1, 0.4, -0.1])
         return (2.0 - moved[:, None] * gains) * TOKENS, TOKENS
 
-    found = line_search(UNIFORM, BUDGET, lambda a: UP, score, rounds=1)
+    found = line_search(UNIFORM, BUDGET, lambda a: UP, score)
     mean = found.rounds[0].losses
     assert min(mean) < 2.0 - 10 * TIE  # the mean over all tokens would have taken it
     assert found.rounds[0].chosen == 0.0
     np.testing.assert_array_equal(found.sparsity, UNIFORM)
 
 
-def test_rounds_start_where_the_last_one_ended() -> None:
-    """A round that does not take the largest strength is followed by half of all."""
+def test_one_direction_from_the_start_and_all_strengths_along_it() -> None:
     measured: list[np.ndarray] = []
 
     def measure(allocation: np.ndarray) -> np.ndarray:
         measured.append(allocation)
         return UP
 
-    first = step(BASE, 0.2)
-    target = step(first, 0.1)
-    text = Text(distance_from(target))
-    found = line_search(BASE, BUDGET, measure, text, rounds=5)
-    assert [entry.chosen for entry in found.rounds] == [0.2, 0.1, 0.0]
-    np.testing.assert_allclose(measured, [BASE, first, target])
-    np.testing.assert_allclose(found.sparsity, target)
-    largest = [max(entry.strengths) for entry in found.rounds]
-    assert largest == [0.2, 0.2, 0.1]
-    for entry in found.rounds:
-        assert entry.strengths == sorted(entry.strengths)
-        assert len(entry.losses) == len(entry.strengths)
-    # whether the signal points the wrong way shows in the first round
-    assert found.rounds[0].strengths == sorted([0.0, *STRENGTHS])
-    assert [min(entry.strengths) for entry in found.rounds] == [-0.05, 0.0, 0.0]
-
-
-def test_the_search_stops_after_a_round_of_zero() -> None:
-    text = Text(distance_from(BASE))
-    line_search(BASE, BUDGET, lambda a: UP, text, rounds=5)
-    assert text.asked == 2  # base and uniform, then one round
+    text = Text(distance_from(step(BASE, 0.2)))
+    found = line_search(BASE, BUDGET, measure, text)
+    np.testing.assert_array_equal(measured, [BASE])
+    assert text.asked == 2  # base and uniform, then the strengths
+    (entry,) = found.rounds
+    assert entry.chosen == 0.2
+    assert entry.strengths == sorted([0.0, *STRENGTHS])
+    assert len(entry.losses) == len(entry.strengths)
+    np.testing.assert_array_equal(found.direction, UP)
 
 
 @settings(deadline=None, max_examples=60)
@@ -150,17 +135,16 @@ def test_the_search_stops_after_a_round_of_zero() -> None:
     st.lists(st.floats(0, 0.9), min_size=4, max_size=4),
     st.lists(st.floats(-1, 1), min_size=4, max_size=4),
     st.lists(st.floats(-3, 3), min_size=4, max_size=4),
-    st.integers(1, 3),
 )
 def test_never_worse_than_base_or_uniform(
-    wished: list[float], direction: list[float], slope: list[float], rounds: int
+    wished: list[float], direction: list[float], slope: list[float]
 ) -> None:
     base = BUDGET.meet(np.array(wished))
 
     def loss(allocation: np.ndarray) -> float:
         return 5 + float(allocation @ np.array(slope)) + float((allocation**2).sum())
 
-    found = search(loss, np.array(direction), rounds, base)
+    found = search(loss, np.array(direction), base)
     assert found.loss <= found.base_loss + 1e-12
     assert found.loss <= found.uniform_loss + 1e-12
     assert found.loss == pytest.approx(loss(found.sparsity))
