@@ -12,8 +12,8 @@ from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.plugins import run_measure, version_of
-from absorb_plugin.pruners.observed import ObservedInputs
-from absorb_plugin.pruners.sparsegpt import SparseGPT
+from absorb_plugin.precision import gram
+from absorb_plugin.pruners.observed import observed_inputs
 from absorb_plugin.pruners.together import shared_out
 
 __all__ = ["GramProbe"]
@@ -55,8 +55,8 @@ class GramProbe(Probe):
 
     def enter(self, index: int, block: Module) -> None:
         linears = self._blocks.blocks[index].linears
-        watch = ObservedInputs(SparseGPT(), linears, self._mask)
-        self._observed = self._in_force.enter_context(watch.watched())
+        watched = observed_inputs(gram, linears, self._mask)
+        self._observed = self._in_force.enter_context(watched)
 
     def leave(
         self, index: int, before: torch.Tensor, after: torch.Tensor, run: RunBlock
@@ -66,12 +66,12 @@ class GramProbe(Probe):
         work = shared_out(block.linears, self._observed)
         for total, names in work.observed.groups:
             assert isinstance(total, torch.Tensor)
-            gram = total / (self._samples or len(self._mask))
+            mean = total / (self._samples or len(self._mask))
             for name in names:
                 weight = block.linears[name].weight.detach()
                 full = block.full_name(name)
                 # its own copy: others have the same inputs, and may be told after it
-                own = gram.clone() if len(names) > 1 else gram
+                own = mean.clone() if len(names) > 1 else mean
                 self._numbers[full] = run_measure(self._allocator, full, weight, own)
         del self._observed
 

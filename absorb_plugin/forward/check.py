@@ -6,17 +6,17 @@ token sees those after it, and where the pruner's own arithmetic judges that blo
 be given a part of the samples.
 """
 
-from functools import partial
+from contextlib import ExitStack
 
 import torch
 from loguru import logger
-from torch.nn import Module
+from torch.nn import Linear, Module
 
 from absorb_plugin._llmcompressor import linear_experts
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch, token_mask
 from absorb_plugin.forward.head import OutputHead
-from absorb_plugin.forward.linears import ignore_entry, input_of
+from absorb_plugin.forward.linears import ignore_entry, watched_inputs
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.forward.run import run_probes
 from absorb_plugin.groups import EXPERT
@@ -88,15 +88,12 @@ class _LinearCalls(Probe):
     def __init__(self, blocks: BlockMap) -> None:
         self._blocks = blocks
         self._called: set[str] = set()
-        self._handles: list = []
+        self._in_force = ExitStack()
 
     def enter(self, index: int, block: Module) -> None:
         watched = self._blocks.blocks[index]
-        for name, linear in watched.linears.items():
-            note = partial(self._note, watched.full_name(name))
-            self._handles.append(
-                linear.register_forward_pre_hook(note, with_kwargs=True)
-            )
+        self._own = {watched.full_name(k): x for k, x in watched.linears.items()}
+        self._in_force.enter_context(watched_inputs(self._own, self._note))
 
     def leave(
         self, index: int, before: torch.Tensor, after: torch.Tensor, run: RunBlock
@@ -104,9 +101,7 @@ class _LinearCalls(Probe):
         self.close()
 
     def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._in_force.close()
 
     def result(self) -> None:
         """Warn of those that are never called: their weight is used past them."""
@@ -124,17 +119,15 @@ class _LinearCalls(Probe):
                 f"them. Name them in `ignore`, as {ignore_entry(passed[0])!r}"
             )
 
-    def _note(self, name: str, module: Module, args: tuple, kwargs: dict) -> None:
+    def _note(self, name: str, x: torch.Tensor) -> None:
         first = name not in self._called
         self._called.add(name)
-        x = input_of(name, args, kwargs)
         if first and x.numel():
-            _check_linear(name, module, x)
+            _check_linear(name, self._own[name], x)
 
 
-def _check_linear(name: str, module: Module, x: torch.Tensor) -> None:
+def _check_linear(name: str, module: Linear, x: torch.Tensor) -> None:
     """:raises ValueError: if it computes something else than its weight times x"""
-    assert isinstance(module, torch.nn.Linear)
     found = module.forward(x)
     try:
         expected = torch.nn.functional.linear(x, module.weight, module.bias)

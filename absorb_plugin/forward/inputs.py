@@ -1,7 +1,7 @@
 """Statistics of the Linears' inputs, gathered while the model runs."""
 
 from collections.abc import Mapping
-from functools import partial
+from contextlib import ExitStack
 
 import torch
 from compressed_tensors.offload import get_execution_device
@@ -10,7 +10,7 @@ from torch.nn import Module
 from absorb_plugin import distributed
 from absorb_plugin.blocks import BlockMap
 from absorb_plugin.calibration import Batch, token_mask
-from absorb_plugin.forward.linears import input_of
+from absorb_plugin.forward.linears import watched_inputs
 from absorb_plugin.forward.parts import current_part
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 
@@ -38,7 +38,7 @@ class InputStatistics(Probe):
         self._blocks = blocks
         self._sums: dict[str, torch.Tensor] = {}
         self._samples = 0
-        self._handles: list = []
+        self._in_force = ExitStack()
         self._seen: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
@@ -51,8 +51,8 @@ class InputStatistics(Probe):
 
     def enter(self, index: int, block: Module) -> None:
         watched = self._blocks.blocks[index]
-        for name, linear in watched.linears.items():
-            self._watch(watched.full_name(name), linear)
+        linears = {watched.full_name(k): x for k, x in watched.linears.items()}
+        self._in_force.enter_context(watched_inputs(linears, self._note))
 
     def leave(
         self, index: int, before: torch.Tensor, after: torch.Tensor, run: RunBlock
@@ -60,9 +60,7 @@ class InputStatistics(Probe):
         self.close()
 
     def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._in_force.close()
         self._seen = None
 
     def result(self) -> dict[str, torch.Tensor]:
@@ -75,12 +73,7 @@ class InputStatistics(Probe):
                 means[name] = means[name].to(get_execution_device(linear))
         return means
 
-    def _watch(self, name: str, linear: torch.nn.Linear) -> None:
-        note = partial(self._note, name)
-        self._handles.append(linear.register_forward_pre_hook(note, with_kwargs=True))
-
-    def _note(self, name: str, module: Module, args: tuple, kwargs: dict) -> None:
-        x = input_of(name, args, kwargs)
+    def _note(self, name: str, x: torch.Tensor) -> None:
         if not x.numel():  # an expert that no token was routed to
             return
         if self._seen is None or self._seen[0] is not x:

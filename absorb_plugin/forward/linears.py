@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.nn import Linear
+from torch.nn import Linear, Module
 from torch.nn.functional import linear as apply_linear
 
 from absorb_plugin.forward.replaced import replaced_forward
@@ -17,8 +17,8 @@ __all__ = [
     "all_given",
     "differentiated",
     "ignore_entry",
-    "input_of",
     "replaced_weights",
+    "watched_inputs",
 ]
 
 # name of a Linear -> its weight, made or fetched when the Linear runs and let go after
@@ -36,15 +36,36 @@ def ignore_entry(name: str) -> str:
     return f"re:.*{re.escape(last)}"
 
 
-def input_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+@contextmanager
+def watched_inputs(
+    linears: Mapping[str, Linear], note: Callable[[str, torch.Tensor], None]
+) -> Iterator[None]:
     """
-    What a Linear is called with.
+    Within the context `note` is told the name of every Linear that is called, and what
+    it is called with: (..., in_features), of an expert perhaps without any token.
 
-    :param name: its full name
     :raises ValueError: if llm-compressor's pruners cannot calibrate by it
     """
+    with ExitStack() as stack:
+        for name, linear in linears.items():
+            hook = partial(_note_input, name, note)
+            # in one line: between two lines an interrupt may come
+            stack.callback(
+                linear.register_forward_pre_hook(hook, with_kwargs=True).remove
+            )
+        yield
+
+
+def _note_input(
+    name: str,
+    note: Callable[[str, torch.Tensor], None],
+    module: Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> None:
     if args and isinstance(args[0], torch.Tensor) and args[0].dim() in (2, 3):
-        return args[0]
+        note(name, args[0])
+        return
     told = f"{args[0].dim()} dimensions" if args else f"the keyword {[*kwargs][0]}"
     raise ValueError(
         f"targets: the Linear {name} gets its input with {told}, by which "

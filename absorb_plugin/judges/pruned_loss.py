@@ -9,7 +9,7 @@ samples, as the pruner goes about it.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from absorb_plugin.forward.loss import gathered_losses, score_states
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.pruners.base import Pruner
 from absorb_plugin.pruners.masks import block_sparsities
-from absorb_plugin.pruners.observed import Observed, ObservedInputs, prune_observed
+from absorb_plugin.pruners.observed import Observed, observed_inputs, prune_observed
 from absorb_plugin.pruners.together import Work, shared_out, told
 
 __all__ = ["PrunedLoss", "judged_rows"]
@@ -94,8 +94,8 @@ class PrunedLoss(Probe):
         self._hidden: list[torch.Tensor] = []
 
     def enter(self, index: int, block: Module) -> None:
-        watch = self._inputs(index, self._mask)
-        self._own = self._in_force.enter_context(watch.watched())
+        watched = self._watched(index, self._mask)
+        self._own = self._in_force.enter_context(watched)
 
     def leave(
         self, index: int, before: torch.Tensor, after: torch.Tensor, run: RunBlock
@@ -149,9 +149,11 @@ class PrunedLoss(Probe):
         """As of `MaskedLoss`."""
         return gathered_losses(self._losses, self._tokens)
 
-    def _inputs(self, index: int, mask: torch.Tensor) -> ObservedInputs:
+    def _watched(
+        self, index: int, mask: torch.Tensor
+    ) -> AbstractContextManager[Observed]:
         linears = self._blocks.blocks[index].linears
-        return ObservedInputs(self._pruner, linears, mask)
+        return observed_inputs(self._pruner.observe, linears, mask)
 
     def _observed(
         self, index: int, candidate: int, state: torch.Tensor, run: RunBlock
@@ -164,8 +166,7 @@ class PrunedLoss(Probe):
         if not self._calibrating:  # there are more ranks than samples
             return Observed()
         calibrating = slice(self._calibrating)
-        watch = self._inputs(index, self._mask[calibrating])
-        with watch.watched() as observed:
+        with self._watched(index, self._mask[calibrating]) as observed:
             run.of_samples(calibrating)(state[calibrating])
         return observed
 

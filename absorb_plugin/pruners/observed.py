@@ -1,18 +1,18 @@
 """What a pruner observes of the inputs of a block's Linears, and prunes it by."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch.nn import Linear, Module
+from torch.nn import Linear
 
 from absorb_plugin.forward.inputs import real_tokens
+from absorb_plugin.forward.linears import watched_inputs
 from absorb_plugin.forward.parts import current_part
 from absorb_plugin.pruners.base import Pruner
 from absorb_plugin.pruners.factor import Factor
 
-__all__ = ["Observed", "ObservedInputs", "prune_observed"]
+__all__ = ["Observed", "observed_inputs", "prune_observed"]
 
 
 class Observed:
@@ -72,43 +72,34 @@ def prune_observed(
     return pruned
 
 
-class ObservedInputs:
+@contextmanager
+def observed_inputs(
+    observe: Callable[[torch.Tensor], torch.Tensor],
+    linears: Mapping[str, Linear],
+    mask: torch.Tensor,
+) -> Iterator[Observed]:
     """
-    Watches the Linears of one block while the model runs it.
+    Within the context the Linears of one block are watched while the model runs it.
 
-    :param pruner: observes
+    :param observe: as of `Pruner`
     :param linears: relative name -> Linear
     :param mask: True where a token counts, (batch, tokens)
     """
+    found = Observed()
+    last: torch.Tensor | None = None  # what entered the last Linear
+    first = ""  # the first Linear that it entered
 
-    def __init__(
-        self, pruner: Pruner, linears: Mapping[str, Linear], mask: torch.Tensor
-    ) -> None:
-        self._pruner, self._linears, self._mask = pruner, linears, mask
-        self._last: torch.Tensor | None = None  # what entered the last Linear
-        self._first = ""  # the first Linear that it entered
-
-    @contextmanager
-    def watched(self) -> Iterator[Observed]:
-        found = Observed()
-        with ExitStack() as stack:
-            for name, linear in self._linears.items():
-                note = partial(self._note, found, name)
-                # in one line: between two lines an interrupt may come
-                stack.callback(linear.register_forward_pre_hook(note).remove)
-            yield found
-            self._last = None
-
-    def _note(
-        self, found: Observed, name: str, module: Module, args: tuple[torch.Tensor, ...]
-    ) -> None:
-        x = args[0]
-        mask = self._mask[current_part()]
-        if not x.numel() or not mask.any():  # an expert without tokens; none to count
+    def note(name: str, x: torch.Tensor) -> None:
+        nonlocal last, first
+        own = mask[current_part()]
+        if not x.numel() or not own.any():  # an expert without tokens; none to count
             return
-        if self._last is x:
-            found.share(name, self._first)
+        if last is x:
+            found.share(name, first)
             return
-        self._last, self._first = x, name
-        rows, counted = real_tokens(x.detach(), mask)
-        found.add(self._pruner.observe(rows[counted]), name)
+        last, first = x, name
+        rows, counted = real_tokens(x.detach(), own)
+        found.add(observe(rows[counted]), name)
+
+    with watched_inputs(linears, note):
+        yield found

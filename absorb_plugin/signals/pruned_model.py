@@ -14,7 +14,7 @@ from absorb_plugin.forward.linears import all_given, replaced_weights
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.pruners.base import Pruner
 from absorb_plugin.pruners.masks import block_sparsities
-from absorb_plugin.pruners.observed import ObservedInputs
+from absorb_plugin.pruners.observed import observed_inputs
 from absorb_plugin.pruners.packed import HOST, Packed
 from absorb_plugin.pruners.slopes import PrunedSlopes, band
 from absorb_plugin.pruners.together import pruned_together
@@ -71,8 +71,8 @@ class PrunedModel(Probe):
 
     def enter(self, index: int, block: Module) -> None:
         linears = self._blocks.blocks[index].linears
-        watch = ObservedInputs(self._pruner, linears, self._mask)
-        self._observed = self._in_force.enter_context(watch.watched())
+        watched = observed_inputs(self._pruner.observe, linears, self._mask)
+        self._observed = self._in_force.enter_context(watched)
 
     def leave(
         self, index: int, before: torch.Tensor, after: torch.Tensor, run: RunBlock
