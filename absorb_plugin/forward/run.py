@@ -103,15 +103,10 @@ def run_probes(
             release(model)  # it needs the room of blocks that are kept
         stack.enter_context(parts.applied(blocks.modules))
         every = _Every.of(probes, placeholder)
-        if any(one.single_batch for one in needs):
-            batches = _whole(batches, need, memory, parts)
-            _run_all(model, batches, hooks, description, every, parts)
-        elif in_parts:
-            batches = [*_in_parts(batches, need, memory, parts)]
-            _run_all(model, batches, hooks, description, every, parts, divisible=True)
-        else:
-            batches = [*_within_memory(batches, need, memory)]
-            _run_all(model, batches, hooks, description, every, divisible=True)
+        divisible = not any(one.single_batch for one in needs)
+        by_part = parts if in_parts or not divisible else None
+        batches = [*_fitting(batches, need, memory, by_part, divisible)]
+        _run_all(model, batches, hooks, description, every, by_part, divisible)
 
 
 @dataclass(frozen=True)
@@ -156,8 +151,8 @@ def _run_all(
     hooks: "_BlockHooks",
     description: str,
     every: _Every,
-    parts: Parts | None = None,
-    divisible: bool = False,
+    parts: Parts | None,
+    divisible: bool,
 ) -> None:
     """
     Batch by batch; where one does not fit the device, without the blocks that are kept
@@ -241,52 +236,34 @@ def _warn_of_halves(description: str) -> None:
     )
 
 
-def _within_memory(
-    batches: Iterable[Batch], need: Footprint, memory: int | None
+def _fitting(
+    batches: Iterable[Batch],
+    need: Footprint,
+    memory: int | None,
+    parts: Parts | None,
+    divisible: bool,
 ) -> Iterator[dict]:
+    """
+    Batches of so few samples that they stay within memory.
+
+    :param parts: told how few samples at a time blocks are to run, so that a batch is
+        cut only where all its hidden states would not fit; None if they run all of it
+    :param divisible: whether a batch may be cut
+    """
     for batch in batches:
         samples, tokens = batch["input_ids"].shape
         if memory is not None:
-            samples = min(samples, need.samples(tokens, memory))
-            most = need.fixed + samples * need.sample(tokens)
+            if divisible:
+                fits = need.samples if parts is None else need.kept_samples
+                samples = min(samples, fits(tokens, memory))
+            part = samples
+            if parts is not None:
+                part = need.part(samples, tokens, memory)
+                parts.size = min(parts.size or part, part)
+            most = need.whole(samples, tokens, part)
             if most > memory:
                 _warn_of_memory(memory, most, need.fixed, samples, tokens)
         yield from split_samples([batch], samples)
-
-
-def _whole(
-    batches: Iterable[Batch], need: Footprint, memory: int | None, parts: Parts
-) -> list[Batch]:
-    """Batches that must stay whole; `parts` says how blocks run them."""
-    found = list(batches)
-    for batch in found:
-        _fit(parts, batch, need, memory)
-    return found
-
-
-def _in_parts(
-    batches: Iterable[Batch], need: Footprint, memory: int | None, parts: Parts
-) -> Iterator[dict]:
-    """Cut only where all hidden states of a batch would not fit."""
-    for batch in batches:
-        samples, tokens = batch["input_ids"].shape
-        if memory is not None:
-            samples = min(samples, need.kept_samples(tokens, memory))
-        for one in split_samples([batch], samples):
-            _fit(parts, one, need, memory)
-            yield one
-
-
-def _fit(parts: Parts, batch: Batch, need: Footprint, memory: int | None) -> None:
-    """Have blocks run so few samples at a time that a batch stays within memory."""
-    if memory is None:
-        return
-    samples, tokens = batch["input_ids"].shape
-    part = need.part(samples, tokens, memory)
-    parts.size = min(parts.size or part, part)
-    most = need.whole(samples, tokens, part)
-    if most > memory:
-        _warn_of_memory(memory, most, need.fixed, samples, tokens)
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -51,16 +50,15 @@ class ProbeRunner:
         cache: str | None = None,
     ) -> None:
         self._free_to_choose = memory == "auto"
+        self._model, self._blocks = language_model(model), blocks
         if memory == "auto":
-            memory = limit_by_machine(model, blocks.modules)
-        self._model, self._blocks, self._memory = model, blocks, memory
+            memory = limit_by_machine(self._model, blocks.modules)
+        self._memory = memory
         self.joins_rows = self._joins_own = False
         if distributed.ranks() > 1:
             with distributed.fail_together():
                 self._decide_to_join()
-        self.cache = (
-            None if cache is None else ProfileCache(cache, language_model(model))
-        )
+        self.cache = None if cache is None else ProfileCache(cache, self._model)
 
     def _decide_to_join(self) -> None:
         """
@@ -68,15 +66,14 @@ class ProbeRunner:
         a rank gets them sooner than it would make them, as it does if it had to onload
         the whole.
         """
-        model = language_model(self._model)
-        size = block_bytes(model, self._blocks.modules)
+        size = block_bytes(self._model, self._blocks.modules)
         room = 2 * size <= self._memory * SHARE_TO_JOIN
         away = any(map(is_offloaded, self._blocks.linears().values()))
         found = distributed.meet((room, away))
         if all(room for room, _ in found):
             self._joins_own = all(away for _, away in found)
-            device = torch.device(get_execution_device(model))
-            quick = self._joins_own or joined_before_made(device, dtype_of(model))
+            device = torch.device(get_execution_device(self._model))
+            quick = self._joins_own or joined_before_made(device, dtype_of(self._model))
             self.joins_rows = quick
 
     @contextmanager
@@ -85,10 +82,10 @@ class ProbeRunner:
         Within the context blocks stay on the device, where it has room for them; probes
         then make do with half of the memory, unless it is the user's number.
         """
-        before, model = self._memory, language_model(self._model)
+        before = self._memory
         less = before // 2 if self._free_to_choose else before
         rows = self._blocks.linears().values() if self.joins_rows else ()
-        with kept_onloaded(model, self._blocks.modules, less, rows) as kept:
+        with kept_onloaded(self._model, self._blocks.modules, less, rows) as kept:
             self._memory = less if kept else before
             try:
                 yield
@@ -102,18 +99,16 @@ class ProbeRunner:
         """
         if not self.has_room(needs, samples):
             return 0
-        model = language_model(self._model)
-        return spare(model, self._blocks.modules, self._memory)
+        return spare(self._model, self._blocks.modules, self._memory)
 
     def has_room(self, needs: Needs, samples: Sequence[dict]) -> bool:
         """
         Whether a probe of all samples at once is within the limit, and that one of an
         accelerator: a host's caches are small, and launches cost it nothing.
         """
-        model = language_model(self._model)
-        if computes_on_cpu(model):
+        if computes_on_cpu(self._model):
             return False
-        need = footprint(model, self._blocks.modules, [needs], self._memory)
+        need = footprint(self._model, self._blocks.modules, [needs], self._memory)
         longest = max(sample["input_ids"].shape[1] for sample in samples)
         return need.whole(len(samples), longest) <= self._memory
 
@@ -143,7 +138,21 @@ class ProbeRunner:
         if joined:
             probe.in_step = True
         shortest = min(samples, key=lambda sample: sample["input_ids"].shape[1])
-        measure = partial(self._measure, what, mine, probe, in_parts, joined, shortest)
+
+        def measure() -> None:
+            whole = probe.needs.single_batch and mine
+            run_probes(
+                self._model,
+                self._blocks,
+                [pad_to_batch(mine)] if whole else join_samples(mine),
+                [probe],
+                memory=self._memory,
+                in_parts=in_parts,
+                placeholder=shortest,
+                joined=joined,
+                description=what,
+            )
+
         with distributed.fail_together():
             if self.cache is None or not probe.state:
                 measure()
@@ -152,25 +161,3 @@ class ProbeRunner:
                 seen = samples if probe.in_step else mine
                 self.cache.load_or_run(what, seen, probe, self._memory, measure)
         return probe.result()
-
-    def _measure(
-        self,
-        what: str,
-        samples: list[dict],
-        probe: Probe,
-        in_parts: bool,
-        joined: bool,
-        placeholder: dict,
-    ) -> None:
-        whole = probe.needs.single_batch and samples
-        run_probes(
-            self._model,
-            self._blocks,
-            [pad_to_batch(samples)] if whole else join_samples(samples),
-            [probe],
-            placeholder=placeholder,
-            joined=joined,
-            memory=self._memory,
-            in_parts=in_parts,
-            description=what,
-        )
