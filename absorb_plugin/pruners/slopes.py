@@ -60,6 +60,9 @@ class SlopeSource(Protocol):
     kept_weights: ClassVar[int]
     joined: bool
 
+    def identity(self) -> list[object]:
+        """What makes two of them equal (`fingerprint.digest`)."""
+
     def weights(self, index: int) -> Weights:
         """Relative name -> weight, of the Linears of a block that are pruned."""
 
@@ -98,7 +101,6 @@ class MaskedSlopes:
         self._next: dict[tuple[int, str], torch.Tensor] = {}
 
     def identity(self) -> list[object]:
-        """What makes two of them equal (`fingerprint.digest`)."""
         return [self._masks, self._step, self._sparsities]
 
     def weights(self, index: int) -> Weights:
@@ -207,7 +209,6 @@ class PrunedSlopes:
         )
 
     def identity(self) -> list[object]:
-        """What makes two of them equal (`fingerprint.digest`)."""
         kept = {
             index: {name: list(map(_Made, weights)) for name, weights in made.items()}
             for index, made in self._kept.items()
