@@ -37,7 +37,7 @@ def compare(
         from absorb_plugin.report.compare_figure import compare_charts
         from absorb_plugin.report.figure import save_figure
 
-        check_figure(figure)
+        check_figure(figure, "--figure")
         found = read_runs(runs)
         if figure is not None:
             charts = compare_charts(as_dict(found)["runs"])

@@ -81,7 +81,7 @@ def curve(
         check_samples(samples)
         if settings.profile_cache is not None:
             check_writable("--profile-cache", settings.profile_cache)
-        check_figure(figure)
+        check_figure(figure, "--figure")
         documents = Source(text, dataset, split, text_column).documents()
         _, tokenizer = read_model(model, dtype, trust_remote_code, seq_len)
         data = calibration_samples(documents, tokenizer, samples, seq_len, seed)

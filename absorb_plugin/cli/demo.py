@@ -36,7 +36,8 @@ def demo(
         from absorb_plugin.evaluation.demo import run_demo
 
         tell = partial(print, file=stderr, flush=True)
-        result = run_demo(out, tell, sparsegpt)
+        remedy = "absorb demo --sparsegpt runs it"
+        result = run_demo(out, tell, sparsegpt, remedy)
         if as_json:
             show(stdout, result.as_dict(), as_json)
         else:

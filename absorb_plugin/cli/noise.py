@@ -64,7 +64,7 @@ def noise(
         from absorb_plugin.signals.noise_scan import as_dict, scan_noise
 
         magnitudes = _parse_magnitudes(eta)
-        check_figure(figure)
+        check_figure(figure, "--figure")
         documents = Source(text, dataset, split, text_column).documents()
         _, tokenizer = read_model(model, dtype, trust_remote_code, seq_len)
         data = calibration_samples(documents, tokenizer, samples, seq_len, seed)

@@ -110,13 +110,14 @@ class DemoResult:
 
 
 def run_demo(
-    out: Path, tell: Callable[[str], None], sparsegpt: bool | None = None
+    out: Path, tell: Callable[[str], None], sparsegpt: bool | None, remedy: str
 ) -> DemoResult:
     """
     :param out: receives the best model (`model/`) and its report (`report/`)
     :param tell: is given a line as each stage begins
     :param sparsegpt: whether it prunes too; None for where it takes less than
         `PATIENCE` in all, judged by how long the first stages took
+    :param remedy: how it is run where it would take longer, a sentence
     :raises FileExistsError: if there is a model or a report that no demo made
     :raises ValueError: if other files lie where the report will be
     :raises ModuleNotFoundError: if the package with the model is missing
@@ -146,7 +147,7 @@ def run_demo(
             if stage is WANDA[-1] and sparsegpt is None:
                 whole = elapsed + _left(WANDA + SPARSEGPT, number, elapsed)
                 if whole > PATIENCE:
-                    left_out = _left_out(whole)
+                    left_out = _left_out(whole, remedy)
                 else:
                     stages += SPARSEGPT  # this loop goes on with them
             tell(_progress(stages, number, elapsed))
@@ -193,10 +194,10 @@ def _left(stages: Sequence[Stage], number: int, elapsed: float) -> float:
     return left * (elapsed / done if number else 1.0)
 
 
-def _left_out(whole: float) -> str:
+def _left_out(whole: float, remedy: str) -> str:
     return (
         f"SparseGPT was left out: with it this would take about {_minutes(whole)} on "
-        "this machine. absorb demo --sparsegpt runs it"
+        f"this machine. {remedy}"
     )
 
 

@@ -245,17 +245,19 @@ def check_result_file(
         )
 
 
-def check_figure(path: Path | None) -> None:
+def check_figure(path: Path | None, option: str) -> None:
     """
-    To be asked before minutes are spent: of `--figure`.
+    To be asked before minutes are spent on what will be drawn.
 
+    :param path: None if nothing will be
+    :param option: that named it, for the message
     :raises OSError: as `check_result_file`
     :raises ValueError: if its name says that it is no PNG
     """
-    check_result_file(path, "--figure", is_figure)
+    check_result_file(path, option, is_figure)
     if path is not None and path.suffix.lower() not in ("", ".png"):
         raise ValueError(
-            f"--figure {path}: the figure is a PNG, so let the name end in .png"
+            f"{option} {path}: the figure is a PNG, so let the name end in .png"
         )
 
 
