@@ -26,12 +26,12 @@ import absorb_plugin.hookspecs as hookspecs
 from absorb_plugin.allocators.base import (
     Allocator,
     BaseAllocation,
-    Granularity,
     LinearGroup,
     Needs,
 )
 from absorb_plugin.distributed import OtherRankFailed
 from absorb_plugin.mistakes import argument_problem, default_of
+from absorb_plugin.names import Granularity
 
 __all__ = [
     "PluginError",

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from absorb_plugin.allocators.base import Allocator
 from absorb_plugin.limits import check_limits
+from absorb_plugin.names import EffortName, Granularity, Level
 from absorb_plugin.plugins import build_allocator
 
 __all__ = ["EFFORTS", "LEAST_SAMPLES", "MAX_SPARSITY", "AllocationSettings", "Effort"]
@@ -81,13 +82,13 @@ class AllocationSettings(BaseModel):
 
     allocator: str = "owl"
     allocator_args: dict[str, Any] = Field(default_factory=dict)
-    granularity: Literal["block", "linear"] = "block"
-    level: Literal["auto", "block", "part", "linear"] = "auto"
+    granularity: Granularity = "block"
+    level: Level = "auto"
     signal: str = "auto"
     signal_args: dict[str, Any] = Field(default_factory=dict)
     strength: Annotated[float, Field(ge=-1, le=1)] | Literal["auto"] = "auto"
     max_loss_increase: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    effort: Literal["quick", "standard", "thorough"] = "standard"
+    effort: EffortName = "standard"
     rounds: Count | None = None
     descents: Count | None = None
     statistics_samples: Count | None = None

@@ -16,9 +16,10 @@ from compressed_tensors.distributed import greedy_bin_packing
 from pydantic import Field
 
 from absorb_plugin import distributed
+from absorb_plugin.names import Granularity
 from absorb_plugin.precision import widest_float
 
-from .base import Allocator, BaseAllocation, Granularity, LinearGroup, Needs
+from .base import Allocator, BaseAllocation, LinearGroup, Needs
 from .base import LinearStatistics as Linear
 
 __all__ = ["AlphaPruning", "TailFit", "fit_tail", "spectrum", "tail_exponent"]

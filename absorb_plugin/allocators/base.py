@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from absorb_plugin.names import Granularity
+
 __all__ = [
     "Allocator",
     "BaseAllocation",
@@ -17,7 +19,6 @@ __all__ = [
 ]
 
 Needs = Literal["none", "weights", "activations", "gram"]
-Granularity = Literal["block", "linear"]
 Remember = Callable[[str, Callable[[], float]], float]
 
 

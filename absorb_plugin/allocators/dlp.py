@@ -7,7 +7,9 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from .base import Allocator, BaseAllocation, Granularity, LinearGroup, Needs
+from absorb_plugin.names import Granularity
+
+from .base import Allocator, BaseAllocation, LinearGroup, Needs
 from .base import LinearStatistics as Linear
 from .owl import importance, mean_importance, of_all, spread_metric
 

@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from absorb_plugin.names import Granularity
 from absorb_plugin.precision import widest_float
 
-from .base import Allocator, BaseAllocation, Granularity, LinearGroup, Needs
+from .base import Allocator, BaseAllocation, LinearGroup, Needs
 from .owl import spread_metric
 
 __all__ = ["Lsa", "reconstruction_error"]

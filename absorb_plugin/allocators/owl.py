@@ -9,9 +9,10 @@ import torch
 from pydantic import Field
 
 from absorb_plugin import distributed
+from absorb_plugin.names import Granularity
 from absorb_plugin.precision import widest_float
 
-from .base import Allocator, BaseAllocation, Granularity, LinearGroup, Needs
+from .base import Allocator, BaseAllocation, LinearGroup, Needs
 from .base import LinearStatistics as Linear
 
 __all__ = ["Owl", "importance", "mean_importance", "of_all", "spread_metric"]

@@ -1,7 +1,6 @@
 """`absorb allocate`: the sparsity of every block, without pruning."""
 
 import json
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -15,6 +14,7 @@ from absorb_plugin.cli.inputs import (
     check_sparsity,
     read_model,
 )
+from absorb_plugin.names import EffortName, Granularity, Level, PrunerName
 
 if TYPE_CHECKING:
     from absorb_plugin.allocation import Allocation
@@ -23,18 +23,6 @@ __all__ = ["allocate"]
 
 # Of recipes, for which there are options here.
 FIELDS = ("allocator", "effort", "granularity", "ignore", "level", "sparsity")
-
-
-class Granularity(str, Enum):
-    block = "block"
-    linear = "linear"
-
-
-class Level(str, Enum):
-    auto = "auto"
-    block = "block"
-    part = "part"
-    linear = "linear"
 
 
 def allocate(
@@ -54,19 +42,19 @@ def allocate(
     seed: options.Seed = 0,
     granularity: Annotated[
         Granularity, typer.Option(help="What the base allocator ranks.")
-    ] = Granularity.block,
-    level: Annotated[Level, typer.Option(help="What is corrected alike.")] = Level.auto,
+    ] = "block",
+    level: Annotated[Level, typer.Option(help="What is corrected alike.")] = "auto",
     effort: Annotated[
-        options.Effort, typer.Option(help="How much is measured.")
-    ] = options.Effort.standard,
+        EffortName, typer.Option(help="How much is measured.")
+    ] = "standard",
     pruner: Annotated[
-        options.PrunerName, typer.Option(help="What the allocation is for.")
-    ] = options.PrunerName.wanda,
+        PrunerName, typer.Option(help="What the allocation is for.")
+    ] = "wanda",
     correction: Annotated[
         bool, typer.Option(help="Correct the base allocation by absorption.")
     ] = True,
     ignore: options.Ignore = None,
-    dtype: options.DtypeOption = options.Dtype.auto,
+    dtype: options.DtypeOption = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     profile_cache: options.Cache = None,
     recipe_out: Annotated[
@@ -96,9 +84,9 @@ def allocate(
         settings = AllocationSettings(
             allocator=allocator,
             allocator_args=dict(map(_parse_argument, arguments or [])),
-            granularity=granularity.value,
-            level=level.value,
-            effort=effort.value,
+            granularity=granularity,
+            level=level,
+            effort=effort,
             ignore=ignore or [],
             profile_cache=None if profile_cache is None else str(profile_cache),
             strength="auto" if correction else 0,
@@ -119,22 +107,22 @@ def allocate(
         data = None
         if documents is not None:
             data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
-        loaded = load_model(model, dtype.value, trust_remote_code)
-        found = allocate_model(loaded, data, sparsity, settings, pruner=pruner.value)
+        loaded = load_model(model, dtype, trust_remote_code)
+        found = allocate_model(loaded, data, sparsity, settings, pruner=pruner)
         try:
             if recipe_out is not None:
-                recipe = native_recipe(found.linear_sparsities(), pruner.value)
+                recipe = native_recipe(found.linear_sparsities(), pruner)
                 replace_file(recipe_out, recipe.encode())
             if ratios_out is not None:
                 came_from: dict[str, Any] = {"model": model, "data": None}
                 if data is not None:
                     came_from |= {"data": source.name, "samples": samples}
                     came_from |= {"seq_len": seq_len, "seed": seed}
-                content = ratios(found, settings, pruner.value, **came_from)
+                content = ratios(found, settings, pruner, **came_from)
                 replace_file(ratios_out, json.dumps(content, indent=1).encode())
         finally:  # what was measured is not lost if it cannot be written
             if as_json:
-                show(stdout, as_dict(found, allocator, pruner.value), as_json)
+                show(stdout, as_dict(found, allocator, pruner), as_json)
             else:
                 _print(found, stdout)
 

@@ -15,6 +15,7 @@ from absorb_plugin.cli.inputs import (
     check_sparsity,
     read_model,
 )
+from absorb_plugin.names import EffortName, PrunerName
 
 if TYPE_CHECKING:
     from absorb_plugin.evaluation.curve import Curve
@@ -31,8 +32,8 @@ def curve(
     split: options.Split = None,
     text_column: options.TextColumn = None,
     pruner: Annotated[
-        options.PrunerName, typer.Option(help="Whose arithmetic judges.")
-    ] = options.PrunerName.wanda,
+        PrunerName, typer.Option(help="Whose arithmetic judges.")
+    ] = "wanda",
     allocator: Annotated[str, typer.Option(help="See `absorb allocators`.")] = "owl",
     sparsities: Annotated[
         str,
@@ -41,13 +42,13 @@ def curve(
         ),
     ] = "0.3:0.8:0.05",
     effort: Annotated[
-        options.Effort, typer.Option(help="How much is measured.")
-    ] = options.Effort.standard,
+        EffortName, typer.Option(help="How much is measured.")
+    ] = "standard",
     samples: options.Samples = 128,
     seq_len: options.SeqLen = 512,
     seed: options.Seed = 0,
     ignore: options.Ignore = None,
-    dtype: options.DtypeOption = options.Dtype.auto,
+    dtype: options.DtypeOption = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     profile_cache: options.Cache = None,
     figure: Annotated[
@@ -70,7 +71,7 @@ def curve(
 
         settings = AllocationSettings(
             allocator=allocator,
-            effort=effort.value,
+            effort=effort,
             ignore=ignore or [],
             profile_cache=None if profile_cache is None else str(profile_cache),
         )
@@ -85,9 +86,9 @@ def curve(
         documents = Source(text, dataset, split, text_column).documents()
         _, tokenizer = read_model(model, dtype, trust_remote_code, seq_len)
         data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
-        loaded = load_model(model, dtype.value, trust_remote_code)
-        found = measure_curve(loaded, data, budgets, settings, pruner=pruner.value)
-        result = as_dict(found, pruner.value, allocator)
+        loaded = load_model(model, dtype, trust_remote_code)
+        found = measure_curve(loaded, data, budgets, settings, pruner=pruner)
+        result = as_dict(found, pruner, allocator)
         if figure is not None:
             save_figure(figure, curve_charts(result), Path(model).name)
         if as_json:

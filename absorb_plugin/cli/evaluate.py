@@ -48,7 +48,7 @@ def evaluate(
         Path | None,
         typer.Option(metavar="FILE", help="Save the result, for `absorb compare`."),
     ] = None,
-    dtype: options.DtypeOption = options.Dtype.auto,
+    dtype: options.DtypeOption = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
     debug: options.Debug = False,
@@ -84,7 +84,7 @@ def evaluate(
         if documents is not None:
             tokens = evaluation_windows(documents, tokenizer, seq_len, count=windows)
         encoded = encode_tasks(read, tokenizer, config.get_text_config())
-        loaded = load_model(model, dtype.value, trust_remote_code)
+        loaded = load_model(model, dtype, trust_remote_code)
         sparsity = sparsity_if_known(loaded) if out else None
         result: dict[str, Any] = {}
         if tokens:

@@ -110,8 +110,8 @@ def _warn_if_slow(config: Any, dtype: Dtype) -> None:
 
     from absorb_plugin.cpu import bfloat16_is_slow
 
-    is_bfloat16 = dtype is Dtype.bfloat16 or (
-        dtype is Dtype.auto and config.get_text_config().dtype == torch.bfloat16
+    is_bfloat16 = dtype == "bfloat16" or (
+        dtype == "auto" and config.get_text_config().dtype == torch.bfloat16
     )
     if is_bfloat16 and bfloat16_is_slow():
         logger.warning("This CPU has no fast bfloat16: --dtype float32 takes less time")

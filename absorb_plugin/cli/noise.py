@@ -1,7 +1,6 @@
 """`absorb noise`: how a model absorbs or amplifies noise."""
 
 import math
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
@@ -10,22 +9,12 @@ import typer
 from absorb_plugin.cli import options
 from absorb_plugin.cli.frame import command, show, table_of
 from absorb_plugin.cli.inputs import Source, read_model
+from absorb_plugin.names import NoiseDtype, SinkTokens
 
 if TYPE_CHECKING:
     from absorb_plugin.signals.noise_scan import NoiseScan
 
 __all__ = ["noise"]
-
-
-class SinkTokens(str, Enum):
-    auto = "auto"
-    spare = "spare"
-    perturb = "perturb"
-
-
-class NoiseDtype(str, Enum):
-    model = "model"
-    float32 = "float32"
 
 
 def noise(
@@ -42,14 +31,14 @@ def noise(
     seed: options.Seed = 0,
     sink_tokens: Annotated[
         SinkTokens, typer.Option(help="Tokens that get no noise.")
-    ] = SinkTokens.auto,
+    ] = "auto",
     noise_dtype: Annotated[
         NoiseDtype, typer.Option(help="What the probe computes in.")
-    ] = NoiseDtype.model,
+    ] = "model",
     figure: Annotated[
         Path | None, typer.Option(help="PNG file to draw the result into.")
     ] = None,
-    dtype: options.DtypeOption = options.Dtype.auto,
+    dtype: options.DtypeOption = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
     debug: options.Debug = False,
@@ -69,12 +58,12 @@ def noise(
         _, tokenizer = read_model(model, dtype, trust_remote_code, seq_len)
         data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
         found = scan_noise(
-            load_model(model, dtype.value, trust_remote_code),
+            load_model(model, dtype, trust_remote_code),
             data,
             magnitudes,
             seed=seed,
-            sink_tokens=sink_tokens.value,
-            noise_dtype=noise_dtype.value,
+            sink_tokens=sink_tokens,
+            noise_dtype=noise_dtype,
         )
         if figure is not None:
             title = f"{Path(model).name}, computed in {found.dtype}"

@@ -1,8 +1,7 @@
 """Options that several commands share, each with one meaning and one help text."""
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,10 +12,8 @@ __all__ = [
     "Debug",
     "Dtype",
     "DtypeOption",
-    "Effort",
     "Ignore",
     "Model",
-    "PrunerName",
     "Samples",
     "Seed",
     "SeqLen",
@@ -27,24 +24,7 @@ __all__ = [
 ]
 
 
-class Effort(str, Enum):
-    quick = "quick"
-    standard = "standard"
-    thorough = "thorough"
-
-
-class PrunerName(str, Enum):
-    wanda = "wanda"
-    sparsegpt = "sparsegpt"
-
-
-class Dtype(str, Enum):
-    auto = "auto"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
-
-
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Model directory or hub id.")
 ]

@@ -2,9 +2,8 @@
 
 import sys
 import time
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,6 +15,7 @@ from absorb_plugin.cli.inputs import (
     check_sparsity,
     read_model,
 )
+from absorb_plugin.names import EffortName, PrunerName, Quantization
 
 if TYPE_CHECKING:
     from llmcompressor.recipe import Recipe
@@ -33,17 +33,7 @@ WISHES = (
     "ignore",
 )
 
-
-class Pipeline(str, Enum):
-    independent = "independent"
-    sequential = "sequential"
-    basic = "basic"
-
-
-class Quantization(str, Enum):
-    w8a8 = "w8a8"
-    w4a16 = "w4a16"
-    fp8 = "fp8"
+Pipeline = Literal["independent", "sequential", "basic"]
 
 
 def prune(
@@ -65,13 +55,13 @@ def prune(
         ),
     ] = None,
     pruner: Annotated[
-        options.PrunerName | None, typer.Option(help="By default sparsegpt.")
+        PrunerName | None, typer.Option(help="By default sparsegpt.")
     ] = None,
     allocator: Annotated[
         str | None, typer.Option(help="See `absorb allocators`; by default owl.")
     ] = None,
     effort: Annotated[
-        options.Effort | None,
+        EffortName | None,
         typer.Option(help="How much is measured; by default standard."),
     ] = None,
     quantize: Annotated[
@@ -87,8 +77,8 @@ def prune(
     seed: options.Seed = 0,
     pipeline: Annotated[
         Pipeline, typer.Option(help="llm-compressor's calibration pipeline.")
-    ] = Pipeline.independent,
-    dtype: options.DtypeOption = options.Dtype.auto,
+    ] = "independent",
+    dtype: options.DtypeOption = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the model in --out.")
@@ -122,10 +112,10 @@ def prune(
         given: dict[str, Any] = {
             "sparsity": sparsity,
             "max_loss_increase": max_loss_increase,
-            "pruner": pruner and pruner.value,
+            "pruner": pruner,
             "allocator": allocator,
-            "effort": effort and effort.value,
-            "quantize": quantize and quantize.value,
+            "effort": effort,
+            "quantize": quantize,
             "ignore": ignore or None,
         }
         parsed = _read_recipe(recipe, given)
@@ -142,18 +132,18 @@ def prune(
             oneshot.keep_profiles(parsed, profile_cache)
         oneshot.check_caches(parsed, out)
         bits = oneshot.least_bits(parsed)
-        output.check_space(out, weight_bytes(empty, dtype.value, bits))
+        output.check_space(out, weight_bytes(empty, dtype, bits))
         check_saving(model, empty, tokenizer)
         data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
         modifiers = oneshot.ours(parsed)
         with output.staged_directory(out) as staging:
             oneshot.stage_reports(parsed, out, staging)
             pruned = oneshot.prune(
-                load_for_pruning(model, dtype.value, trust_remote_code),
+                load_for_pruning(model, dtype, trust_remote_code),
                 tokenizer,
                 parsed,
                 data,
-                pipeline=pipeline.value,
+                pipeline=pipeline,
                 trust_remote_code=trust_remote_code,
                 seed=seed,
                 output_dir=staging,

@@ -19,7 +19,7 @@ float32, the drift of a perturbation of one rounding unit after the first block.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from absorb_plugin.calibration import Batch, token_mask
 from absorb_plugin.forward.head import OutputHead
 from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.groups import Groups
+from absorb_plugin.names import NoiseDtype, SinkTokens
 from absorb_plugin.precision import widest_float
 from absorb_plugin.search.correction import direction_from_ratio
 from absorb_plugin.search.standard_error import standard_error
@@ -374,11 +375,11 @@ class Noise(Signal):
     once: ClassVar[bool] = True
 
     magnitude: float = Field(default=1e-2, gt=0, allow_inf_nan=False)
-    dtype: Literal["model", "float32"] = "model"
+    dtype: NoiseDtype = "model"
     samples: int = Field(default=8, ge=1)
     samples_limit: int = Field(default=64, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
-    sink_tokens: Literal["perturb", "spare", "auto"] = "auto"
+    sink_tokens: SinkTokens = "auto"
 
     def direction(self, context: Context, allocation: np.ndarray) -> np.ndarray:
         profile = self.measured(context)
