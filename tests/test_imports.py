@@ -36,7 +36,7 @@ RINGS = [
     {"hookspecs"},
     {"search"},
     {"files", "mistakes", "overflow", "distributed", "cpu", "precision", "torch_state"}
-    | {"_llmcompressor", "other_modifiers", "names"},
+    | {"_llmcompressor", "other_modifiers", "names", "compressed"},
 ]
 
 

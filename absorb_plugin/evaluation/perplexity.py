@@ -2,18 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
-from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.offload import get_execution_device
-from compressed_tensors.quantization import QuantizationStatus
-from compressed_tensors.utils import get_direct_state_dict
 from loguru import logger
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from absorb_plugin.compressed import dense_weight
 from absorb_plugin.overflow import exp
 
 __all__ = [
@@ -117,7 +114,7 @@ def linear_sparsity(model: PreTrainedModel) -> float:
             continue
         # accelerate leaves a meta tensor in place of what it offloads
         with align_module_device(module):
-            own = [_dense_weight(module)] if linear else _experts(module)
+            own = [dense_weight(module)] if linear else _experts(module)
             zeros += sum(int((weight == 0).sum()) for weight in own)
             weights += sum(weight.numel() for weight in own)
     if weights == 0:
@@ -135,20 +132,6 @@ def _experts(module: torch.nn.Module) -> list[torch.Tensor]:
     if not all(map(torch.is_floating_point, found)):
         raise ValueError("the model's experts are packed: zeros cannot be counted")
     return found
-
-
-def _dense_weight(linear: torch.nn.Linear) -> torch.Tensor:
-    """`oneshot` leaves the model compressed in memory when it has saved it so."""
-    status = getattr(linear, "quantization_status", None)
-    if status != QuantizationStatus.COMPRESSED:
-        if not hasattr(linear, "weight"):
-            raise ValueError(
-                "the model's Linears hold packed weights, whose zeros cannot be counted"
-            )
-        return linear.weight
-    scheme: Any = linear.quantization_scheme
-    compressor = BaseCompressor.get_value_from_registry(scheme.format.value)
-    return compressor.decompress(get_direct_state_dict(linear), scheme)["weight"]
 
 
 def sparsity_if_known(model: PreTrainedModel) -> float | None:

@@ -8,17 +8,16 @@ from functools import partial
 
 import numpy as np
 import torch
-from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.offload import align_module_device
 from compressed_tensors.quantization import QuantizationStatus
 from compressed_tensors.quantization.lifecycle.forward import forward_quantize
-from compressed_tensors.utils import get_direct_state_dict
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
 from loguru import logger
 from torch.nn import Linear
 
+from absorb_plugin.compressed import dense_weight
 from absorb_plugin.pruners.adapter import PrunerAdapter
 from absorb_plugin.pruners.wrapped import unwrap, wrap
 
@@ -83,13 +82,11 @@ def final_weight(linear: Linear) -> torch.Tensor:
     The weight that is saved: dequantised where a modifier has quantised it.
     """
     scheme = getattr(linear, "quantization_scheme", None)
-    if scheme is None or scheme.weights is None:
-        return linear.weight
-    if linear.quantization_status == QuantizationStatus.COMPRESSED:
-        compressor = BaseCompressor.get_value_from_registry(scheme.format.value)
-        return compressor.decompress(get_direct_state_dict(linear), scheme)["weight"]
+    weights = getattr(scheme, "weights", None)
+    if weights is None or linear.quantization_status == QuantizationStatus.COMPRESSED:
+        return dense_weight(linear)
     with align_module_device(linear):
-        return forward_quantize(linear, linear.weight, "weight", scheme.weights)
+        return forward_quantize(linear, linear.weight, "weight", weights)
 
 
 def at_the_end(modifier: Modifier, call: Callable[[], None]) -> None:

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus
 from helpers import tiny
 from helpers.words import make_model
 
@@ -114,6 +115,15 @@ def test_experts_of_packed_weights_are_not_counted():
     experts.down_proj = torch.nn.Parameter(packed, requires_grad=False)
     with pytest.raises(ValueError, match="experts are packed"):
         linear_sparsity(model)
+
+
+def test_a_scheme_of_inputs_alone_leaves_weights_as_they_are():
+    model = make_model()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.quantization_scheme = QuantizationScheme(targets=["Linear"])
+            module.quantization_status = QuantizationStatus.COMPRESSED
+    assert linear_sparsity(model) == 0
 
 
 def test_linear_sparsity_needs_linears():
