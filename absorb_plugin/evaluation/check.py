@@ -248,10 +248,11 @@ def _check_head(
                     "head is lost"
                 )
     elif skeleton is not None and not _has_head(checkpoint, skeleton):
-        report.problems.append(
+        report.absent(
             f"config.json does not tie the output head, and {head}.weight is in none "
             "of the files: it would be made up at random. If the model was tied, set "
-            "`tie_word_embeddings` to true"
+            "`tie_word_embeddings` to true",
+            [f"{head}.weight"],
         )
     for name in (head, embedding):
         if f"{name}.weight" in checkpoint:

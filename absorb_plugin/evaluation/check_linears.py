@@ -1,6 +1,6 @@
 """Zeros of every Linear of a checkpoint, beside what its recipe planned."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
@@ -45,52 +45,103 @@ def count_linears(
     names = {name: name for name in stored if block_of(name)}
     packed: dict[str, float] = {}
     if skeleton is not None:
-        modules = dict(skeleton.named_modules())
-        head = skeleton.get_output_embeddings()
-        linears = [
-            name
-            for name, module in modules.items()
-            if isinstance(module, torch.nn.Linear) and module is not head
-        ]
-        names = stored_names(linears, stored)
-        absent = [name for name in plan if name in linears and name not in names]
-        sizes = {name: modules[name].weight.numel() for name in absent}
-        packed = _packed_experts(checkpoint, plan, sizes)
-        blocks = {block_of(name) for name in packed}
-        absent = [name for name in absent if block_of(name) not in blocks]
-        if absent and _all_found(checkpoint):
-            report.warnings.append(
-                f"{len(absent)} Linears of recipe.yaml are in the files by names that "
-                f"this check does not know, {absent[0]} for one: their zeros are not "
-                "counted"
-            )
-        elif absent:
-            report.problems.append(
-                f"{len(absent)} Linears of recipe.yaml are not in the files, "
-                f"{absent[0]} for one"
-            )
+        names, packed = _match(checkpoint, skeleton, plan, stored, report)
+    try:
+        counted = _count_stored(checkpoint, names, stored, plan, schemes)
+    except _AbsentPart as error:
+        (tensor,) = error.args
+        report.absent(
+            f"{tensor} is in none of the files, without which its quantised weight "
+            "says nothing: quantise again",
+            [tensor],
+        )
+        return
+    except _UnknownFormat as error:
+        report.warnings.append(
+            f"the weights of {error} are in no format that this check knows: zeros are "
+            "not counted"
+        )
+        return
+    report.linears |= counted | _count_packed(checkpoint, packed)
+
+
+def _match(
+    checkpoint: Checkpoint,
+    skeleton: PreTrainedModel,
+    plan: Mapping[str, float],
+    stored: Iterable[str],
+    report: CheckReport,
+) -> tuple[dict[str, str], dict[str, float]]:
+    """
+    Name of a Linear in the model -> in the files; and `_packed_experts`. The report
+    takes what of the plan is in neither.
+    """
+    modules = dict(skeleton.named_modules())
+    head = skeleton.get_output_embeddings()
+    linears = [
+        name
+        for name, module in modules.items()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    ]
+    names = stored_names(linears, stored)
+    absent = [name for name in plan if name in linears and name not in names]
+    sizes = {name: modules[name].weight.numel() for name in absent}
+    packed = _packed_experts(checkpoint, plan, sizes)
+    blocks = {block_of(name) for name in packed}
+    absent = [name for name in absent if block_of(name) not in blocks]
+    if absent and _all_found(checkpoint):
+        report.warnings.append(
+            f"{len(absent)} Linears of recipe.yaml are in the files by names that "
+            f"this check does not know, {absent[0]} for one: their zeros are not "
+            "counted"
+        )
+    elif absent:
+        report.absent(
+            f"{len(absent)} Linears of recipe.yaml are not in the files, "
+            f"{absent[0]} for one: transformers puts random numbers in their place. "
+            "Save the model anew, or copy the files that belong together",
+            [f"{name}.weight" for name in absent],
+        )
+    return names, packed
+
+
+def _count_stored(
+    checkpoint: Checkpoint,
+    names: Mapping[str, str],
+    stored: Mapping[str, Sequence[str]],
+    plan: Mapping[str, float],
+    schemes: QuantizationConfig | None,
+) -> dict[str, LinearZeros]:
+    """
+    By name in the files.
+
+    :param names: in the model -> in the files
+    :param stored: name in the files -> local names of its tensors
+    :raises _AbsentPart, _UnknownFormat: as `_count`
+    """
+    found: dict[str, LinearZeros] = {}
     bar = tqdm(names.items(), desc="Counting zeros", unit="Linear", leave=False)
     for name, saved in bar:
-        try:
-            count = _count(checkpoint, saved, stored[saved], schemes)
-        except _AbsentPart as error:
-            report.linears.clear()
-            report.problems.append(str(error))
-            return
-        if count is None:
-            report.linears.clear()
-            report.warnings.append(
-                f"the weights of {saved} are in no format that this check knows: "
-                "zeros are not counted"
-            )
-            return
+        count = _count(checkpoint, saved, stored[saved], schemes)
         columns = max(1, count.weights // max(1, _rows(checkpoint, saved)))
         planned = plan.get(name)
-        report.linears[saved] = LinearZeros(block_of(saved), count, columns, planned)
-    for name, share in packed.items():
-        count = count_dense(checkpoint.pieces(name))
-        columns = min(checkpoint.shape(name)[1:])
-        report.linears[name] = LinearZeros(block_of(name), count, columns, share)
+        found[saved] = LinearZeros(block_of(saved), count, columns, planned)
+    return found
+
+
+def _count_packed(
+    checkpoint: Checkpoint, packed: Mapping[str, float]
+) -> dict[str, LinearZeros]:
+    """:param packed: from `_packed_experts`"""
+    return {
+        name: LinearZeros(
+            block_of(name),
+            count_dense(checkpoint.pieces(name)),
+            min(checkpoint.shape(name)[1:]),
+            share,
+        )
+        for name, share in packed.items()
+    }
 
 
 def _all_found(checkpoint: Checkpoint) -> bool:
@@ -153,8 +204,12 @@ def block_of(name: str) -> str:
     return ".".join(parts[: numbered[0] + 1]) if numbered else ""
 
 
-class _AbsentPart(ValueError):
-    """A quantised weight lacks what it cannot be read without."""
+class _AbsentPart(Exception):
+    """Of a tensor, by name, without which a quantised weight cannot be read."""
+
+
+class _UnknownFormat(Exception):
+    """Of a Linear, by its name in the files."""
 
 
 def _count(
@@ -162,26 +217,23 @@ def _count(
     name: str,
     local: Sequence[str],
     schemes: QuantizationConfig | None,
-) -> Count | None:
+) -> Count:
     """
-    :return: None of a format that is not known
     :raises _AbsentPart: if the files lack a part of it
+    :raises _UnknownFormat: if it is in no format that is known
     """
     alone = "weight_scale" not in local and "weight_packed" not in local
     if alone and checkpoint.dtype(f"{name}.weight") in FLOATS:
         return count_dense(checkpoint.pieces(f"{name}.weight"))
     scheme = None if schemes is None else _scheme_of(name, schemes)
     if scheme is None:
-        return None
+        raise _UnknownFormat(name)
     assert schemes is not None
     form = str(scheme.format or schemes.format)
     wanted = ["weight_shape", "weight_scale"] if form == PACKED else ["weight_scale"]
     for part in wanted:
         if part not in local:
-            raise _AbsentPart(
-                f"{name}.{part} is in none of the files, without which its "
-                "quantised weight says nothing: quantise again"
-            )
+            raise _AbsentPart(f"{name}.{part}")
     tensors = {
         one: checkpoint.read(f"{name}.{one}") for one in local if one.startswith("w")
     }

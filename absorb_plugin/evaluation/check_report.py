@@ -1,7 +1,7 @@
 """What `absorb check` found."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ class CheckReport:
     :param doubtful: whether transformers could not say which weights it would find
     :param problems: what is broken, with remedies
     :param warnings: what to know
+    :param told: names of tensors that a problem says are not in the files
     """
 
     directory: Path
@@ -82,6 +83,16 @@ class CheckReport:
     doubtful: bool = False
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    told: set[str] = field(default_factory=set)
+
+    def absent(self, problem: str, tensors: Iterable[str]) -> None:
+        """
+        A problem with what is not in the files.
+
+        :param tensors: all that it is about, of which it names but one
+        """
+        self.problems.append(problem)
+        self.told.update(tensors)
 
     @property
     def format(self) -> str | None:

@@ -61,11 +61,7 @@ def check_absent(
         if skeleton is not None:
             _warn_by_names(checkpoint, skeleton, report)
         return
-    absent = [
-        name
-        for name in absent
-        if not any(name in problem for problem in report.problems)
-    ]
+    absent = [name for name in absent if name not in report.told]
     if absent:
         report.problems.append(
             f"{len(absent)} weights are in none of the files by a name that "

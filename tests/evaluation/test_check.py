@@ -397,6 +397,24 @@ def test_where_transformers_cannot_say_what_is_missing(
     assert "model.norm" in missing and "up at random" in missing
 
 
+def test_a_linear_that_is_missing(plain: Path) -> None:
+    change_weights(plain, lambda tensors: tensors.pop(DOWN))
+    expect_problem(plain, "1 Linears of recipe.yaml are not in the files", DOWN[:-7])
+
+
+def test_a_name_within_a_longer_one_is_told_as_well(plain: Path) -> None:
+    """A problem with the longer one says nothing of it."""
+    name = "model.norm.weight"
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{name}_old"] = tensors.pop(name).fill_(torch.nan)
+
+    change_weights(plain, change)
+    nan, absent = check_checkpoint(plain).problems
+    assert f"NaN or infinity, {name}_old" in nan
+    assert "1 weights are in none of the files" in absent and name in absent
+
+
 def test_an_expert_that_is_missing(tmp_path: Path) -> None:
     """transformers cannot make one tensor of the others, and says so by an error."""
     out = save_pruned(tmp_path / "model", architecture="mixtral")
