@@ -36,6 +36,7 @@ __all__ = [
     "gather_shares",
     "is_first",
     "join_rows",
+    "main_device",
     "meet",
     "rank",
     "ranks",
@@ -310,8 +311,14 @@ def collective_device() -> torch.device:
     """Where tensors must be to go over the process group: NCCL takes no CPU tensors."""
     if "cpu:" in distributed.get_backend_config():
         return torch.device("cpu")
+    return main_device()
+
+
+def main_device() -> torch.device:
+    """This rank's accelerator, or the CPU."""
     accelerator = torch.accelerator.current_accelerator()
-    assert accelerator is not None
+    if accelerator is None or not torch.accelerator.is_available():
+        return torch.device("cpu")
     return torch.device(accelerator.type, torch.accelerator.current_device_index())
 
 

@@ -12,11 +12,25 @@ from typing import Any
 __all__ = [
     "check_file",
     "check_letters",
+    "check_pointer",
     "check_writable",
     "json_numbers",
     "json_object",
     "replace_file",
 ]
+
+
+LFS_POINTER = b"version https://git-lfs"
+
+
+def check_pointer(path: Path) -> None:
+    """:raises ValueError: if it is a pointer of Git LFS"""
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(
+                f"{path} is a pointer of Git LFS, not the file itself: run "
+                "`git lfs pull` in the repository"
+            )
 
 
 def json_object(text: str | bytes, where: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from datasets import load_dataset, load_from_disk
 from loguru import logger
 from pyarrow.parquet import ParquetFile
 
-from absorb_plugin.files import check_letters, json_object
+from absorb_plugin.files import check_letters, check_pointer, json_object
 
 __all__ = ["SEPARATOR", "Document", "count_characters", "read_dataset", "read_text"]
 
@@ -165,10 +165,7 @@ def _kind(path: Path) -> str:
     """Which reader: by the first bytes, then by the name."""
     with _decompressed(path) as file:
         start = file.read(4096)
-    if start.startswith(b"version https://git-lfs"):
-        raise ValueError(
-            f"{path} is a pointer of git-lfs, not the file itself: run `git lfs pull`"
-        )
+    check_pointer(path)
     if start.startswith(b"PAR1"):
         return "parquet"
     _check_encoding(path, start)

@@ -3,7 +3,6 @@ Configurations, tokenizers and models from a directory or the hub. What can be w
 with a checkpoint is found before its weights are read, as far as its files tell.
 """
 
-import json
 import re
 import shutil
 import tempfile
@@ -29,12 +28,15 @@ from transformers import (
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
+from absorb_plugin.devices import free_memory
+from absorb_plugin.distributed import main_device
 from absorb_plugin.evaluation.shards import (
-    check_pointer,
+    check_directory,
     indexed_files,
     open_safetensors,
     weights_entry,
 )
+from absorb_plugin.files import check_pointer
 
 __all__ = [
     "check_length",
@@ -45,7 +47,6 @@ __all__ = [
     "load_for_pruning",
     "load_model",
     "load_tokenizer",
-    "main_device",
     "weight_bytes",
 ]
 
@@ -80,13 +81,15 @@ def load_config(model: str, trust_remote_code: bool = False) -> PretrainedConfig
         directory are looked at
     :return: the whole config, of images and text where it has both
     :raises FileNotFoundError: if `model` looks like a directory and there is none, the
-        hub has none of that name or cannot be asked, or files of weights are missing
+        hub has none of that name or cannot be asked, or its config or files of weights
+        are missing
+    :raises NotADirectoryError: if it is a file
     :raises ValueError: if it is an adapter, its files are damaged, or it is no language
         model that predicts the next token
     """
     is_here = Path(model).exists()
     if is_here:
-        _check_directory(Path(model))
+        _check_files(Path(model))
     elif model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise FileNotFoundError(f"{model}: no such model directory")
     else:  # which may take half a minute where there is no network
@@ -110,12 +113,8 @@ def load_config(model: str, trust_remote_code: bool = False) -> PretrainedConfig
     return config
 
 
-def _check_directory(folder: Path) -> None:
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is a file: give the directory of the model")
-    if not (folder / "config.json").is_file():
-        _refuse_adapter(folder)
-        raise ValueError(f"{folder} has no config.json: it is no model directory")
+def _check_files(folder: Path) -> None:
+    check_directory(folder)
     for file in sorted({x for pattern in SMALL_FILES for x in folder.glob(pattern)}):
         check_pointer(file)
     entry = weights_entry(folder)
@@ -138,17 +137,6 @@ def _check_pickle(file: Path) -> None:
         raise ValueError(
             f"{file} ({file.stat().st_size} bytes) is damaged or cut short. Copy or "
             "download it again"
-        )
-
-
-def _refuse_adapter(folder: Path) -> None:
-    file = folder / "adapter_config.json"
-    if file.is_file():
-        base = json.loads(file.read_text()).get("base_model_name_or_path")
-        raise ValueError(
-            f"{folder} is an adapter for {base}, not a model. Merge the two, save, and "
-            "give the result: PeftModel.from_pretrained(base, adapter)"
-            ".merge_and_unload().save_pretrained(DIRECTORY)"
         )
 
 
@@ -393,14 +381,6 @@ def _missing(model: str, names: list[str]) -> str:
     )
 
 
-def main_device() -> torch.device:
-    """Where the forward runs: this rank's accelerator, or the CPU."""
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None or not torch.accelerator.is_available():
-        return torch.device("cpu")
-    return torch.device(accelerator.type, torch.accelerator.current_device_index())
-
-
 def _placement(needed: int, accelerator: bool) -> dict[str, Any]:
     """
     Arguments of `from_pretrained` for where the weights are to lie.
@@ -429,10 +409,12 @@ def _placement(needed: int, accelerator: bool) -> dict[str, Any]:
 
 def _free_memory() -> dict[int, int]:
     """Free bytes of every accelerator."""
-    if main_device().type == "mps":  # it has no memory of its own
+    kind = main_device().type
+    if kind == "mps":  # it has no memory of its own
         return {0: psutil.virtual_memory().available}
+    # where it is not known the weights wait in the CPU's memory
     return {
-        index: torch.accelerator.get_memory_info(index)[0]
+        index: free_memory(torch.device(kind, index)) or 0
         for index in range(torch.accelerator.device_count())
     }
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from absorb_plugin.files import json_object
+from absorb_plugin.files import check_pointer, json_object
 
 __all__ = [
     "Checkpoint",
-    "check_pointer",
+    "check_directory",
     "indexed_files",
     "open_safetensors",
     "weights_entry",
@@ -25,7 +25,6 @@ SINGLE = "model.safetensors"
 WEIGHTS = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 # How those end that a config may name.
 NAMED = (".safetensors", ".safetensors.index.json")
-LFS_POINTER = b"version https://git-lfs"
 # Elements of a tensor that are in memory at a time.
 PIECE = 1 << 25
 
@@ -43,7 +42,7 @@ class Checkpoint:
     """
 
     def __init__(self, directory: Path) -> None:
-        _check_directory(directory)
+        check_directory(directory)
         self.directory = directory
         self.config = _read_json(directory / "config.json")
         entry = _safetensors_entry(directory)
@@ -99,7 +98,11 @@ class Checkpoint:
         return self._opened[self._home[name]].get_slice(name)
 
 
-def _check_directory(directory: Path) -> None:
+def check_directory(directory: Path) -> None:
+    """
+    :raises OSError: if it is none, or has no config.json
+    :raises ValueError: if an adapter is in it
+    """
     if not directory.exists():
         raise FileNotFoundError(f"{directory}: no such directory")
     if not directory.is_dir():
@@ -108,29 +111,20 @@ def _check_directory(directory: Path) -> None:
         )
     if (directory / "config.json").is_file():
         return
-    if (directory / "adapter_config.json").is_file():
+    adapter = directory / "adapter_config.json"
+    if adapter.is_file():
+        base = _read_json(adapter).get("base_model_name_or_path") or "another model"
         raise ValueError(
-            f"{directory} is an adapter (adapter_config.json), not a model: merge it "
-            "into its base model (`merge_and_unload`), save that, and check it"
+            f"{directory} is an adapter for {base}, not a model: merge it into its "
+            "base model, save, and give the result: PeftModel.from_pretrained(base, "
+            "adapter).merge_and_unload().save_pretrained(DIRECTORY)"
         )
-    raise FileNotFoundError(
-        f"{directory} has no config.json: it is no directory of a saved model"
-    )
+    raise FileNotFoundError(f"{directory} has no config.json: it is no model directory")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     check_pointer(path)
     return json_object(path.read_bytes(), str(path))
-
-
-def check_pointer(path: Path) -> None:
-    """:raises ValueError: if it is a pointer of Git LFS"""
-    with path.open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError(
-                f"{path} is a pointer of Git LFS, not the file itself: run "
-                "`git lfs pull` in the repository"
-            )
 
 
 def weights_entry(directory: Path) -> Path:

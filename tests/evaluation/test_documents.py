@@ -137,7 +137,7 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
 
 def test_a_pointer_of_git_lfs(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(ValueError, match="a.jsonl is a pointer of git-lfs.*lfs pull"):
+    with pytest.raises(ValueError, match="a.jsonl is a pointer of Git LFS.*lfs pull"):
         read_text(tmp_path / "a.jsonl")
 
 

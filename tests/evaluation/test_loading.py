@@ -251,9 +251,9 @@ def test_an_adapter(tmp_path: Path) -> None:
 
 def test_directories_that_are_no_models(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="has no config.json: it is no model"):
+    with pytest.raises(FileNotFoundError, match="has no config.json: it is no model"):
         load_config(str(tmp_path / "empty"))
-    with pytest.raises(ValueError, match="is a file: give the directory"):
+    with pytest.raises(NotADirectoryError, match="is a file: name the directory"):
         load_config(str(folder / "model.safetensors"))
     with pytest.raises(FileNotFoundError, match="no such model directory"):
         load_config(str(tmp_path / "none"))
@@ -417,6 +417,16 @@ def test_where_weights_lie_with_accelerators(monkeypatch: pytest.MonkeyPatch) ->
     spread = loading._placement(3001, accelerator=False)
     shutil.rmtree(spread["offload_folder"])
     assert spread["max_memory"] == {"cpu": 3000}
+
+
+def test_where_free_memory_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch tells it since 2.10."""
+    monkeypatch.delattr(torch.accelerator, "get_memory_info", raising=False)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(loading, "main_device", lambda: torch.device("cuda", 0))
+    spread = loading._placement(1, accelerator=True)
+    shutil.rmtree(spread["offload_folder"])
+    assert spread["max_memory"][0] == spread["max_memory"][1] == 0
 
 
 @pytest.fixture
