@@ -1,4 +1,4 @@
-"""What is wrong with the fields of a recipe, in words."""
+"""What is wrong, in words: with the fields of a recipe, or by an exception."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-__all__ = ["argument_problem", "check_patterns", "default_of", "in_words"]
+__all__ = ["argument_problem", "check_patterns", "default_of", "in_one_line"]
+__all__ += ["in_words"]
 
 
 def in_words(error: ValidationError, fields: Iterable[str]) -> str:
@@ -85,6 +86,11 @@ def default_of(field: FieldInfo) -> Any:
         return field.get_default(call_default_factory=True)
     except Exception as error:
         return f"(cannot be made: {error!r})"
+
+
+def in_one_line(error: Exception) -> str:
+    """Kind and message, for a message of ours that tells what to do."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def check_patterns(field: str, patterns: Iterable[object]) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import Any
 
 from datasets import Dataset
@@ -28,13 +27,12 @@ from absorb_plugin.limits import check_matched
 from absorb_plugin.pruners import PRUNERS
 from absorb_plugin.pruners.adapter import without_ignored
 from absorb_plugin.pruners.present import ModelZeros
+from absorb_plugin.report.profile import versions
 from absorb_plugin.search.budget import check_budget
 from absorb_plugin.settings import AllocationSettings
 from absorb_plugin.torch_state import plain_torch
 
 __all__ = ["allocate_model", "as_dict", "ratios", "set_up"]
-
-PACKAGES = ("absorb-plugin", "llmcompressor", "transformers", "torch")
 
 
 @contextmanager
@@ -173,7 +171,7 @@ def ratios(
         "sparsity": allocation.budget.sparsity,
         "achieved": allocation.achieved(),
         "settings": fields,
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions(),
         "linears": allocation.linear_sparsities(),
     }
 

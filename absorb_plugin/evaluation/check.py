@@ -31,7 +31,7 @@ from absorb_plugin.evaluation.plan import (
 )
 from absorb_plugin.evaluation.shards import Checkpoint
 from absorb_plugin.evaluation.zeros import count_dense
-from absorb_plugin.mistakes import in_words
+from absorb_plugin.mistakes import in_one_line, in_words
 from absorb_plugin.other_modifiers import DESTROYS_ZEROS
 
 __all__ = ["check_checkpoint"]
@@ -168,7 +168,7 @@ def _skeleton(checkpoint: Checkpoint, report: CheckReport) -> PreTrainedModel | 
     except Exception as error:  # transformers raises anything for what it lacks
         report.warnings.append(
             f"transformers {transformers.__version__} cannot build this model "
-            f"({type(error).__name__}: {error}), so its zeros are not compared with "
+            f"({in_one_line(error)}), so its zeros are not compared with "
             "recipe.yaml"
         )
         return None
@@ -230,7 +230,7 @@ def _schemes(
     except ValidationError as error:
         reason = in_words(error, known)
     except Exception as error:  # its validators raise of any kind
-        reason = f"{type(error).__name__}: {error}"
+        reason = in_one_line(error)
     return None, [f"the quantisation in config.json is not understood: {reason}"]
 
 
@@ -386,8 +386,7 @@ def _load(directory: Path, report: CheckReport) -> bool:
     try:
         info = loading_info(directory)
     except Exception as error:  # of any kind: that is what was asked
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        report.problems.append(f"transformers does not load it: {reason}")
+        report.problems.append(f"transformers does not load it: {in_one_line(error)}")
         return False
     for what in ("missing_keys", "mismatched_keys"):
         if names := sorted(map(str, info.get(what) or ())):

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from absorb_plugin.evaluation.check_report import CheckReport
 from absorb_plugin.evaluation.plan import loading_info, stored_names
 from absorb_plugin.evaluation.shards import Checkpoint
+from absorb_plugin.mistakes import in_one_line
 
 __all__ = ["check_absent", "check_shapes", "weights_not_found"]
 
@@ -52,10 +53,9 @@ def check_absent(
         absent = weights_not_found(checkpoint.directory)
     except Exception as error:  # anything, of an architecture that it lacks
         report.doubtful = True
-        told = " ".join(str(error).split())
         report.warnings.append(
             "transformers does not say which weights it would find "
-            f"({type(error).__name__}: {told[:200]}): whether it loads them is told by "
+            f"({in_one_line(error)[:200]}): whether it loads them is told by "
             "a load"
         )
         if skeleton is not None:

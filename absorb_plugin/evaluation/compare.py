@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -57,8 +57,8 @@ def save_result(
     :param sparsity: share of zeros in its Linears
     :param result: what `absorb eval --json` prints
     """
-    whole = {"model": model, "sparsity": sparsity, **result}
-    replace_file(path, json.dumps(whole, indent=1, allow_nan=False).encode())
+    content = {"model": model, "sparsity": sparsity, **result}
+    replace_file(path, json.dumps(content, indent=1, allow_nan=False).encode())
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
@@ -125,18 +125,20 @@ def _check_same_run(profiles: Mapping[Path, Mapping[str, Any]]) -> None:
 
 def _check_same_model(results: Sequence[tuple[Path, Mapping[str, Any]]]) -> None:
     """:raises ValueError: naming two results that are not of one model"""
-    same: Mapping[str, Callable[[Any, Any], bool]] = {
-        "model": lambda a, b: Path(a).resolve() == Path(b).resolve(),
-        "sparsity": lambda a, b: math.isclose(a, b, abs_tol=1e-6),
-    }
     for (first, one), (file, other) in pairwise(results):
-        for key, alike in same.items():
+        for key in ("model", "sparsity"):
             a, b = one.get(key), other.get(key)
-            if None not in (a, b) and not alike(a, b):
+            if None not in (a, b) and not _alike(key, a, b):
                 raise ValueError(
                     f"{first} and {file} are of different models ({key} {a} and {b}): "
                     "put them into a directory each"
                 )
+
+
+def _alike(key: str, a: Any, b: Any) -> bool:
+    if key == "model":  # by any spelling
+        return Path(a).resolve() == Path(b).resolve()
+    return math.isclose(a, b, abs_tol=1e-6)
 
 
 def _files_of(folder: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.forward.run import run_probes
 from absorb_plugin.groups import EXPERT
 from absorb_plugin.language_model import REMEDY, WITHOUT_FORWARD
+from absorb_plugin.mistakes import in_one_line
 
 __all__ = ["check_forward"]
 
@@ -69,7 +70,7 @@ def check_forward(
     except (RuntimeError, TypeError, KeyError, IndexError, AttributeError) as error:
         if isinstance(error, MACHINE) or "can't allocate memory" in str(error):
             raise
-        told = " ".join(f"{type(error).__name__}: {error}".split())
+        told = in_one_line(error)
         raise ValueError(
             f"model: its forward fails on one calibration sample of {[*sample]} "
             f"({told}). Does the model take such a batch by itself? "
@@ -231,7 +232,7 @@ class _ChainCheck(Probe):
         except (ValueError, torch.OutOfMemoryError):
             raise  # it says what is missing
         except Exception as error:  # of the model's own code, whatever it is
-            told = " ".join(f"{type(error).__name__}: {error}".split())
+            told = in_one_line(error)
             raise ValueError(
                 "model: its output head cannot be run by itself on what the last block "
                 f"puts out ({told}), so there is no loss to judge by. {INSTEAD}"

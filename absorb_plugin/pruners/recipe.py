@@ -12,6 +12,7 @@ from loguru import logger
 from pydantic_core import to_jsonable_python
 from torch.nn import Module
 
+from absorb_plugin.mistakes import in_one_line
 from absorb_plugin.other_modifiers import WORKED_OUT
 
 __all__ = [
@@ -106,7 +107,7 @@ def say_whether_it_replays(mask_kept: bool) -> None:
     try:
         yaml.safe_load(active_session().lifecycle.recipe.yaml())
     except Exception as error:  # it may hold anything, and the run is done
-        said = " ".join(f"{type(error).__name__}: {error}".split())
+        said = in_one_line(error)
         logger.warning(
             f"Sparsities are set, but recipe.yaml does not load again ({said}). "
             "llm-compressor writes the defaults of some modifiers so, as the mappings "

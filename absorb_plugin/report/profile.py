@@ -34,7 +34,7 @@ from absorb_plugin.signals.noise import NoiseProfile
 if TYPE_CHECKING:
     from absorb_plugin.modifier import AbsorptionAllocationModifier
 
-__all__ = ["SCHEMA_VERSION", "Report"]
+__all__ = ["SCHEMA_VERSION", "Report", "versions"]
 
 SCHEMA_VERSION = 2
 PACKAGES = ("absorb-plugin", "llmcompressor", "compressed-tensors", "transformers")
