@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
 
 from absorb_plugin.allocators.base import Allocator
 from absorb_plugin.limits import check_limits
@@ -72,7 +72,22 @@ RENAMED = {
     "response_step": "signal_args: {step: ...}",
 }
 
-Count = Annotated[int, Field(ge=1)]
+
+def _refuse_truth(value: Any) -> Any:
+    """Else True would count as 1."""
+    if isinstance(value, bool):
+        raise ValueError(
+            f"{value} is no number, and YAML reads yes, no, on and off so: write a "
+            "number"
+        )
+    return value
+
+
+NO_TRUTH = BeforeValidator(_refuse_truth)
+Number = Annotated[float, NO_TRUTH]
+Count = Annotated[int, Field(ge=1), NO_TRUTH]
+Strength = Annotated[float, Field(ge=-1, le=1)] | Literal["auto"]
+Memory = Annotated[int, Field(gt=0)] | Literal["auto"]
 
 
 class AllocationSettings(BaseModel):
@@ -86,19 +101,19 @@ class AllocationSettings(BaseModel):
     level: Level = "auto"
     signal: str = "auto"
     signal_args: dict[str, Any] = Field(default_factory=dict)
-    strength: Annotated[float, Field(ge=-1, le=1)] | Literal["auto"] = "auto"
-    max_loss_increase: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    strength: Annotated[Strength, NO_TRUTH] = "auto"
+    max_loss_increase: Number | None = Field(default=None, gt=0, allow_inf_nan=False)
     effort: EffortName = "standard"
     rounds: Count | None = None
     descents: Count | None = None
     statistics_samples: Count | None = None
     signal_samples: Count | None = None
     search_samples: Count | None = None
-    confirm_samples: Annotated[int, Field(ge=0)] | None = None
-    probe_tokens: Annotated[int, Field(ge=2)] | None = None
-    max_sparsity: float = Field(default=MAX_SPARSITY, gt=0, lt=1)
-    limits: dict[str, tuple[float, float]] = Field(default_factory=dict)
-    probe_memory: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
+    confirm_samples: Annotated[int, Field(ge=0), NO_TRUTH] | None = None
+    probe_tokens: Annotated[int, Field(ge=2), NO_TRUTH] | None = None
+    max_sparsity: Number = Field(default=MAX_SPARSITY, gt=0, lt=1)
+    limits: dict[str, tuple[Number, Number]] = Field(default_factory=dict)
+    probe_memory: Annotated[Memory, NO_TRUTH] = "auto"
     report_dir: str | None = None
     profile_cache: str | None = None
     ignore: list[str] = Field(default_factory=list)
@@ -125,33 +140,6 @@ class AllocationSettings(BaseModel):
                 f"{value!r} is no path: name a directory, as ./report, or leave it out"
             )
         return expanded(value)
-
-    @field_validator(
-        "strength",
-        "max_loss_increase",
-        "rounds",
-        "descents",
-        "statistics_samples",
-        "signal_samples",
-        "search_samples",
-        "confirm_samples",
-        "probe_tokens",
-        "max_sparsity",
-        "probe_memory",
-        mode="before",
-    )
-    @classmethod
-    def validate_number(cls, value: Any) -> Any:
-        _refuse_truth(value)
-        return value
-
-    @field_validator("limits", mode="before")
-    @classmethod
-    def validate_bounds(cls, value: Any) -> Any:
-        for bounds in value.values() if isinstance(value, Mapping) else ():
-            for bound in bounds if isinstance(bounds, list | tuple) else ():
-                _refuse_truth(bound)
-        return value
 
     @field_validator("limits", mode="after")
     @classmethod
@@ -236,12 +224,3 @@ def expanded(path: str | Path) -> str:
             f"{str(path)!r}: there is no home directory of that user: write the whole "
             "path, or ./ in front of it"
         ) from error
-
-
-def _refuse_truth(value: Any) -> None:
-    """Else True would count as 1."""
-    if isinstance(value, bool):
-        raise ValueError(
-            f"{value} is no number, and YAML reads yes, no, on and off so: write a "
-            "number"
-        )

@@ -213,5 +213,5 @@ def test_yes_is_no_number(field: str) -> None:
 
 
 def test_yes_is_no_bound() -> None:
-    with pytest.raises(ValidationError, match="limits\n.*True is no number"):
+    with pytest.raises(ValidationError, match=r"limits.*down_proj.*\n.*True is no number"):
         AllocationSettings(limits={"re:.*down_proj": [0, True]})
