@@ -18,6 +18,7 @@ from absorb_plugin.names import EffortName, Granularity, Level, PrunerName
 
 if TYPE_CHECKING:
     from absorb_plugin.allocation import Allocation
+    from absorb_plugin.settings import AllocationSettings
 
 __all__ = ["allocate"]
 
@@ -74,11 +75,10 @@ def allocate(
     """Compute the sparsity of every block of MODEL, without pruning."""
     with command(debug, fields=FIELDS) as stdout:
         from absorb_plugin.choices import needs_text
-        from absorb_plugin.evaluation.allocation import allocate_model, as_dict, ratios
+        from absorb_plugin.evaluation.allocation import allocate_model, as_dict
         from absorb_plugin.evaluation.loading import load_model
-        from absorb_plugin.evaluation.recipes import native_recipe
         from absorb_plugin.evaluation.text import calibration_samples
-        from absorb_plugin.files import check_writable, replace_file
+        from absorb_plugin.files import check_writable
         from absorb_plugin.settings import AllocationSettings
 
         settings = AllocationSettings(
@@ -88,7 +88,7 @@ def allocate(
             level=level,
             effort=effort,
             ignore=ignore or [],
-            profile_cache=None if profile_cache is None else str(profile_cache),
+            profile_cache=profile_cache,
             strength="auto" if correction else 0,
         )
         settings.base_allocator()
@@ -109,22 +109,38 @@ def allocate(
             data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
         loaded = load_model(model, dtype, trust_remote_code)
         found = allocate_model(loaded, data, sparsity, settings, pruner=pruner)
+        came_from: dict[str, Any] = {"model": model, "data": None}
+        if data is not None:
+            came_from |= {"data": source.name, "samples": samples}
+            came_from |= {"seq_len": seq_len, "seed": seed}
         try:
-            if recipe_out is not None:
-                recipe = native_recipe(found.linear_sparsities(), pruner)
-                replace_file(recipe_out, recipe.encode())
-            if ratios_out is not None:
-                came_from: dict[str, Any] = {"model": model, "data": None}
-                if data is not None:
-                    came_from |= {"data": source.name, "samples": samples}
-                    came_from |= {"seq_len": seq_len, "seed": seed}
-                content = ratios(found, settings, pruner, **came_from)
-                replace_file(ratios_out, json.dumps(content, indent=1).encode())
+            _save(found, settings, pruner, came_from, recipe_out, ratios_out)
         finally:  # what was measured is not lost if it cannot be written
             if as_json:
                 show(stdout, as_dict(found, allocator, pruner), as_json)
             else:
                 _print(found, stdout)
+
+
+def _save(
+    found: "Allocation",
+    settings: "AllocationSettings",
+    pruner: str,
+    came_from: dict[str, Any],
+    recipe_out: Path | None,
+    ratios_out: Path | None,
+) -> None:
+    """:param came_from: model and calibration data, for those who read the ratios"""
+    from absorb_plugin.evaluation.allocation import ratios
+    from absorb_plugin.evaluation.recipes import native_recipe
+    from absorb_plugin.files import replace_file
+
+    if recipe_out is not None:
+        recipe = native_recipe(found.linear_sparsities(), pruner)
+        replace_file(recipe_out, recipe.encode())
+    if ratios_out is not None:
+        content = ratios(found, settings, pruner, **came_from)
+        replace_file(ratios_out, json.dumps(content, indent=1).encode())
 
 
 def _check_outputs(

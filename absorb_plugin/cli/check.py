@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from absorb_plugin.cli.frame import command, show, table_of
+from absorb_plugin.cli.frame import command, four_digits, show, table_of
 from absorb_plugin.cli.options import AsJson, Debug
 
 if TYPE_CHECKING:
@@ -105,14 +105,10 @@ def _table(report: "CheckReport") -> "Table":
         table.add_row(
             escape(name),
             f"{sum(one.count.weights for one in linears):,}",
-            _four_digits(planned_share(linears)),
-            *(_four_digits(planned_zero_share(linears)) for _ in there),
-            _four_digits(zero_share(linears)),
-            _four_digits(min(shares)),
-            _four_digits(max(shares)),
+            four_digits(planned_share(linears)),
+            *(four_digits(planned_zero_share(linears)) for _ in there),
+            four_digits(zero_share(linears)),
+            four_digits(min(shares)),
+            four_digits(max(shares)),
         )
     return table
-
-
-def _four_digits(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"

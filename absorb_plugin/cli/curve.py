@@ -73,7 +73,7 @@ def curve(
             allocator=allocator,
             effort=effort,
             ignore=ignore or [],
-            profile_cache=None if profile_cache is None else str(profile_cache),
+            profile_cache=profile_cache,
         )
         settings.base_allocator()
         budgets = parse_sparsities(sparsities)

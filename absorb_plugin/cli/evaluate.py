@@ -8,7 +8,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from absorb_plugin.cli import options
-from absorb_plugin.cli.frame import command, show, table_of
+from absorb_plugin.cli.frame import command, four_digits, show, table_of
 from absorb_plugin.cli.inputs import Source, read_model
 
 __all__ = ["evaluate"]
@@ -124,9 +124,5 @@ def _print(result: Mapping[str, Any], file: TextIO) -> None:
     table = table_of(["task"], ["items", "acc", "± stderr", "acc_norm"])
     for name, one in tasks.items():
         values = (one["acc"], one["stderr"], one["acc_norm"])
-        table.add_row(escape(name), str(one["n"]), *map(_four_digits, values))
+        table.add_row(escape(name), str(one["n"]), *map(four_digits, values))
     Console(file=file).print(table)
-
-
-def _four_digits(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"

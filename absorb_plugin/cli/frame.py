@@ -25,7 +25,7 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["command", "show", "table_of"]
+__all__ = ["command", "four_digits", "show", "table_of"]
 
 # Fields of the library that are options of commands, in the library's messages. Not in
 # a path, and none that is a field of recipes as well.
@@ -252,3 +252,8 @@ def table_of(
     for column in numbers:
         table.add_column(column, justify="right", overflow="fold")
     return table
+
+
+def four_digits(value: float | None) -> str:
+    """Of a cell, which is empty where there is none."""
+    return "" if value is None else f"{value:.4f}"

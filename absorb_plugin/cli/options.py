@@ -59,7 +59,7 @@ DtypeOption = Annotated[
     Dtype, typer.Option("--dtype", help="Weights' dtype; auto: as they were saved.")
 ]
 Cache = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--profile-cache",
         metavar="DIRECTORY",

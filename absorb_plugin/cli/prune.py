@@ -2,8 +2,9 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import typer
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from llmcompressor.recipe import Recipe
 
     from absorb_plugin.evaluation.recipes import RecipeWishes
+    from absorb_plugin.modifier import AbsorptionAllocationModifier
 
 __all__ = ["prune"]
 
@@ -101,7 +103,6 @@ def prune(
         )
         from absorb_plugin.evaluation.perplexity import linear_sparsity
         from absorb_plugin.evaluation.text import calibration_samples
-        from absorb_plugin.report.words import quality_found, quality_sentence
 
         start = time.perf_counter()
         # All that can be wrong with the arguments comes before the model is loaded.
@@ -129,7 +130,7 @@ def prune(
             parsed = oneshot.parse_recipe(made)
         assert parsed is not None
         if profile_cache is not None:
-            oneshot.keep_profiles(parsed, profile_cache)
+            oneshot.keep_profiles(parsed, Path(profile_cache))
         oneshot.check_caches(parsed, out)
         bits = oneshot.least_bits(parsed)
         output.check_space(out, weight_bytes(empty, dtype, bits))
@@ -160,17 +161,28 @@ def prune(
                 "seq_len": seq_len,
                 "seconds": round(time.perf_counter() - start, 1),
             }
-            line = (
-                "Saved to {out}: {sparsity:.4f} of the Linear weights are zero "
-                "({samples} x {seq_len} tokens, {seconds} s)"
-            )
-            profiles = [one for modifier in modifiers for one in modifier.profiles()]
-            qualities = [found for one in profiles if (found := quality_found(one))]
-            if qualities:
-                result["quality"] = qualities
-                sentences = filter(None, map(quality_sentence, profiles))
-                line = "\n".join([line, *sentences])
-            show(stdout, result, as_json, line)
+            _show(result, modifiers, as_json, stdout)
+
+
+def _show(
+    result: dict[str, Any],
+    modifiers: Sequence["AbsorptionAllocationModifier"],
+    as_json: bool,
+    file: TextIO,
+) -> None:
+    """What was saved, and what a quality that was asked for came to."""
+    from absorb_plugin.report.words import quality_found, quality_sentence
+
+    line = (
+        "Saved to {out}: {sparsity:.4f} of the Linear weights are zero "
+        "({samples} x {seq_len} tokens, {seconds} s)"
+    )
+    profiles = [one for modifier in modifiers for one in modifier.profiles()]
+    qualities = [found for one in profiles if (found := quality_found(one))]
+    if qualities:
+        result["quality"] = qualities
+        line = "\n".join([line, *filter(None, map(quality_sentence, profiles))])
+    show(file, result, as_json, line)
 
 
 def _read_recipe(recipe: Path | None, given: dict[str, Any]) -> "Recipe | None":
