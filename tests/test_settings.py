@@ -213,5 +213,6 @@ def test_yes_is_no_number(field: str) -> None:
 
 
 def test_yes_is_no_bound() -> None:
-    with pytest.raises(ValidationError, match=r"limits.*down_proj.*\n.*True is no number"):
+    told = r"limits.*down_proj.*\n.*True is no number"
+    with pytest.raises(ValidationError, match=told):
         AllocationSettings(limits={"re:.*down_proj": [0, True]})
