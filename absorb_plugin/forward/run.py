@@ -259,7 +259,8 @@ def _fitting(
             part = samples
             if parts is not None:
                 part = need.part(samples, tokens, memory)
-                parts.size = min(parts.size or part, part)
+                if part < samples:  # not of batches that are small by themselves
+                    parts.size = min(parts.size or part, part)
             most = need.whole(samples, tokens, part)
             if most > memory:
                 _warn_of_memory(memory, most, need.fixed, samples, tokens)

@@ -67,6 +67,16 @@ def test_in_parts_one_visit_for_many_samples(architecture: str) -> None:
         torch.testing.assert_close(again.result()[name], total, rtol=1e-4, atol=1e-6)
 
 
+def test_a_small_batch_does_not_cut_the_others(llama: PreTrainedModel) -> None:
+    blocks, probe, sizes = find_blocks(llama), InputStatistics(find_blocks(llama)), []
+    linear = first_linears(blocks)[blocks.blocks[0].name]
+    hook = linear.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    batches = [tiny.make_batch(5), tiny.make_batch(1)]
+    run_probes(llama, blocks, batches, [probe], memory=2**30, in_parts=True)
+    hook.remove()
+    assert sizes == [5, 1]
+
+
 def test_experts_without_tokens_have_none() -> None:
     model = tiny.make_model("qwen3_moe")
     blocks, probe = find_blocks(model), InputStatistics(find_blocks(model))
