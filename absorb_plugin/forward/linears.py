@@ -49,10 +49,8 @@ def watched_inputs(
     with ExitStack() as stack:
         for name, linear in linears.items():
             hook = partial(_note_input, name, note)
-            # in one line: between two lines an interrupt may come
-            stack.callback(
-                linear.register_forward_pre_hook(hook, with_kwargs=True).remove
-            )
+            watch = partial(linear.register_forward_pre_hook, hook, with_kwargs=True)
+            stack.callback(watch().remove)  # in one line: an interrupt may come between
         yield
 
 
