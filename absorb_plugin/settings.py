@@ -85,6 +85,7 @@ def _refuse_truth(value: Any) -> Any:
 
 NO_TRUTH = BeforeValidator(_refuse_truth)
 Number = Annotated[float, NO_TRUTH]
+Increase = Annotated[float, Field(gt=0, allow_inf_nan=False), NO_TRUTH]
 Count = Annotated[int, Field(ge=1), NO_TRUTH]
 Strength = Annotated[float, Field(ge=-1, le=1)] | Literal["auto"]
 Memory = Annotated[int, Field(gt=0)] | Literal["auto"]
@@ -102,7 +103,7 @@ class AllocationSettings(BaseModel):
     signal: str = "auto"
     signal_args: dict[str, Any] = Field(default_factory=dict)
     strength: Annotated[Strength, NO_TRUTH] = "auto"
-    max_loss_increase: Number | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_loss_increase: Increase | None = None
     effort: EffortName = "standard"
     rounds: Count | None = None
     descents: Count | None = None

@@ -531,7 +531,7 @@ DAMAGED: dict[str, tuple[str, str]] = {
     "latin-1": ("a: caf\xe9", "recipe.yaml is no recipe of llm-compressor: 'utf-8'"),
     "sparsity": (WANDA + "{sparsity: hello}", "WandaPruningModifier: sparsity='hello'"),
     "no sparsity": (WANDA + "{sparsity: null}", "sparsity=None is no number"),
-    "regex": (WANDA + "{sparsity: 0.5, targets: ['re:*x']}", "targets: 're:*x' is no"),
+    "regex": (WANDA + "{sparsity: 0.5, targets: ['re:*x']}", "targets holds 're:*x'"),
     "targets": (WANDA + "{sparsity: 0.5, targets: [1]}", "targets=[1] is no list"),
     "mask": (WANDA + "{sparsity: 0.5, mask_structure: x}", "mask_structure='x'"),
 }
