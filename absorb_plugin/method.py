@@ -216,15 +216,19 @@ class Method:
             times=self._effort.descents,
         )
 
-    def found(self, base: Base, budget: Budget, near: np.ndarray | None) -> np.ndarray:
+    def found(
+        self, budget: Budget, near: np.ndarray | None, base: Base | None = None
+    ) -> np.ndarray:
         """
         What the search finds.
 
         :param near: the allocation of another budget, from which a few short steps are
             enough; None if there is none
+        :param base: of the budget, where it is known; else it is made if it is needed
         """
         if near is None:
-            return self.search(base, budget).sparsity
+            start = self.base(budget) if base is None else base
+            return self.search(start, budget).sparsity
         last = self._stages()[-1]
         found = refined(budget.meet(near), budget, last, self.context.groups)
         return budget.whole(found)
@@ -240,8 +244,7 @@ class Method:
         dense, tokens = dense_loss(self.context)
 
         def at(sparsity: float, near: np.ndarray | None) -> np.ndarray:
-            there = budget.at(sparsity)
-            return self.found(self.base(there), there, near)
+            return self.found(budget.at(sparsity), near)
 
         known: dict[bytes, tuple[float, float]] = {}
 

@@ -106,7 +106,7 @@ def measure_curve(
             for sparsity in tqdm(order, desc="Sparsities", disable=hidden):
                 budget = budgets[sparsity]
                 base = method.base(budget)
-                found = method.found(base, budget, _near(ours, sparsity))
+                found = method.found(budget, _near(ours, sparsity), base)
                 taken = confirm(found, base.sparsity, budget, judge)
                 ours[sparsity] = taken.sparsity
                 names = ("uniform", "base", taken.chosen)

@@ -8,7 +8,6 @@ pruner's statistics lie.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from compressed_tensors.distributed import greedy_bin_packing
@@ -59,7 +58,7 @@ def reduce_statistics(modifier: SparsityModifierBase, attribute: str) -> None:
         else:
             _compress_together(modifier, attribute, original)
 
-    wrap(modifier, "compress_modules", lambda original: partial(compress, original))
+    wrap(modifier, "compress_modules", compress)
 
 
 def _refused(modifier: SparsityModifierBase, attribute: str) -> bool:

@@ -4,7 +4,7 @@ They are compared with what is there at the end, whatever the modifiers are.
 """
 
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,8 +40,7 @@ class PrunedZeros:
     def watch(self) -> None:
         """Until `unwrap` note what `compress_modules` of the modifier makes zero."""
         if _others():
-            compress = partial(partial, self._compress)
-            wrap(self._adapter.modifier, "compress_modules", compress)
+            wrap(self._adapter.modifier, "compress_modules", self._compress)
 
     def lost(self) -> float | None:
         """Share of the zeros that are none any more; None if none were noted."""
@@ -99,20 +98,14 @@ def at_the_end(modifier: Modifier, call: Callable[[], None]) -> None:
     if last is modifier:
         call()
         return
-    wrap(last, "finalize", lambda original: partial(_then, call, last, original))
 
+    def finalize(original: Callable[..., object], *args: Any, **kwargs: Any) -> object:
+        unwrap(last, "finalize")
+        done = original(*args, **kwargs)
+        call()
+        return done
 
-def _then(
-    call: Callable[[], None],
-    last: Modifier,
-    original: Callable[..., object],
-    *args: object,
-    **kwargs: object,
-) -> object:
-    unwrap(last, "finalize")
-    done = original(*args, **kwargs)
-    call()
-    return done
+    wrap(last, "finalize", finalize)
 
 
 def _others() -> list[str]:

@@ -172,8 +172,8 @@ def test_what_prune_would_fall_back_to(
         sums = [np.full(4, 3 - side * (0.5 - one[0])) for one in candidates]
         return np.stack(sums), np.ones(4)
 
-    def found(self: Method, base: Base, budget: Budget, near: object) -> np.ndarray:
-        first = np.arange(len(base.sparsity)) == 0
+    def found(self: Method, budget: Budget, *_: object) -> np.ndarray:
+        first = np.arange(len(budget.sizes)) == 0
         return budget.meet(budget.uniform() - 0.1 * first)
 
     monkeypatch.setattr(curve, "pruned_loss", judged)

@@ -82,7 +82,7 @@ def test_what_the_names_hold_is_checked_too(
     reduce_statistics(modifier, attribute_of(modifier))
     assert "compress_modules" in modifier.__dict__ and not warnings
     noted: list[None] = []  # as zeros are
-    wrap(modifier, "compress_modules", lambda prune: lambda: noted.append(prune()))
+    wrap(modifier, "compress_modules", lambda prune: noted.append(prune()))
     if change == "count":  # as GPTQ keeps it, which reduces by itself
         modifier._num_samples[linear] = torch.tensor(2)
     elif change == "statistic":
