@@ -226,15 +226,23 @@ def test_a_base_that_nothing_beat_is_compared_with_uniform(
     assert np.ptp(found.sparsity) < 1e-6 < np.ptp(found.base.sparsity)
 
 
+@pytest.mark.parametrize("own", [0.0, 0.05])
 def test_as_many_weights_go_as_the_budget_says(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    own: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Though Wanda takes int(columns * s) of every row, half a weight too few."""
+    """
+    Though Wanda takes int(columns * s) of every row, half a weight too few.
+
+    :param own: share of zeros that the model has before
+    """
     monkeypatch.setattr("absorb_plugin.search.line_search.gain", lambda *a: (1.0, 0.0))
     model = tiny.make_model("llama")
+    weights = [linear.weight for linear in find_blocks(model).linears().values()]
+    generator = torch.Generator().manual_seed(0)
+    for weight in weights:
+        weight.data[torch.rand(weight.shape, generator=generator) < own] = 0
     ours = runs.absorption(strength="auto", confirm_samples=0)
     runs.run(model, [ours, runs.pruner(sparsity=0.5)], tmp_path)
-    weights = [linear.weight for linear in find_blocks(model).linears().values()]
     zeros = sum(int((weight == 0).sum()) for weight in weights)
     share = zeros / sum(weight.numel() for weight in weights)
     # the rows of one Linear are as many as 48 * 32 of 21,504 weights

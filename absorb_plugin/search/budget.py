@@ -111,14 +111,15 @@ class Budget:
         """
         An allocation that meets the budget, changed so that what whole weights of a row
         make of it does as well (`search.rows`). Itself, where that misses by no more
-        than NEAR, or zeros are there that count.
+        than NEAR.
         """
         rows = self.rows
-        if rows is None or self.present is not None:
+        if rows is None:
             return allocation
-        if abs(self.mean(rows.taken(allocation)) - self.sparsity) <= NEAR:
+        if abs(self.achieved(rows.taken(allocation)) - self.sparsity) <= NEAR:
             return allocation
-        return self.meet(rows.rounded(allocation, self.sizes, self.low, self.high))
+        low, high, final = self.low, self.high, self._final
+        return self.meet(rows.rounded(allocation, self.sizes, low, high, final))
 
     def uniform(self) -> np.ndarray:
         """S for every Linear, as far as the bounds let it."""
@@ -130,8 +131,11 @@ class Budget:
 
     def achieved(self, sparsities: np.ndarray) -> float:
         """Share of all weights that are zero in the end."""
-        present = self.present
-        return self.mean(sparsities if present is None else present.final(sparsities))
+        return self.mean(self._final(sparsities))
+
+    def _final(self, sparsities: np.ndarray) -> np.ndarray:
+        """The same of every Linear."""
+        return sparsities if self.present is None else self.present.final(sparsities)
 
     def mean(self, sparsities: np.ndarray) -> float:
         """Mean over all weights of one number per Linear."""

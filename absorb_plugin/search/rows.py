@@ -3,6 +3,7 @@ Whole weights of a row. A pruner that takes so many weights of every row, int(co
 s), loses half a weight of each on average, which is nearly 1 % of a row of 64.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +38,7 @@ class Rows:
         sizes: np.ndarray,
         low: np.ndarray,
         high: np.ndarray,
+        final: Callable[[np.ndarray], np.ndarray],
     ) -> np.ndarray:
         """
         To whole weights, up or down, so that of all weights nearly as many go: up where
@@ -46,6 +48,7 @@ class Rows:
         :param sizes: numbers of weights, shape (N,)
         :param low: least sparsities, shape (N,)
         :param high: largest sparsities, shape (N,)
+        :param final: shares of zeros in the end of sparsities, both of shape (N,)
         :return: in all at most what `allocation` is, and less by no more than a weight
             of the rows of one group, unless no group may go higher
         """
@@ -53,7 +56,8 @@ class Rows:
         counts = np.floor(exact + ROUNDING)
         found = np.clip(counts / self.columns, low, high)
         over = exact - counts
-        missing = float(sizes @ (allocation - found)) - SHORT * float(sizes.sum())
+        missing = float(sizes @ (final(allocation) - final(found)))
+        missing -= SHORT * float(sizes.sum())
         _, first = np.unique(self.groups, return_index=True)
         order = sorted(first, key=lambda i: (-over[i], i))
         # what the bounds take from some goes to others, by more than a weight of these
@@ -61,10 +65,11 @@ class Rows:
         waiting = [index for index in order if over[index] > ROUNDING]
         while waiting:
             raised = False
+            more = (np.floor(self.columns * found + ROUNDING) + 1) / self.columns
+            weights = sizes * (final(more) - final(found))
             for index in waiting:
                 own = self.groups == self.groups[index]
-                more = (np.floor(self.columns * found + ROUNDING) + 1) / self.columns
-                taken = float(sizes[own] @ (more - found)[own])
+                taken = float(weights[own].sum())
                 if not (more <= high)[own].all():
                     cut_off = True
                 elif taken <= missing:
