@@ -134,7 +134,7 @@ READOUT = '<p class="readout">Point at a cell, or tap it, for its numbers.</p>'
 USES = {
     "statistics": "statistics of the inputs, for allocator and pruner",
     "signal": "direction of the correction",
-    "search": "choice of the strength",
+    "search": "where to start, and how far to go",
     "pruning": "what the pruner's arithmetic prunes by",
     "confirm": "last comparison, by the pruner's arithmetic",
 }
