@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -240,7 +240,7 @@ def _blocks(
     inside = {module for block in stack for module in block.modules()}
     # the embedding's, or the head's
     counts.update(
-        id(parameter)
+        _place(parameter)
         for module in names
         if module not in inside
         for parameter in stored(module._parameters).values()
@@ -290,9 +290,16 @@ def _has_own_weight(linear: torch.nn.Linear) -> bool:
     return "weight" in stored(linear._parameters)
 
 
-def _weight(linear: torch.nn.Linear) -> int:
+def _weight(linear: torch.nn.Linear) -> Hashable:
     """Tells weights apart without reading them, which may onload."""
-    return id(stored(linear._parameters)["weight"])
+    return _place(stored(linear._parameters)["weight"])
+
+
+def _place(parameter: torch.Tensor | None) -> Hashable:
+    """Where the numbers lie, which parameters may share; itself where nobody knows."""
+    if parameter is None or parameter.device.type == "meta":
+        return id(parameter)
+    return (parameter.device, parameter.data_ptr() or id(parameter))
 
 
 def _routers(block: torch.nn.Module) -> list[str]:

@@ -13,6 +13,7 @@ __all__ = [
     "REMEDY",
     "WITHOUT_FORWARD",
     "check_ids",
+    "check_largest_id",
     "check_predicts_tokens",
     "forward_inputs",
     "language_model",
@@ -88,14 +89,18 @@ def check_predicts_tokens(model: Module) -> None:
 
 def check_ids(model: Module, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
     """:raises ValueError: if a token id is beyond the model's embeddings"""
+    check_largest_id(model, max(int(batch["input_ids"].max()) for batch in batches))
+
+
+def check_largest_id(model: Module, largest: int) -> None:
+    """:raises ValueError: if that token id is beyond the model's embeddings"""
     embeddings = language_model(model).get_input_embeddings()
     known = getattr(embeddings, "num_embeddings", None)
-    largest = max(int(batch["input_ids"].max()) for batch in batches)
     if known is not None and largest >= known:
         raise ValueError(
-            f"input_ids of the calibration batches hold {largest}, and the model knows "
-            f"{known} tokens: use the model's own tokenizer. Where it has new tokens "
-            "call model.resize_token_embeddings(len(tokenizer))"
+            f"input_ids hold {largest}, and the model knows {known} tokens: use the "
+            "model's own tokenizer. Where it has new tokens call "
+            "model.resize_token_embeddings(len(tokenizer))"
         )
 
 

@@ -107,15 +107,27 @@ def test_a_block_without_linears_is_not_prunable(llama: PreTrainedModel) -> None
     assert len(found) == 3 and found.prunable == [0, 2]
 
 
+@pytest.mark.parametrize("shared", ["parameter", "numbers"])
 def test_a_weight_of_two_linears_is_nobodys(
-    llama: PreTrainedModel, warnings: list[str]
+    shared: str, llama: PreTrainedModel, warnings: list[str]
 ) -> None:
     attention = llama.model.layers[1].self_attn
-    attention.v_proj.weight = attention.k_proj.weight
+    weight = attention.k_proj.weight
+    if shared == "numbers":
+        weight = torch.nn.Parameter(weight.data)
+    attention.v_proj.weight = weight
     names = find_blocks(llama).linears()
     assert len(names) == 19
     assert not [n for n in names if n.startswith("model.layers.1.") and "k_p" in n]
     assert any("2 Linears share their weight with another" in one for one in warnings)
+
+
+def test_parts_of_one_tensor_are_weights_of_their_own(llama: PreTrainedModel) -> None:
+    attention = llama.model.layers[1].self_attn
+    both = torch.cat([attention.k_proj.weight.data, attention.v_proj.weight.data])
+    for linear, part in zip((attention.k_proj, attention.v_proj), both.chunk(2)):
+        linear.weight = torch.nn.Parameter(part)
+    assert len(find_blocks(llama).linears()) == 21
 
 
 @pytest.mark.parametrize("outside", ["lm_head", "embed_tokens"])

@@ -308,6 +308,16 @@ def test_what_is_no_chain_is_refused(oddity: str, case: str) -> None:
     assert len(sparsities(model, strength=0)) == 18
 
 
+@pytest.mark.parametrize("case", [*RUNS, "base"])
+def test_a_block_in_two_places_is_refused(case: str) -> None:
+    model = tiny.make_model("llama")
+    model.model.layers[2] = model.model.layers[0]
+    fields = RUNS.get(case, {"strength": 0, "allocator": "owl"})
+    with pytest.raises(ValueError, match="block 2 is block 0 once more.*strength: 0"):
+        sparsities(model, **fields)
+    assert len(sparsities(model, strength=0, allocator="alpha_pruning")) == 7
+
+
 def test_a_head_that_fails_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
         raise AttributeError("'NoneType' object has no attribute 'detach'")

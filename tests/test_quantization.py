@@ -217,6 +217,18 @@ def test_a_rotation_before_us_replays(tmp_path: Path) -> None:
     tiny.assert_same(again.state_dict(), pruned.state_dict())
 
 
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_bound_on_the_loss_knows_nothing_of_quantisation(
+    quantized: bool, tmp_path: Path, warnings: list[str]
+) -> None:
+    ours = runs.absorption(max_loss_increase=9.0, strength="auto", effort="quick")
+    recipe = [ours, runs.pruner(sparsity=0.3), *[quantizer("W8A8")] * quantized]
+    runs.run(make_model(), recipe, tmp_path, dataset=tiny.make_dataset(16), samples=16)
+    told = [line for line in warnings if "bounds what pruning costs" in line]
+    assert len(told) == quantized
+    assert all("QuantizationModifier costs more beside it" in line for line in told)
+
+
 class Locked(Modifier):
     """Of somebody else, with a field that no YAML can hold."""
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from absorb_plugin.compressed import dense_weight
+from absorb_plugin.language_model import check_largest_id
 from absorb_plugin.overflow import exp
 
 __all__ = [
@@ -44,8 +45,11 @@ def perplexity(
     :param progress: show a bar on stderr
     :return: (perplexity, number of predicted tokens); infinite where it is beyond the
         largest float
-    :raises ValueError: if there is nothing to predict or the logits are not finite
+    :raises ValueError: if there is nothing to predict, the model does not know a
+        token, or the logits are not finite
     """
+    largest = max((max(window, default=0) for window in windows), default=0)
+    check_largest_id(model, largest)
     device = input_device(model)
     was_training = model.training
     model.eval()

@@ -31,6 +31,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from absorb_plugin.evaluation.perplexity import ROWS, input_device
 from absorb_plugin.evaluation.text import Tokenizer, prefix_ids
 from absorb_plugin.files import check_letters, json_object
+from absorb_plugin.language_model import check_largest_id
 from absorb_plugin.search.standard_error import standard_error
 
 __all__ = [
@@ -386,7 +387,9 @@ def loglikelihoods(
 
     :param description: of a progress bar on stderr; None for no bar
     :return: one score per request, in their order
+    :raises ValueError: if the model does not know a token
     """
+    check_largest_id(model, max((max(one.tokens) for one in requests), default=0))
     # Choices of one token behind one context are one sequence, which is run once.
     readers: dict[tuple[int, ...], list[int]] = {}
     for index, request in enumerate(requests):

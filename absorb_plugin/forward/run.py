@@ -83,11 +83,13 @@ def run_probes(
     :param joined: whether ranks in step onload their rows alone of the blocks' own
         weights, and put them together
     :param description: label of the progress bar
+    :raises ValueError: if a block stands in two places
     :raises torch.OutOfMemoryError: if not even one sample fits the device
     :raises NonFiniteHiddenState: naming the first block with NaN or infinity, unless a
         probe runs pruned weights that may overflow
     """
     model = language_model(model)
+    _check_run_once(blocks)
     head = OutputHead(model, blocks.modules)
     with ExitStack() as stack:
         stack.enter_context(calibrating(model))
@@ -107,6 +109,19 @@ def run_probes(
         by_part = parts if in_parts or not divisible else None
         batches = [*_fitting(batches, need, memory, by_part, divisible)]
         _run_all(model, batches, hooks, description, every, by_part, divisible)
+
+
+def _check_run_once(blocks: BlockMap) -> None:
+    """Where a block stands in two places nothing tells one call from the other."""
+    seen: dict[Module, int] = {}
+    for index, block in enumerate(blocks.blocks):
+        if (first := seen.setdefault(block.module, index)) != index:
+            raise ValueError(
+                f"model: block {index} is block {first} once more ({block.name}), and "
+                "what each of the two does cannot be measured. `strength: 0` works, "
+                "with an allocator that needs no activations: alpha_pruning, atp or "
+                "uniform"
+            )
 
 
 @dataclass(frozen=True)

@@ -161,6 +161,13 @@ def check_aim(pruners: Sequence[PrunerAdapter]) -> None:
             f"has {' and '.join(names)}: what they cost together is judged by nobody. "
             "Use one for all targets, or give each a sparsity instead"
         )
+    for modifier in recipe:
+        if hasattr(modifier, "resolve_quantization_config"):
+            logger.warning(
+                "max_loss_increase bounds what pruning costs, and "
+                f"{type(modifier).__name__} costs more beside it, which nobody judges "
+                "here: `absorb eval` tells what both cost"
+            )
     for found in pruners:
         if found.named:
             raise ValueError(

@@ -102,7 +102,8 @@ def quality_sentence(profile: Mapping[str, Any]) -> str:
         cost = f"{plus_minus(increase, error)} {unit}"
     else:
         cost = f"{increase:.3f} {unit}, by the allocation that the last comparison took"
-    return f"Sparsity {found['sparsity']:.1%} was found. It costs {cost}; {bound}."
+    sparsity = f"Sparsity {found['sparsity']:.1%}"
+    return f"{sparsity} was found. Pruning to it costs {cost}; {bound}."
 
 
 def quality_found(profile: Mapping[str, Any]) -> dict[str, float | None] | None:

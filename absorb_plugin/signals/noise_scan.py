@@ -19,7 +19,7 @@ from absorb_plugin.devices import computing_on_one_device, dtype_of
 from absorb_plugin.files import json_numbers
 from absorb_plugin.forward.memory import limit_by_machine
 from absorb_plugin.forward.run import run_probes
-from absorb_plugin.language_model import language_model
+from absorb_plugin.language_model import check_ids, language_model
 from absorb_plugin.signals.noise import NoiseProbe, NoiseProfile
 from absorb_plugin.torch_state import plain_torch
 
@@ -75,6 +75,7 @@ def scan_noise(
     """
     blocks = find_blocks(model)
     batches = join_samples(samples_of(samples))
+    check_ids(model, batches)
     probes = [
         NoiseProbe(blocks.prunable, len(blocks), eta, seed, sink_tokens, noise_dtype)
         for eta in magnitudes

@@ -259,7 +259,7 @@ def test_a_quality_is_a_recipe(prune, tmp_path):
     modifiers = made["prune_stage"]["prune_modifiers"]
     assert modifiers["AbsorptionAllocationModifier"]["max_loss_increase"] == 2.0
     assert modifiers["WandaPruningModifier"]["sparsity"] == 0.9
-    assert "was found. It costs" in result.stdout
+    assert "was found. Pruning to it costs" in result.stdout
     assert "max_loss_increase is 2" in result.stdout
 
 

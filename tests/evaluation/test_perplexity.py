@@ -3,12 +3,15 @@ import math
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus
+from datasets import Dataset
 from helpers import tiny
 from helpers.words import make_model
 
 import absorb_plugin.evaluation.perplexity as evaluation
 from absorb_plugin._llmcompressor import linearize_moe
 from absorb_plugin.evaluation.perplexity import linear_sparsity, perplexity
+from absorb_plugin.evaluation.tasks import Request, loglikelihoods
+from absorb_plugin.signals.noise_scan import scan_noise
 
 
 @pytest.fixture
@@ -75,6 +78,24 @@ def test_a_loss_whose_exponential_overflows(windows):
 def test_nothing_to_predict(nothing):
     with pytest.raises(ValueError, match="no token to predict"):
         perplexity(make_model(), nothing, progress=False)
+
+
+ASKED = {
+    "perplexity": lambda model: perplexity(model, [[1, 2, 3], [4, 1000]]),
+    "tasks": lambda model: loglikelihoods(model, [Request((4, 1000), 1)]),
+    "noise": lambda model: scan_noise(
+        model, Dataset.from_dict({"input_ids": [[4, 1000]]}), [0.1]
+    ),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_ids_that_the_model_does_not_know(asked):
+    model = tiny.make_model("llama")
+    told = pytest.raises(ValueError, match="input_ids.*1000.*64.*tokenizer")
+    with tiny.counted({"model": model}) as forwards, told:
+        ASKED[asked](model)
+    assert forwards == {"model": 0}
 
 
 def test_linear_sparsity_leaves_out_the_head():

@@ -174,22 +174,22 @@ def test_a_gain_whose_exponential_overflows() -> None:
 def test_a_quality_that_was_asked_for() -> None:
     text = parse(render(make_profile(quality=make_quality()))).text
     assert (
-        "Sparsity 50.0% was found. It costs 0.080 ± 0.008 nats per token over the "
-        "dense model; max_loss_increase is 0.1." in text
+        "Sparsity 50.0% was found. Pruning to it costs 0.080 ± 0.008 nats per token "
+        "over the dense model; max_loss_increase is 0.1." in text
     )
     confirmed = make_confirmed("base", base=4.21)  # searched: 4.25
     other = make_profile(quality=make_quality(), confirmed=confirmed)
     assert (
-        "Sparsity 50.0% was found. It costs 0.040 nats per token over the dense model, "
-        "by the allocation that the last comparison took; max_loss" in render(other)
-    )
+        "Sparsity 50.0% was found. Pruning to it costs 0.040 nats per token over the "
+        "dense model, by the allocation that the last comparison took; max_loss"
+    ) in render(other)
     found = make_quality()
     for point in found["curve"]:
         point["allocation"] = "base"
     known = make_profile(quality=found, confirmed=confirmed)
-    assert "It costs 0.080 ± 0.008 nats" in render(known)
+    assert "Pruning to it costs 0.080 ± 0.008 nats" in render(known)
     same = make_profile(quality=make_quality(), confirmed=make_confirmed())
-    assert "It costs 0.080 ± 0.008 nats" in render(same)
+    assert "Pruning to it costs 0.080 ± 0.008 nats" in render(same)
     between = make_profile(quality=make_quality(found=0.52))
     assert "Sparsity 52.0% was found: max_loss_increase is 0.1." in render(between)
 

@@ -202,7 +202,7 @@ def test_a_bound_on_the_loss_is_reported(
     assert {block["direction"] for block in profile["blocks"]} == {None}
     assert {"pruning", "confirm"} <= {entry["use"] for entry in profile["samples"]}
     page = (tmp_path / "report.html").read_text()
-    assert "Sparsity 40.0% was found. It costs" in page
+    assert "Sparsity 40.0% was found. Pruning to it costs" in page
 
 
 @pytest.mark.parametrize("kind", ["wanda", "sparsegpt"])
