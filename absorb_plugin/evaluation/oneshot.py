@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, set_seed
 import absorb_plugin  # registers the modifier that a recipe may name
 from absorb_plugin.files import check_writable
 from absorb_plugin.mistakes import check_patterns, in_words
+from absorb_plugin.other_modifiers import quantizes
 from absorb_plugin.pruners.experts import check_packing, name_as_stored
 from absorb_plugin.settings import expanded
 
@@ -84,9 +85,7 @@ def parse_recipe(text: str) -> Recipe:
 def least_bits(recipe: Recipe) -> int | None:
     """The fewest bits that it quantises weights to; None if it quantises none."""
     bits = []
-    for modifier in recipe.modifiers:
-        if not hasattr(modifier, "resolve_quantization_config"):
-            continue
+    for modifier in filter(quantizes, recipe.modifiers):
         # of a copy: llm-compressor fills in what it finds
         found = modifier.model_copy(deep=True).resolve_quantization_config()
         weights = [group.weights for group in found.config_groups.values()]

@@ -26,7 +26,12 @@ from torch.nn import Linear
 from absorb_plugin.blocks import MUCH, BlockMap, linear_parameters
 from absorb_plugin.language_model import language_model
 from absorb_plugin.mistakes import check_patterns
-from absorb_plugin.other_modifiers import DESTROYS_ZEROS, REMOVES_LINEARS, ROTATE
+from absorb_plugin.other_modifiers import (
+    DESTROYS_ZEROS,
+    REMOVES_LINEARS,
+    ROTATE,
+    quantizes,
+)
 from absorb_plugin.pruners import Pruner, pruner_class
 from absorb_plugin.pruners.recipe import modifiers_before
 from absorb_plugin.search.budget import check_budget
@@ -161,13 +166,6 @@ def check_aim(pruners: Sequence[PrunerAdapter]) -> None:
             f"has {' and '.join(names)}: what they cost together is judged by nobody. "
             "Use one for all targets, or give each a sparsity instead"
         )
-    for modifier in recipe:
-        if hasattr(modifier, "resolve_quantization_config"):
-            logger.warning(
-                "max_loss_increase bounds what pruning costs, and "
-                f"{type(modifier).__name__} costs more beside it, which nobody judges "
-                "here: `absorb eval` tells what both cost"
-            )
     for found in pruners:
         if found.named:
             raise ValueError(
@@ -175,6 +173,12 @@ def check_aim(pruners: Sequence[PrunerAdapter]) -> None:
                 "name, which lies outside the blocks and would be pruned to the upper "
                 f"bound, {found.sparsity}, without being judged. Name it in `ignore`"
             )
+    for modifier in filter(quantizes, recipe):
+        logger.warning(
+            "max_loss_increase bounds what pruning costs, and "
+            f"{type(modifier).__name__} costs more beside it, which nobody judges "
+            "here: `absorb eval` tells what both cost"
+        )
 
 
 @cache
