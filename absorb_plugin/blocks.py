@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -244,6 +244,7 @@ def _blocks(
         for module in names
         if module not in inside
         for parameter in stored(module._parameters).values()
+        if parameter is not None
     )
     blocks, shared = [], set()
     for block in stack:
@@ -290,16 +291,14 @@ def _has_own_weight(linear: torch.nn.Linear) -> bool:
     return "weight" in stored(linear._parameters)
 
 
-def _weight(linear: torch.nn.Linear) -> Hashable:
+def _weight(linear: torch.nn.Linear) -> tuple[int, int]:
     """Tells weights apart without reading them, which may onload."""
     return _place(stored(linear._parameters)["weight"])
 
 
-def _place(parameter: torch.Tensor | None) -> Hashable:
-    """Where the numbers lie, which parameters may share; itself where nobody knows."""
-    if parameter is None or parameter.device.type == "meta":
-        return id(parameter)
-    return (parameter.device, parameter.data_ptr() or id(parameter))
+def _place(parameter: torch.Tensor) -> tuple[int, int]:
+    """Where its numbers lie, which parameters may share; they are not read."""
+    return parameter.untyped_storage()._cdata, int(parameter.storage_offset())
 
 
 def _routers(block: torch.nn.Module) -> list[str]:
