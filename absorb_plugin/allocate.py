@@ -19,6 +19,7 @@ from absorb_plugin.measuring import report_noise
 from absorb_plugin.method import Method
 from absorb_plugin.pruners import Pruner
 from absorb_plugin.pruners.present import ModelZeros
+from absorb_plugin.pruners.quantization import QuantizedLinears
 from absorb_plugin.settings import AllocationSettings
 from absorb_plugin.signals.noise import Noise
 from absorb_plugin.torch_state import plain_torch
@@ -35,6 +36,7 @@ def allocate(
     sparsity: float,
     pruner: Pruner,
     settings: AllocationSettings,
+    quantized: QuantizedLinears | None = None,
 ) -> Allocation:
     """
     :param model: the dense model, wrapped or not; its weights are not touched
@@ -43,6 +45,7 @@ def allocate(
     :param sparsity: the budget S, or the largest one where a loss is the aim
     :param pruner: that will prune
     :param settings: the recipe's fields
+    :param quantized: what Linears are quantised to afterwards, where a loss is the aim
     """
     check_ids(model, batches)
     cap = budget_of(blocks, sparsity, settings, pruner)
@@ -53,7 +56,9 @@ def allocate(
         )
     zeros = ModelZeros.of(blocks, pruner)
     zeros.within(cap, warn=True)  # more than the budget are told of at once
-    method = Method(model, blocks, batches, pruner=pruner, settings=settings)
+    method = Method(
+        model, blocks, batches, pruner=pruner, settings=settings, quantized=quantized
+    )
     budget = method.zeros(zeros).within(cap)
     search, confirmed, quality, direction = None, None, None, None
     with method.context.runner.kept_onloaded():

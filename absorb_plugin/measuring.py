@@ -10,6 +10,7 @@ from absorb_plugin import distributed
 from absorb_plugin.calibration import cut_tokens
 from absorb_plugin.judges import MaskedLoss, PrunedLoss
 from absorb_plugin.pruners.masks import MaskedWeights
+from absorb_plugin.pruners.quantization import QuantizedLinears
 from absorb_plugin.search.descent import Slopes, Stage
 from absorb_plugin.search.line_search import Losses
 from absorb_plugin.settings import AllocationSettings
@@ -58,8 +59,16 @@ def masked_loss(context: Context, candidates: Sequence[np.ndarray]) -> Losses:
     return _judged(context, "Held-out loss", context.samples.search, probe)
 
 
-def pruned_loss(context: Context, candidates: Sequence[np.ndarray]) -> Losses:
-    """Losses by the pruner's arithmetic on samples that chose nothing."""
+def pruned_loss(
+    context: Context,
+    candidates: Sequence[np.ndarray],
+    quantized: QuantizedLinears | None = None,
+) -> Losses:
+    """
+    Losses by the pruner's arithmetic on samples that chose nothing.
+
+    :param quantized: what is quantised afterwards, and judged with it
+    """
     candidates, samples = distributed.from_first(candidates), context.samples
     pruning, judged = samples.pruning, [*samples.pruning, *samples.confirm]
     probe = PrunedLoss(
@@ -68,6 +77,7 @@ def pruned_loss(context: Context, candidates: Sequence[np.ndarray]) -> Losses:
         candidates,
         len(pruning),
         together=context.pruner.hessians,
+        quantized=quantized,
     )
     # the ranks take the same steps, and the room of each is its own
     if not all(distributed.gather(context.runner.has_room(probe.needs, judged))):

@@ -37,6 +37,7 @@ from absorb_plugin.measuring import (
 )
 from absorb_plugin.pruners import Pruner
 from absorb_plugin.pruners.present import ModelZeros
+from absorb_plugin.pruners.quantization import QuantizedLinears
 from absorb_plugin.sample_split import SampleSplit, SampleUse
 from absorb_plugin.search.budget import Budget
 from absorb_plugin.search.confirm import Confirmed, confirm
@@ -49,7 +50,7 @@ from absorb_plugin.search.line_search import (
     gain,
     line_search,
 )
-from absorb_plugin.search.quality import Quality, largest_budget
+from absorb_plugin.search.quality import Quality, QuantizationCost, largest_budget
 from absorb_plugin.settings import AllocationSettings
 from absorb_plugin.signals import Context
 from absorb_plugin.torch_state import check_differentiable
@@ -72,8 +73,10 @@ class Method:
         *,
         pruner: Pruner,
         settings: AllocationSettings,
+        quantized: QuantizedLinears | None = None,
     ) -> None:
         self.settings = settings
+        self._quantized = quantized
         self.signal = choose_signal(settings, blocks, pruner)
         self._effort = settings.measuring()
         judged = settings.strength == "auto"
@@ -181,8 +184,8 @@ class Method:
         :param search: that found `final`; None where a bound on the loss did, and
             base and uniform have been asked
         """
-        judge = partial(pruned_loss, self.context)
         settled = search is None
+        judge = partial(pruned_loss, self.context, quantized=self._quantized)
         first = confirm(final, base.sparsity, budget, judge, settled)
         agreed = search is None or first.start in (None, search.start)
         if agreed or self.signal.once:
@@ -251,19 +254,23 @@ class Method:
         def increase(allocation: np.ndarray) -> tuple[float, float]:
             if (told := known.get(allocation.tobytes())) is not None:
                 return told
-            sums, _ = pruned_loss(self.context, [allocation])
+            sums, _ = pruned_loss(self.context, [allocation], self._quantized)
             found, error = gain(sums[0], dense[0], tokens)
+            costs = "costs" if self._quantized is None else "and quantising cost"
             logger.info(
-                f"Sparsity {budget.achieved(allocation):.4f} costs {found:.4f} ± "
+                f"Sparsity {budget.achieved(allocation):.4f} {costs} {found:.4f} ± "
                 f"{error:.4f} nats per token; max_loss_increase is {bound:g}"
             )
             return known.setdefault(allocation.tobytes(), (found, error))
+
+        quantization = self._quantization_cost(budget, increase, bound)
+        beside = 0.0 if quantization is None else quantization.increase
 
         def scan(sparsities: Sequence[float]) -> list[float]:
             uniform = [budget.at(sparsity).uniform() for sparsity in sparsities]
             nothing = np.zeros_like(uniform[0])
             sums, tokens = masked_loss(self.context, [nothing, *uniform])
-            return [gain(one, sums[0], tokens)[0] for one in sums[1:]]
+            return [gain(one, sums[0], tokens)[0] + beside for one in sums[1:]]
 
         # in whole weights of a row, else they would bear less than is said
         rivals: dict[str, Callable[[float], np.ndarray]] = {
@@ -271,4 +278,25 @@ class Method:
             "uniform": lambda s: budget.at(s).whole(budget.at(s).uniform()),
         }
         upper, least = budget.sparsity, budget.least()
-        return largest_budget(bound, upper, at, increase, scan, least, rivals)
+        return largest_budget(
+            bound, upper, at, increase, scan, least, rivals, quantization
+        )
+
+    def _quantization_cost(
+        self,
+        budget: Budget,
+        increase: Callable[[np.ndarray], tuple[float, float]],
+        bound: float,
+    ) -> QuantizationCost | None:
+        """:raises ValueError: if it leaves nothing of the bound to pruning"""
+        if self._quantized is None:
+            return None
+        nothing = np.zeros_like(budget.uniform())
+        cost = QuantizationCost(self._quantized.modifiers, *increase(nothing))
+        if not cost.increase + np.nan_to_num(cost.error) < bound:
+            raise ValueError(
+                f"max_loss_increase={bound:g} cannot be kept: {cost}. Raise it above "
+                "that, quantise to more bits or in smaller groups, or leave the "
+                "quantisation out"
+            )
+        return cost

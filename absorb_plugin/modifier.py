@@ -123,6 +123,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
     _zeros: "list[PrunedZeros]" = PrivateAttr(default_factory=list)
     _reports: "list[Report]" = PrivateAttr(default_factory=list)
     _recipe: str = PrivateAttr(default="")
+    _quantizing: tuple[str, ...] = PrivateAttr(default=())
     _first_report: int = PrivateAttr(default=0)
     _run: str = PrivateAttr(default="")
     _start: Path = PrivateAttr(default=Path())
@@ -174,7 +175,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         self._count_reports_before()
         check_matched(self.limits, [found.blocks for found in self._pruners])
         if self.max_loss_increase is not None:
-            adapter.check_aim(self._pruners)
+            self._quantizing = adapter.check_aim(self._pruners)
         for found in self._pruners:
             if needs_loss(self, choose_signal(self, found.blocks, found.pruner)):
                 check_predicts_tokens(state.model)
@@ -221,6 +222,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
         from absorb_plugin.choices import warn_of_padding
         from absorb_plugin.devices import computing_on_one_device
         from absorb_plugin.language_model import language_model
+        from absorb_plugin.pruners import adapter
         from absorb_plugin.report import Report
         from absorb_plugin.report.folder import remove_others
 
@@ -235,6 +237,9 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
                     sparsity=found.sparsity,
                     pruner=found.pruner,
                     settings=self,
+                    quantized=adapter.quantized_afterwards(
+                        self._quantizing, state.model, found.blocks
+                    ),
                 )
             found.set_sparsities(allocation.linear_sparsities())
             report = Report(

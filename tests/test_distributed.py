@@ -70,8 +70,9 @@ def pruned(folder: Path, world: int) -> list[dict[str, Any]]:
 
 
 def measured(entry: dict[str, Any]) -> np.ndarray:
-    """What judged an allocation, and the noise."""
-    parts = [entry[what] or [] for what in ("noise", "losses", "confirmed")]
+    """What judged an allocation, the noise, and what it costs."""
+    names = ("noise", "losses", "confirmed", "costs")
+    parts = [entry[what] or [] for what in names]
     return np.concatenate(parts).astype(float)
 
 
@@ -86,12 +87,13 @@ def test_the_allocation_of_one_process(folder: Path, world: int) -> None:
         for entry in several:
             # every rank the identical list
             assert entry[case]["targets"] == several[0][case]["targets"], case
-            largest = np.abs(reference["direction"]).max()
+            direction = np.array(reference["direction"] or [0.0])
+            largest = np.abs(direction).max()
             for mine, its, off in (
                 (entry[case]["targets"], reference["targets"], 1e-6),
                 # of SparseGPT's slopes Hessians are added up in another order, on one
                 # rank or, for several, on all
-                (entry[case]["direction"], reference["direction"], 4e-6 * largest),
+                (entry[case]["direction"] or [0.0], direction, 4e-6 * largest),
                 (measured(entry[case]), measured(reference), 1e-6),
             ):
                 np.testing.assert_allclose(mine, its, rtol=0, atol=off, err_msg=case)
@@ -103,6 +105,7 @@ def test_the_allocation_of_one_process(folder: Path, world: int) -> None:
     assert several[0]["wide, unequal"]["factored"] == 3 + of_judges
     assert not several[0]["confirmed, unequal"]["factored"]
     assert alone["auto, unequal"]["steps"] > 0
+    assert abs(alone["bounded, unequal"]["costs"][0]) > 1e-3
     assert alone["confirmed, unequal"]["taken"] == "searched"
 
 

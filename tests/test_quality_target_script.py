@@ -91,6 +91,7 @@ def test_a_run_is_known_by_its_settings(target: ModuleType, tmp_path: Path) -> N
         bounds=[0.3],
         uniform=[0.4],
         effort="standard",
+        quantize=[],
     )
     done = [cell | {"commit": "f00"} for cell in target.cells(options)]
     assert target.to_run(target.cells(options), done) == ([], done)
@@ -99,3 +100,11 @@ def test_a_run_is_known_by_its_settings(target: ModuleType, tmp_path: Path) -> N
     options.windows = 8
     options.eval_text.write_text("something else")
     assert len(target.to_run(target.cells(options), done)[0]) == 2
+
+
+def test_what_is_quantised_is_compared_with_its_like(target: ModuleType) -> None:
+    lines = [uniform(0.4, 0.4), uniform(0.4, 0.3, quantize="w8a8")]
+    lines += [uniform(0.2, 0.2, quantize="w8a8")]
+    assert target.uniform_at(lines, bound(0.4)) == "40.0%"
+    assert target.uniform_at(lines, bound(0.4, quantize="w8a8")) == "30.0%"
+    assert "| wanda + w8a8 |" in target.table([bound(0.4, quantize="w8a8")])

@@ -13,7 +13,6 @@ from helpers import runs, tiny
 from llmcompressor.core import State, reset_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
-from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.quip import QuIPModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
@@ -42,10 +41,6 @@ def documented() -> list[Modifier]:
     text = (ROOT / "docs" / "deploy.md").read_text()
     lines = text.split("```yaml\n")[1].split("```")[0]
     return list(Recipe.create_instance(f"quantize_stage:\n{lines}").modifiers)
-
-
-def quantizer(scheme: str) -> Modifier:
-    return QuantizationModifier(targets=["Linear"], ignore=["lm_head"], scheme=scheme)
 
 
 def make_model() -> PreTrainedModel:
@@ -84,12 +79,16 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Masks:
     return zeros_of(model)
 
 
+def asymmetric() -> list[Modifier]:
+    return [runs.quantizer("W4A16_ASYM")]
+
+
 CASES: dict[str, tuple[Callable[[], list[Modifier]], str, str]] = {
     "w8a8": (lambda: shipped("w8a8"), "int-quantized", "independent"),
     "w4a16": (lambda: shipped("w4a16"), "pack-quantized", "independent"),
     "fp8": (lambda: shipped("fp8"), "float-quantized", "independent"),
     "groups of 64": (documented, "pack-quantized", "independent"),
-    "one pass": (lambda: [quantizer("W4A16_ASYM")], "pack-quantized", "sequential"),
+    "one pass": (asymmetric, "pack-quantized", "sequential"),
 }
 
 
@@ -134,12 +133,12 @@ def test_zeros_survive(case: str, pruned: Masks, tmp_path: Path) -> None:
 
 
 AFTER: dict[str, tuple[Callable[[], list[Modifier]], bool]] = {
-    "QuantizationModifier": (lambda: [quantizer("W4A16")], False),
+    "QuantizationModifier": (lambda: [runs.quantizer("W4A16")], False),
     "SmoothQuantModifier": (
-        lambda: [SmoothQuantModifier(smoothing_strength=0.5), quantizer("W8A8")],
+        lambda: [SmoothQuantModifier(smoothing_strength=0.5), runs.quantizer("W8A8")],
         False,
     ),
-    "AWQModifier": (lambda: [AWQModifier(), quantizer("W4A16")], False),
+    "AWQModifier": (lambda: [AWQModifier(), runs.quantizer("W4A16")], False),
     "GPTQModifier": (
         lambda: [GPTQModifier(targets=["Linear"], ignore=["lm_head"], scheme="W4A16")],
         True,
@@ -217,16 +216,63 @@ def test_a_rotation_before_us_replays(tmp_path: Path) -> None:
     tiny.assert_same(again.state_dict(), pruned.state_dict())
 
 
-@pytest.mark.parametrize("quantized", [True, False])
-def test_a_bound_on_the_loss_knows_nothing_of_quantisation(
-    quantized: bool, tmp_path: Path, warnings: list[str]
+def bounded(recipe: list[Modifier], directory: Path, bound: float = 9.0) -> dict:
+    """`quality` of the profile."""
+    ours = runs.absorption(max_loss_increase=bound, strength="auto", effort="quick")
+    dataset = tiny.make_dataset(16)
+    runs.run(make_model(), [ours, *recipe], directory, dataset=dataset, samples=16)
+    (profile,) = ours.profiles()
+    return profile["quality"]
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W4A16", "FP8"])
+@pytest.mark.parametrize("kind", runs.PRUNERS)
+def test_a_bound_on_the_loss_is_of_what_is_quantised(
+    kind: str, scheme: str, tmp_path: Path, warnings: list[str]
 ) -> None:
-    ours = runs.absorption(max_loss_increase=9.0, strength="auto", effort="quick")
-    recipe = [ours, runs.pruner(sparsity=0.3), *[quantizer("W8A8")] * quantized]
-    runs.run(make_model(), recipe, tmp_path, dataset=tiny.make_dataset(16), samples=16)
-    told = [line for line in warnings if "bounds what pruning costs" in line]
-    assert len(told) == quantized
-    assert all("QuantizationModifier costs more beside it" in line for line in told)
+    pruner = runs.pruner(kind, sparsity=0.3)
+    plain = bounded([pruner], tmp_path)
+    reset_session()
+    pruner = runs.pruner(kind, sparsity=0.3)
+    quantised = bounded([pruner, runs.quantizer(scheme)], tmp_path)
+    assert plain["quantization"] is None
+    assert quantised["quantization"]["modifiers"] == ["QuantizationModifier"]
+    assert not [line for line in warnings if "max_loss_increase" in line]
+    # the same allocation, of the largest budget, judged without and with
+    one, other = plain["curve"][-1], quantised["curve"][-1]
+    assert one["sparsity"] == other["sparsity"] == pytest.approx(0.3)
+    assert abs(other["loss_increase"] - one["loss_increase"]) > 1e-4
+    assert abs(quantised["quantization"]["loss_increase"]) > 1e-4
+
+
+def test_a_bound_below_what_quantising_costs(tmp_path: Path) -> None:
+    told = (
+        "max_loss_increase=1e-07 cannot be kept: the quantisation by "
+        "QuantizationModifier alone costs .* quantise to more bits"
+    )
+    recipe = [runs.pruner(), runs.quantizer("W4A16")]
+    with pytest.raises(ValueError, match=told):
+        bounded(recipe, tmp_path, 1e-7)
+
+
+def test_a_bound_is_not_of_all_that_is_quantised(
+    tmp_path: Path, warnings: list[str], logs: list[str]
+) -> None:
+    gptq = GPTQModifier(targets=["Linear"], scheme="W8A16")
+    assert bounded([runs.pruner(), gptq], tmp_path)["quantization"] is not None
+    (told,) = [line for line in warnings if "max_loss_increase" in line]
+    assert "GPTQModifier quantises lm_head, which nobody judges here" in told
+    assert any("GPTQModifier chooses them with more care" in line for line in logs)
+
+
+def test_a_bound_knows_nothing_of_what_was_quantised_before(
+    tmp_path: Path, warnings: list[str]
+) -> None:
+    """The quantiser's place is after the pruner; here it is between us and that."""
+    found = bounded([runs.quantizer("W8A8"), runs.pruner()], tmp_path)
+    assert found["quantization"] is None
+    (told,) = [line for line in warnings if "max_loss_increase" in line]
+    assert "stands before the pruning modifier" in told
 
 
 class Locked(Modifier):

@@ -25,6 +25,7 @@ from absorb_plugin.forward.probe import Needs, Probe, RunBlock
 from absorb_plugin.pruners.base import Pruner
 from absorb_plugin.pruners.masks import block_sparsities
 from absorb_plugin.pruners.observed import Observed, observed_inputs, prune_observed
+from absorb_plugin.pruners.quantization import QuantizedLinears
 from absorb_plugin.pruners.together import Work, shared_out, told
 
 __all__ = ["PrunedLoss", "judged_rows"]
@@ -47,6 +48,8 @@ class PrunedLoss(Probe):
         by; the others are what is judged by
     :param together: prune a block for all candidates at once: fewer and larger steps,
         and the memory of them all
+    :param quantized: what pruned Linears are quantised to afterwards; in that what
+        weights are pruned by has no part, and what is judged by has
     """
 
     state = ("_losses", "_tokens")
@@ -60,8 +63,10 @@ class PrunedLoss(Probe):
         candidates: Sequence[np.ndarray],
         calibrating: int,
         together: bool = False,
+        quantized: QuantizedLinears | None = None,
     ) -> None:
         self._blocks, self._pruner, self._calibrating = blocks, pruner, calibrating
+        self._quantized = quantized
         self.apart = calibrating
         self._candidates = [block_sparsities(blocks, one) for one in candidates]
         self.may_overflow = bool(np.any(candidates[0]))
@@ -124,7 +129,7 @@ class PrunedLoss(Probe):
             made = self._pruned(linears, index, some, work)
             for one in some:
                 pruned = told(linears, made.pop(0), owners.pop(0))
-                after = self._run_pruned(linears, pruned, states[one], run)
+                after = self._run_pruned(index, pruned, states[one], run)
                 del pruned  # or two would be held
                 self._hidden.append(after)
         return self._hidden[0]
@@ -192,17 +197,29 @@ class PrunedLoss(Probe):
                 one.groups.clear()
         return made
 
-    @staticmethod
     def _run_pruned(
-        linears: Mapping[str, Linear],
+        self,
+        index: int,
         pruned: Mapping[str, Sequence[torch.Tensor]],
         state: torch.Tensor,
         run: RunBlock,
     ) -> torch.Tensor:
         # a function: its weights must be gone when the next are made
-        weights = all_given({name: weight for name, (weight,) in pruned.items()})
-        with replaced_weights(linears, weights):
-            return run(state)
+        weights = {name: weight for name, (weight,) in pruned.items()}
+        block = self._blocks.blocks[index]
+        as_pruned = replaced_weights(block.linears, all_given(weights))
+        if self._quantized is None:
+            with as_pruned:
+                return run(state)
+        calibrating, judged = slice(self._calibrating), slice(self._calibrating, None)
+        states = []
+        with as_pruned, self._quantized.noting_ranges(index, block.module) as ranges:
+            if self._calibrating:
+                states.append(run.of_samples(calibrating)(state[calibrating]))
+        if len(state[judged]):
+            with self._quantized.applied(index, block.module, weights, ranges):
+                states.append(run.of_samples(judged)(state[judged]))
+        return torch.cat(states)
 
     def _wanted(self, index: int, candidate: int) -> dict[str, list[float]]:
         sparsities = self._candidates[candidate].get(index, {})

@@ -33,6 +33,7 @@ from absorb_plugin.other_modifiers import (
     quantizes,
 )
 from absorb_plugin.pruners import Pruner, pruner_class
+from absorb_plugin.pruners.quantization import QuantizedLinears, unjudged
 from absorb_plugin.pruners.recipe import modifiers_before
 from absorb_plugin.search.budget import check_budget
 
@@ -40,6 +41,7 @@ __all__ = [
     "PrunerAdapter",
     "check_aim",
     "find_pruners",
+    "quantized_afterwards",
     "without_ignored",
 ]
 
@@ -152,10 +154,11 @@ def find_pruners(
     return [_resolve(other, model, blocks, ignore, max_sparsity) for other in found]
 
 
-def check_aim(pruners: Sequence[PrunerAdapter]) -> None:
+def check_aim(pruners: Sequence[PrunerAdapter]) -> tuple[str, ...]:
     """
     Call it in `on_initialize`.
 
+    :return: class names of the modifiers that quantise what has been pruned
     :raises ValueError: if a bound on the loss cannot be kept by what is judged
     """
     recipe = active_session().lifecycle.recipe.modifiers
@@ -173,12 +176,43 @@ def check_aim(pruners: Sequence[PrunerAdapter]) -> None:
                 "name, which lies outside the blocks and would be pruned to the upper "
                 f"bound, {found.sparsity}, without being judged. Name it in `ignore`"
             )
-    for modifier in filter(quantizes, recipe):
+    (last,) = (n for n, x in enumerate(recipe) if x is pruners[0].modifier)
+    for modifier in filter(quantizes, recipe[:last]):
         logger.warning(
             "max_loss_increase bounds what pruning costs, and "
-            f"{type(modifier).__name__} costs more beside it, which nobody judges "
-            "here: `absorb eval` tells what both cost"
+            f"{type(modifier).__name__}, which stands before the pruning modifier, "
+            "costs more beside it, which nobody judges here: put it after, or ask "
+            "`absorb eval` what both cost"
         )
+    return tuple(type(x).__name__ for x in filter(quantizes, recipe[last:]))
+
+
+def quantized_afterwards(
+    modifiers: Sequence[str], model: torch.nn.Module, blocks: BlockMap
+) -> QuantizedLinears | None:
+    """
+    Call it when all modifiers are initialised.
+
+    :param modifiers: as `check_aim` found them
+    :return: what the bound on the loss is judged with, if anything
+    """
+    if not modifiers:
+        return None
+    if others := unjudged(model, blocks):
+        first, *rest = others
+        logger.warning(
+            "max_loss_increase is judged with the blocks' Linears quantised, and "
+            f"{' and '.join(modifiers)} quantises {first}"
+            f"{f' and {len(rest)} more' if rest else ''}, which nobody judges here: "
+            "`absorb eval` tells what all of it costs"
+        )
+    if better := [name for name in modifiers if name != "QuantizationModifier"]:
+        logger.info(
+            f"max_loss_increase is judged with weights rounded to nearest; "
+            f"{' and '.join(better)} chooses them with more care, and costs less as a "
+            "rule"
+        )
+    return QuantizedLinears.of(modifiers, blocks)
 
 
 @cache

@@ -28,7 +28,7 @@ from absorb_plugin.report.words import model_name, run_title
 from absorb_plugin.report.write import write_or_warn
 from absorb_plugin.search.descent import Step
 from absorb_plugin.search.line_search import Round, SearchResult
-from absorb_plugin.search.quality import Point, Quality
+from absorb_plugin.search.quality import Point, Quality, QuantizationCost
 from absorb_plugin.signals.noise import NoiseProfile
 
 if TYPE_CHECKING:
@@ -313,6 +313,17 @@ def quality_entry(quality: Quality | None) -> dict[str, Any] | None:
             }
             for _, point in sorted(best.items())
         ],
+        "quantization": quantization_entry(quality.quantization),
+    }
+
+
+def quantization_entry(cost: QuantizationCost | None) -> dict[str, Any] | None:
+    if cost is None:
+        return None
+    return {
+        "modifiers": list(cost.modifiers),
+        "loss_increase": json_number(cost.increase),
+        "standard_error": json_number(cost.error),
     }
 
 

@@ -140,12 +140,13 @@ def _quality(profile: Profile) -> Iterator[Chart]:
         ring=x.index(quality["found"]) if quality["found"] in x else None,
     )
     bound = quality["max_loss_increase"]
+    after = ", quantised after pruning" if quality.get("quantization") else ""
     yield LineChart(
         "Loss over sparsity",
         "sparsity",
         "loss increase [nats per token]",
         [rule("max_loss_increase", x, bound), line],
-        "Over the dense model. Circled: the sparsity taken.",
+        f"Over the dense model{after}. Circled: the sparsity taken.",
     )
 
 

@@ -103,7 +103,13 @@ def quality_sentence(profile: Mapping[str, Any]) -> str:
     else:
         cost = f"{increase:.3f} {unit}, by the allocation that the last comparison took"
     sparsity = f"Sparsity {found['sparsity']:.1%}"
-    return f"{sparsity} was found. Pruning to it costs {cost}; {bound}."
+    alone = found["quantization_loss_increase"]
+    if alone is None:
+        return f"{sparsity} was found. Pruning to it costs {cost}; {bound}."
+    return (
+        f"{sparsity} was found. Pruning to it and quantising cost {cost}, quantising "
+        f"alone {alone:.3f}; {bound}."
+    )
 
 
 def quality_found(profile: Mapping[str, Any]) -> dict[str, float | None] | None:
@@ -112,7 +118,9 @@ def quality_found(profile: Mapping[str, Any]) -> dict[str, float | None] | None:
 
     :return: "max_loss_increase", "sparsity", and in nats per token over the dense model
         "loss_increase" and its "standard_error", each None where it is not known: the
-        last comparison, by the same judge, may have taken another allocation
+        last comparison, by the same judge, may have taken another allocation; and
+        "quantization_loss_increase", what of it a quantisation that follows costs by
+        itself, None where none does
     """
     quality = profile["quality"]
     if quality is None:
@@ -134,7 +142,10 @@ def quality_found(profile: Mapping[str, Any]) -> dict[str, float | None] | None:
         known = None not in (increase, searched, taken)
         if not (known and taken == searched):  # else the search came to the same
             increase, error = (increase + taken - searched if known else None), None
-    return found | {"loss_increase": increase, "standard_error": error}
+    quantization = quality.get("quantization") or {}  # of older versions none
+    alone = quantization.get("loss_increase")
+    found |= {"loss_increase": increase, "standard_error": error}
+    return found | {"quantization_loss_increase": alone}
 
 
 def model_name(profile: Mapping[str, Any]) -> str:

@@ -8,7 +8,8 @@ from types import MappingProxyType
 
 import numpy as np
 
-__all__ = ["LEAST", "RESOLUTION", "SEARCHED", "Point", "Quality", "largest_budget"]
+__all__ = ["LEAST", "RESOLUTION", "SEARCHED", "Point", "Quality", "QuantizationCost"]
+__all__ += ["largest_budget"]
 
 SEARCHED = "searched"
 
@@ -48,16 +49,39 @@ class Point:
 
 
 @dataclass(frozen=True)
+class QuantizationCost:
+    """
+    What the quantisation that follows costs where nothing is pruned.
+
+    :param modifiers: class names of what quantises
+    :param increase: of the loss over the dense model, nats per token
+    :param error: as of `Point`
+    """
+
+    modifiers: tuple[str, ...]
+    increase: float
+    error: float
+
+    def __str__(self) -> str:
+        return (
+            f"the quantisation by {' and '.join(self.modifiers)} alone costs "
+            f"{self.increase:.4g} ± {self.error:.2g} nats per token"
+        )
+
+
+@dataclass(frozen=True)
 class Quality:
     """
     :param bound: on the increase of the loss and one standard error, nats per token
     :param points: all budgets tried, in that order
     :param found: the one taken
+    :param quantization: that every increase is with; None where none follows
     """
 
     bound: float
     found: Point
     points: list[Point] = field(default_factory=list)
+    quantization: QuantizationCost | None = None
 
 
 def largest_budget(
@@ -68,6 +92,7 @@ def largest_budget(
     scan: Callable[[Sequence[float]], Sequence[float]],
     least: float = 0.0,
     rivals: Mapping[str, Callable[[float], np.ndarray]] = MappingProxyType({}),
+    quantization: QuantizationCost | None = None,
 ) -> Quality:
     """
     The first budget is tried where a cheap curve meets the bound, others around it,
@@ -83,6 +108,7 @@ def largest_budget(
     :param scan: budgets -> increase of the loss, roughly and without a correction
     :param least: the smallest budget that can be had
     :param rivals: name -> budget -> another allocation
+    :param quantization: that `judge` and `scan` reckon with
     :raises ValueError: if even that, or LEAST, breaks the bound
     """
     floor = min(max(LEAST, least), upper)
@@ -108,17 +134,19 @@ def largest_budget(
         if kept is None or kept.sparsity < upper:
             kept = climb(partial(ask, name), beyond, kept)
     if kept is not None:
-        return Quality(bound, kept, points)
+        return Quality(bound, kept, points, quantization)
     last = min(
         (point for point in points if point.sparsity <= floor),
         key=lambda point: point.cautious,
     )
     fewer = ", or lower limits" if least > LEAST else ""
+    of_that = f" ({quantization})" if quantization is not None else ""
     raise ValueError(
         f"max_loss_increase={bound:g} cannot be kept: at a sparsity of "
         f"{last.sparsity:.4g} already the loss grows by {last.increase:.4g} ± "
-        f"{last.error:.2g} nats per token. Raise it above {last.cautious:.4g}, or "
-        f"take more calibration samples, whose standard error is smaller{fewer}"
+        f"{last.error:.2g} nats per token{of_that}. Raise it above "
+        f"{last.cautious:.4g}, or take more calibration samples, whose standard error "
+        f"is smaller{fewer}"
     )
 
 

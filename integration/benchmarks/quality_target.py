@@ -5,13 +5,14 @@ what the loss really grew by, on held-out text.
     python integration/benchmarks/quality_target.py MODEL --text CALIBRATION \
         --eval-text HELD_OUT [--bounds 0.1 0.3 0.6] [--pruners wanda sparsegpt] \
         [--uniform 0.2 0.3 0.4 0.5 0.6] [--effort standard] [--seeds 0] \
-        --out results.jsonl
+        [--quantize w8a8 w4a16 fp8] --out results.jsonl
 
 One line of JSON per run, appended as it completes; a run whose line is there, with the
 same settings and the same content of its texts, is not repeated, of whatever commit it
 is. Pruned uniformly to the sparsities of `--uniform` it says, interpolated, what
-uniform reaches at the loss that a bound came to. `--table` prints the Markdown tables,
-one for each combination of settings, and runs nothing.
+uniform reaches at the loss that a bound came to. `--quantize` quantises afterwards, as
+that of `absorb prune` does: then it is the loss of both. `--table` prints the Markdown
+tables, one for each combination of settings, and runs nothing.
 """
 
 import argparse
@@ -40,8 +41,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from absorb_plugin import AbsorptionAllocationModifier
 from absorb_plugin.cpu import keep_freed_memory
 from absorb_plugin.evaluation.documents import read_text
-from absorb_plugin.evaluation.oneshot import prune
+from absorb_plugin.evaluation.oneshot import parse_recipe, prune
 from absorb_plugin.evaluation.perplexity import linear_sparsity, perplexity
+from absorb_plugin.evaluation.recipes import QUANTIZATIONS, RecipeWishes
 from absorb_plugin.evaluation.text import calibration_samples, evaluation_windows
 from absorb_plugin.pruners import PRUNERS
 
@@ -78,6 +80,9 @@ def run(
         )
         recipe.insert(0, allocation)
     model = load(options)
+    if cell["quantize"] is not None:
+        wishes = RecipeWishes(sparsity=UPPER, quantize=cell["quantize"])
+        recipe.append(parse_recipe(wishes.text(model)).modifiers[-1])
     begin = time.perf_counter()
     model = prune(model, tokenizer, recipe, samples, seed=cell["seed"])
     seconds = time.perf_counter() - begin
@@ -97,9 +102,10 @@ def cells(options: argparse.Namespace) -> list[dict]:
     kinds = [{"uniform": sparsity} for sparsity in options.uniform]
     kinds += [{"bound": bound, "effort": options.effort} for bound in options.bounds]
     return [
-        fixed | {"pruner": pruner, "seed": seed} | kind
+        fixed | {"pruner": pruner, "seed": seed, "quantize": quantize} | kind
         for seed in options.seeds
         for pruner in options.pruners
+        for quantize in options.quantize or [None]
         for kind in kinds
     ]
 
@@ -116,7 +122,9 @@ def uniform_at(lines: list[dict], line: dict) -> str:
         (other["sparsity"], other["increase"])
         for other in lines
         if "uniform" in other
-        and all(other[name] == line[name] for name in ("pruner", "seed"))
+        and all(
+            other.get(name) == line.get(name) for name in ("pruner", "seed", "quantize")
+        )
     )
     wanted, low, before = line["increase"], 0.0, 0.0
     if wanted <= 0:  # as much is reached by pruning nothing
@@ -143,7 +151,8 @@ def table(lines: list[dict]) -> str:
         if "bound" not in line:
             continue
         kept = "yes" if line["increase"] <= 1.1 * line["bound"] else "no"
-        cells = [line["pruner"], line["effort"], f"{line['bound']:g}"]
+        what = " + ".join([line["pruner"], *filter(None, [line.get("quantize")])])
+        cells = [what, line["effort"], f"{line['bound']:g}"]
         cells += [str(line["seed"]), f"{line['sparsity']:.1%}"]
         cells += [f"{line['increase']:+.3f}", kept, uniform_at(lines, line)]
         cells.append(f"{line['seconds']:.0f}")
@@ -180,6 +189,7 @@ def main() -> None:
         "--uniform", nargs="*", type=float, default=[0.2, 0.3, 0.4, 0.5, 0.6]
     )
     parser.add_argument("--effort", default="standard")
+    parser.add_argument("--quantize", nargs="*", default=[], choices=QUANTIZATIONS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=256)
@@ -188,7 +198,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
-    done = read_lines([options.out])
+    # lines of earlier versions are of models that were not quantised
+    done = [{"quantize": None} | line for line in read_lines([options.out])]
     if not options.table:
         keep_freed_memory()
         logging.disable(logging.WARNING)

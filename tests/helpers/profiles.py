@@ -126,6 +126,7 @@ def make_quality(**changes: Any) -> dict[str, Any]:
             for s, loss, error in points
         ],
         "found": 0.5,
+        "quantization": None,
     } | changes
 
 

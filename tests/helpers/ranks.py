@@ -93,6 +93,16 @@ ALLOCATIONS: dict[str, dict[str, Any]] = {
         "probe_tokens": 16,
     },
     "experts": {"architecture": "qwen3_moe", "statistics_samples": 3},
+    # a bound on the loss, with one scale for all inputs of a Linear on all ranks
+    "bounded": {
+        "allocator": "uniform",
+        "strength": "auto",
+        "rounds": 2,
+        "probe_tokens": 8,
+        "seed": 15,
+        "max_loss_increase": 9.0,
+        "scheme": "FP8",
+    },
 }
 # tried where each rank has a card of its own, and whether the model lies on it
 ON_CARDS = {
@@ -175,11 +185,17 @@ def allocate(
             away = patch.object(runner, "is_offloaded", lambda module: True)
             stack.enter_context(away)
         fields = {"signal_samples": 5, "search_samples": 4} | fields
+        if "scheme" in fields:
+            quantizer = runs.quantizer(fields.pop("scheme"))
+            fields["quantized"] = runs.given_schemes(model, quantizer)
         found = runs.allocate(model, read_batches(loader), 0.6, kind, **fields)
     noise, search, confirmed = found.noise, found.search, found.confirmed
     return {
+        "costs": None
+        if found.quality is None
+        else [x.increase for x in (found.quality.quantization, found.quality.found)],
         "targets": list(found.linear_sparsities().values()),
-        "direction": found.direction.tolist(),
+        "direction": None if found.direction is None else found.direction.tolist(),
         "noise": None
         if noise is None
         else [*noise.ratio, *noise.ratio_error, noise.samples, noise.tokens],

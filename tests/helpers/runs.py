@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.quantization import apply_quantization_config
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
@@ -12,6 +13,7 @@ from llmcompressor.modifiers.pruning import (
     SparseGPTModifier,
     WandaPruningModifier,
 )
+from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import PreTrainedModel, set_seed
 
 from absorb_plugin import AbsorptionAllocationModifier, pruners
@@ -19,6 +21,7 @@ from absorb_plugin.allocate import Allocation
 from absorb_plugin.allocate import allocate as allocate_all
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.calibration import Batch
+from absorb_plugin.pruners.quantization import QuantizedLinears
 from helpers import tiny
 
 PRUNERS = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}
@@ -36,16 +39,33 @@ def pruner(kind: str = "wanda", **fields: Any) -> Modifier:
     return PRUNERS[kind](**{**default, **fields})
 
 
+def quantizer(scheme: str, **fields: Any) -> QuantizationModifier:
+    return QuantizationModifier(
+        targets=["Linear"], ignore=["lm_head"], scheme=scheme, **fields
+    )
+
+
+def given_schemes(
+    model: PreTrainedModel, modifier: QuantizationModifier
+) -> QuantizedLinears:
+    """As llm-compressor gives them, before anything is calibrated."""
+    config = modifier.model_copy(deep=True).resolve_quantization_config()
+    apply_quantization_config(model, config)
+    return QuantizedLinears.of([type(modifier).__name__], find_blocks(model))
+
+
 def allocate(
     model: PreTrainedModel,
     batches: Sequence[Batch] | None = None,
     sparsity: float = 0.5,
     kind: str = "wanda",
+    quantized: QuantizedLinears | None = None,
     **fields: Any,
 ) -> Allocation:
     """
     :param batches: by default one of four samples
     :param kind: of the pruner that it is for
+    :param quantized: what its Linears are quantised to afterwards
     :param fields: of the modifier
     """
     return allocate_all(
@@ -55,6 +75,7 @@ def allocate(
         sparsity=sparsity,
         pruner=pruners.PRUNERS[kind](),
         settings=absorption(**fields),
+        quantized=quantized,
     )
 
 
