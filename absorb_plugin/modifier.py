@@ -277,7 +277,7 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
             at_the_end(self, self._measure_realised)
             leave_recipe(self, state.model)
             name_as_stored(state.model)
-            say_whether_it_replays(mask_kept)
+            say_whether_it_replays(state.model, mask_kept)
         return True
 
     def _take_masks_away(self) -> bool:

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from absorb_plugin.blocks import find_blocks
 from absorb_plugin.cli.app import app
+from absorb_plugin.evaluation.loading import load_for_pruning
 from absorb_plugin.evaluation.perplexity import linear_sparsity
 
 ROOT = Path(__file__).parent.parent
@@ -273,6 +274,24 @@ def test_a_bound_knows_nothing_of_what_was_quantised_before(
     assert found["quantization"] is None
     (told,) = [line for line in warnings if "max_loss_increase" in line]
     assert "stands before the pruning modifier" in told
+
+
+@pytest.mark.parametrize("quantised", [True, False])
+def test_a_model_that_came_with_stages_that_quantise(
+    quantised: bool, tmp_path: Path, warnings: list[str], logs: list[str]
+) -> None:
+    """Replayed with this run's, on what it was made of, they end elsewhere."""
+    folders = [tmp_path / "once", tmp_path / "twice"]
+    model: PreTrainedModel = make_model()
+    for out, sparsity in zip(folders, (0.3, 0.5), strict=True):
+        reset_session()
+        recipe = [runs.absorption(), runs.pruner(sparsity=sparsity)]
+        recipe += [runs.quantizer("W8A16")] * quantised
+        runs.run(model, recipe, tmp_path, output_dir=str(out))
+        model = load_for_pruning(str(out), "auto")
+    told = [line for line in warnings if "stages that the model came with" in line]
+    assert len(told) == quantised
+    assert len([x for x in logs if "replays without" in x]) == 2 - quantised
 
 
 class Locked(Modifier):

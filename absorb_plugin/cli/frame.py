@@ -115,7 +115,8 @@ def _opened(stream: TextIO | None) -> TextIO:
 @contextlib.contextmanager
 def noting_interrupts(seen: list[int]) -> Iterator[None]:
     """
-    SIGTERM, as batch systems send it, leaves as little behind as Ctrl-C does.
+    SIGTERM, as batch systems send it, and SIGHUP of a connection that is lost leave as
+    little behind as Ctrl-C does.
 
     :param seen: gets the number of every such signal that comes
     """
@@ -128,9 +129,15 @@ def noting_interrupts(seen: list[int]) -> Iterator[None]:
         signal.default_int_handler(number, frame)
 
     before = {signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt)}
-    # not where a shell has it ignored, as for what runs in the background
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
+    # not where a shell has it ignored, as for what runs in the background, or nohup
+    usual: dict[str, Any] = {
+        "SIGINT": signal.default_int_handler,
+        "SIGHUP": signal.SIG_DFL,  # the terminal is gone; Windows has none
+    }
+    for name, handler in usual.items():
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is handler:
+            before[number] = signal.signal(number, interrupt)
     try:
         yield
     finally:

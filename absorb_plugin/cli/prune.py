@@ -109,7 +109,7 @@ def prune(
         output.check_apart(out, model)
         read = {"--recipe": recipe, "--text": text, "--dataset": dataset}
         output.check_inputs_apart(out, read)
-        output.check_output(out, overwrite)
+        output.check_output(out, overwrite, model)
         given: dict[str, Any] = {
             "sparsity": sparsity,
             "max_loss_increase": max_loss_increase,

@@ -46,8 +46,9 @@ __all__ = [
 ]
 
 
-def check_output(out: Path, overwrite: bool) -> None:
+def check_output(out: Path, overwrite: bool, model: str | None = None) -> None:
     """
+    :param model: that is pruned, whose files of code llm-compressor copies
     :raises NotADirectoryError: if something above it is a file
     :raises FileExistsError: if `out` is a file, holds files and `overwrite` is not set,
         or holds something that is not a model
@@ -93,7 +94,9 @@ def check_output(out: Path, overwrite: bool) -> None:
             f"{out} has files in it but no config.json of a model, so it is no saved "
             "model: it will not be overwritten"
         )
-    if (other := _foreign(out, code="auto_map" in config)) is not None:
+    code = "auto_map" in config
+    source = Path(model).expanduser() if model is not None else None
+    if (other := _foreign(out, code, source)) is not None:
         raise FileExistsError(
             f"{out} holds {other.relative_to(out)} beside a model, which would be "
             "deleted with it: move it elsewhere, or choose another directory"
@@ -117,11 +120,14 @@ def _config(folder: Path) -> Mapping[str, object]:
     return found if found.keys() & {"model_type", "architectures"} else {}
 
 
-def _foreign(folder: Path, code: bool = False) -> Path | None:
+def _foreign(
+    folder: Path, code: bool = False, source: Path | None = None
+) -> Path | None:
     """
     A file that no model is saved with, or a directory of such.
 
     :param code: whether the model comes with code of its own
+    :param source: directory from which files of code may have been copied
     """
     patterns = (*SAVED, "*.py") if code else SAVED
     for path in sorted(folder.iterdir()):
@@ -136,9 +142,18 @@ def _foreign(folder: Path, code: bool = False) -> Path | None:
                 return path
             if (other := _foreign(path)) is not None:
                 return other
-        elif not any(fnmatch(path.name, pattern) for pattern in patterns):
+        elif not (
+            any(fnmatch(path.name, pattern) for pattern in patterns)
+            or (source is not None and _copied(path, source / path.name))
+        ):
             return path
     return None
+
+
+def _copied(path: Path, source: Path) -> bool:
+    """Whether it is code of the same content."""
+    code = path.suffix == ".py" and path.is_file() and source.is_file()
+    return code and path.read_bytes() == source.read_bytes()
 
 
 def _warn_of_leftovers(out: Path) -> None:

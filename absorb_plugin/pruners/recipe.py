@@ -7,13 +7,14 @@ from typing import Any
 import yaml
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
+from llmcompressor.recipe import Recipe
 from llmcompressor.transformers.utils.helpers import infer_recipe_from_model_path
 from loguru import logger
 from pydantic_core import to_jsonable_python
 from torch.nn import Module
 
 from absorb_plugin.mistakes import in_one_line
-from absorb_plugin.other_modifiers import WORKED_OUT
+from absorb_plugin.other_modifiers import WORKED_OUT, quantizes
 
 __all__ = [
     "broken_off",
@@ -98,10 +99,11 @@ def leave_recipe(modifier: Modifier, model: Module) -> None:
             setattr(other, fields[1], None)
 
 
-def say_whether_it_replays(mask_kept: bool) -> None:
+def say_whether_it_replays(model: Module, mask_kept: bool) -> None:
     """
     Of the active recipe, once this plugin has left it.
 
+    :param model: that is pruned
     :param mask_kept: whether the pipelines had this model's causal mask of us
     """
     try:
@@ -120,6 +122,13 @@ def say_whether_it_replays(mask_kept: bool) -> None:
             "llm-compressor alone it will make other weights of them, perhaps worse "
             'ones: its pipelines, but for pipeline="basic", calibrate this model '
             "without a causal mask, which was kept here (docs/compatibility.md)"
+        )
+    elif _quantized_before(model):
+        logger.warning(
+            "Sparsities are set, and recipe.yaml will hold them after the stages that "
+            "the model came with, which quantise it. Replayed at once on what it was "
+            "made of, this run's stages prune weights that were not rounded yet, and "
+            "may end at others"
         )
     else:
         logger.info("Sparsities are set; recipe.yaml replays without absorb_plugin")
@@ -155,13 +164,30 @@ def _free(name: str, taken: Iterable[str], ending: str = "") -> str:
     return free
 
 
-def _stages_of(model: Module) -> list[str]:
-    """Of the recipe.yaml that a model came with, found as llm-compressor finds it."""
+def _quantized_before(model: Module) -> bool:
+    """Whether the recipe.yaml that a model came with quantises."""
+    if (path := _came_with(model)) is None:
+        return False
+    try:
+        return any(map(quantizes, Recipe.create_instance(path).modifiers))
+    except Exception as error:  # `_stages_of` has said that it is none
+        logger.debug(f"the recipe.yaml that the model came with: {error}")
+        return False
+
+
+def _came_with(model: Module) -> str | None:
+    """A recipe.yaml, found as llm-compressor finds it."""
     try:
         path = infer_recipe_from_model_path(getattr(model, "name_or_path", ""))
     except Exception as error:  # whatever the hub says of a name that it has not
         logger.debug(f"no recipe.yaml that the model came with: {error}")
-        return []
+        return None
+    return None if path is None else str(path)
+
+
+def _stages_of(model: Module) -> list[str]:
+    """Of the recipe.yaml that a model came with."""
+    path = _came_with(model)
     if path is None:
         return []
     try:

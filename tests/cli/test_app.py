@@ -75,6 +75,23 @@ def test_a_name_of_a_file_that_is_no_utf_8(monkeypatch):
     assert raw.getvalue() == b"/caf\xe9\n"
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_connection_that_is_lost(ignored, monkeypatch):
+    """Unless nohup has it go on."""
+
+    def lose(*arguments: object) -> None:
+        signal.raise_signal(signal.SIGHUP)
+
+    was = signal.SIG_IGN if ignored else signal.SIG_DFL
+    before = signal.signal(signal.SIGHUP, was)
+    monkeypatch.setattr("absorb_plugin.cli.frame.route_logs", lose)
+    try:
+        assert absorb("allocators").exit_code == (0 if ignored else 130)
+        assert signal.getsignal(signal.SIGHUP) == was
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_that_another_error_hides(number, monkeypatch):
     """As imports of transformers do: what they raise does not name its cause."""

@@ -105,6 +105,21 @@ def test_what_a_model_is_saved_with_is_replaced(tmp_path: Path) -> None:
         check_output(tmp_path, overwrite=True)
 
 
+def test_code_that_was_copied_from_the_model_is_replaced(tmp_path: Path) -> None:
+    """As llm-compressor copies it, whether the model's config names it or not."""
+    out, model = tmp_path / "out", tmp_path / "model"
+    for folder in (out, model):
+        folder.mkdir()
+        (folder / "config.json").write_text(MODEL)
+        (folder / "a.py").write_text("A = 1")
+    check_output(out, overwrite=True, model=str(model))
+    with pytest.raises(FileExistsError, match="holds a.py"):
+        check_output(out, overwrite=True, model="org/name")
+    (model / "a.py").write_text("A = 2")
+    with pytest.raises(FileExistsError, match="holds a.py"):
+        check_output(out, overwrite=True, model=str(model))
+
+
 def test_a_long_name_can_be_staged(tmp_path: Path) -> None:
     out = tmp_path / ("é" * 127)
     with staged_directory(out) as staging:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from helpers.words import make_tokenizer, words
+from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
 from absorb_plugin.evaluation import text
@@ -18,6 +19,15 @@ from absorb_plugin.evaluation.text import (
 @pytest.mark.parametrize(("bos", "prefix"), [(True, [1]), (False, [])])
 def test_prefix_is_what_the_tokenizer_puts_in_front(bos, prefix):
     assert prefix_ids(make_tokenizer(bos)) == prefix
+
+
+@pytest.mark.parametrize(("bos", "prefix"), [(True, [1]), (False, [])])
+def test_a_prefix_where_a_is_no_token(bos, prefix):
+    tokenizer = make_tokenizer(bos)
+    letters = models.BPE(vocab={"b": 0, "<s>": 1, "c": 2}, merges=[])
+    tokenizer.backend_tokenizer.model = letters
+    assert tokenizer("a", add_special_tokens=False)["input_ids"] == []
+    assert prefix_ids(tokenizer) == prefix
 
 
 @pytest.mark.parametrize("bos", [True, False])
