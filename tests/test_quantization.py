@@ -294,6 +294,21 @@ def test_a_model_that_came_with_stages_that_quantise(
     assert len([x for x in logs if "replays without" in x]) == 2 - quantised
 
 
+@pytest.mark.parametrize("again", [True, False])
+def test_a_model_that_is_quantised_already(
+    again: bool, tmp_path: Path, warnings: list[str]
+) -> None:
+    """Unless it is quantised anew, it is saved as it was, and nothing judges that."""
+    out = str(tmp_path / "out")
+    runs.run(make_model(), [runs.quantizer("W8A16")], tmp_path, output_dir=out)
+    reset_session()
+    recipe = [runs.absorption(), runs.pruner(), *[runs.quantizer("W8A16")] * again]
+    pruned = runs.run(load_for_pruning(out, "auto"), recipe, tmp_path)
+    told = [x for x in warnings if "14 Linears of the model are quantised" in x]
+    assert len(told) == (not again)
+    assert linear_sparsity(pruned) == pytest.approx(0.5, abs=0.01)
+
+
 class Locked(Modifier):
     """Of somebody else, with a field that no YAML can hold."""
 

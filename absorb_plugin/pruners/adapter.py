@@ -33,7 +33,11 @@ from absorb_plugin.other_modifiers import (
     quantizes,
 )
 from absorb_plugin.pruners import Pruner, pruner_class
-from absorb_plugin.pruners.quantization import QuantizedLinears, unjudged
+from absorb_plugin.pruners.quantization import (
+    QuantizedLinears,
+    is_quantized,
+    unjudged,
+)
 from absorb_plugin.pruners.recipe import modifiers_before
 from absorb_plugin.search.budget import check_budget
 
@@ -150,6 +154,7 @@ def find_pruners(
     first = after.index(found[0])
     _warn_of_lost_zeros(after[first + 1 :], found[0])
     _warn_of_rotations(after[:first], modifier)
+    _warn_of_quantized(recipe, blocks)
     _check_ignored(ignore, model)
     return [_resolve(other, model, blocks, ignore, max_sparsity) for other in found]
 
@@ -256,6 +261,17 @@ def _warn_of_rotations(before: Sequence[Modifier], ours: Modifier) -> None:
                 "recipe and rotates the weights, so the allocation is of other weights "
                 "than those that are pruned. Put it before"
             )
+
+
+def _warn_of_quantized(recipe: Sequence[Modifier], blocks: BlockMap) -> None:
+    """Those of the recipe may have begun already."""
+    count = sum(map(is_quantized, blocks.linears().values()))
+    if count and not any(map(quantizes, recipe)):
+        logger.warning(
+            f"{count} Linears of the model are quantised already. They are pruned as "
+            "they dequantise, and saved in the same format with the scales that they "
+            "had, which nothing here judges: `absorb eval` tells what the whole costs"
+        )
 
 
 def without_ignored(

@@ -34,7 +34,8 @@ from absorb_plugin.blocks import BlockMap
 from absorb_plugin.forward.linears import watched_inputs
 from absorb_plugin.forward.replaced import replaced_forward
 
-__all__ = ["QuantizedLinears", "Range", "rounded_input", "rounded_weight", "unjudged"]
+__all__ = ["QuantizedLinears", "Range", "is_quantized", "rounded_input"]
+__all__ += ["rounded_weight", "unjudged"]
 
 # The least and the largest of what entered a Linear.
 Range = tuple[float, float]
@@ -57,7 +58,7 @@ class QuantizedLinears:
             {
                 name: part.quantization_scheme
                 for name, part in block.named_modules()
-                if isinstance(part, Linear) and _is_quantized(part)
+                if isinstance(part, Linear) and is_quantized(part)
             }
             for block in blocks.modules
         ]
@@ -134,7 +135,7 @@ def unjudged(model: Module, blocks: BlockMap) -> list[str]:
     return [
         name
         for name, part in model.named_modules()
-        if (_is_quantized(part) and not (part in inside and isinstance(part, Linear)))
+        if (is_quantized(part) and not (part in inside and isinstance(part, Linear)))
         or _rounds_outputs(part)
     ]
 
@@ -212,7 +213,8 @@ def _rounds_outputs(module: Module) -> bool:
     return getattr(scheme, "output_activations", None) is not None
 
 
-def _is_quantized(module: Module) -> bool:
+def is_quantized(module: Module) -> bool:
+    """Whether it has a scheme for its weight or its inputs, in force or not."""
     scheme = getattr(module, "quantization_scheme", None)
     parts = ("weights", "input_activations")
     return any(getattr(scheme, part, None) is not None for part in parts)
