@@ -15,7 +15,7 @@ from absorb_plugin.cli.inputs import (
     check_sparsity,
     read_model,
 )
-from absorb_plugin.names import EffortName, PrunerName
+from absorb_plugin.names import EffortName, PrunerName, Quantization
 
 if TYPE_CHECKING:
     from absorb_plugin.evaluation.curve import Curve
@@ -44,6 +44,9 @@ def curve(
     effort: Annotated[
         EffortName, typer.Option(help="How much is measured.")
     ] = "standard",
+    quantize: Annotated[
+        Quantization | None, typer.Option(help="Judge it quantised after pruning.")
+    ] = None,
     samples: options.Samples = 128,
     seq_len: options.SeqLen = 512,
     seed: options.Seed = 0,
@@ -58,10 +61,11 @@ def curve(
     debug: options.Debug = False,
 ) -> None:
     """Loss and perplexity of MODEL over sparsity: uniform, base, corrected."""
-    fields = ("allocator", "effort", "ignore", "sparsities")
+    fields = ("allocator", "effort", "ignore", "sparsities", "quantize")
     with command(debug, fields=fields) as stdout:
         from absorb_plugin.evaluation.curve import as_dict, measure_curve
-        from absorb_plugin.evaluation.loading import load_model
+        from absorb_plugin.evaluation.loading import empty_model, load_model
+        from absorb_plugin.evaluation.oneshot import quantization_of
         from absorb_plugin.evaluation.output import check_figure
         from absorb_plugin.evaluation.text import calibration_samples
         from absorb_plugin.files import check_writable
@@ -84,10 +88,14 @@ def curve(
             check_writable("--profile-cache", settings.profile_cache)
         check_figure(figure, "--figure")
         documents = Source(text, dataset, split, text_column).documents()
-        _, tokenizer = read_model(model, dtype, trust_remote_code, seq_len)
+        config, tokenizer = read_model(model, dtype, trust_remote_code, seq_len)
+        if quantize is not None:  # widths that cannot be are told of before weights
+            quantization_of(empty_model(config, trust_remote_code), quantize)
         data = calibration_samples(documents, tokenizer, samples, seq_len, seed)
         loaded = load_model(model, dtype, trust_remote_code)
-        found = measure_curve(loaded, data, budgets, settings, pruner=pruner)
+        found = measure_curve(
+            loaded, data, budgets, settings, pruner=pruner, quantize=quantize
+        )
         result = as_dict(found, pruner, allocator)
         if figure is not None:
             save_figure(figure, curve_charts(result), Path(model).name)
@@ -136,6 +144,9 @@ def _print(found: "Curve", knee: str, allocator: str, file: TextIO) -> None:
 
     numbers = ["sparsity", "uniform", escape(allocator), "corrected", "loss increase"]
     title = f"Perplexity; dense {_two_digits(exp(found.dense))}"
+    if (cost := found.quantization) is not None:
+        alone = _two_digits(exp(found.dense + cost.increase))
+        title += f", quantised {alone} ({cost.modifiers[0]}, as all below)"
     table = table_of([], numbers, title)
     for point in found.points:
         perplexities = [

@@ -15,6 +15,7 @@ from absorb_plugin import distributed
 from absorb_plugin.calibration import samples_of
 from absorb_plugin.choices import budget_of
 from absorb_plugin.evaluation.allocation import set_up
+from absorb_plugin.evaluation.oneshot import quantization_of
 from absorb_plugin.files import json_numbers
 from absorb_plugin.language_model import check_ids
 from absorb_plugin.measuring import dense_loss, pruned_loss
@@ -22,9 +23,11 @@ from absorb_plugin.method import Method
 from absorb_plugin.overflow import exp, expm1
 from absorb_plugin.pruners import PRUNERS
 from absorb_plugin.pruners.present import ModelZeros
+from absorb_plugin.pruners.quantization import QuantizedLinears
 from absorb_plugin.search.budget import Budget, OutOfReach
 from absorb_plugin.search.confirm import confirm
 from absorb_plugin.search.line_search import Losses, gain
+from absorb_plugin.search.quality import QuantizationCost
 from absorb_plugin.settings import AllocationSettings
 from absorb_plugin.torch_state import plain_torch
 
@@ -59,12 +62,15 @@ class Curve:
     :param points: ascending in sparsity
     :param chosen_by: whether the search went by the samples that it was judged on, of
         which there are so few
+    :param quantization: what is quantised afterwards, and what that costs where nothing
+        is pruned; every increase is with it
     """
 
     dense: float
     tokens: int
     points: Sequence[CurvePoint]
     chosen_by: bool = False
+    quantization: QuantizationCost | None = None
 
 
 @plain_torch()
@@ -75,6 +81,7 @@ def measure_curve(
     settings: AllocationSettings,
     *,
     pruner: str,
+    quantize: str | None = None,
 ) -> Curve:
     """
     Judged by the pruner's arithmetic, on held-out samples. The search runs once, at the
@@ -83,7 +90,9 @@ def measure_curve(
     :param samples: rows of `input_ids` and `attention_mask`
     :param sparsities: budgets, ascending
     :param pruner: name of the pruner, with its default settings
-    :raises ValueError: naming a sparsity that zeros which are there leave out of reach
+    :param quantize: as of `absorb prune`, what pruned weights are judged as
+    :raises ValueError: naming a sparsity that zeros which are there leave out of reach,
+        or Linears that cannot be quantised so
     """
     arithmetic = PRUNERS[pruner]()
     batches = samples_of(samples)
@@ -93,6 +102,10 @@ def measure_curve(
         zeros = ModelZeros.of(blocks, arithmetic)
         for cap in caps.values():  # what cannot be met is told of at once
             _check_zeros(zeros, cap, warn=cap is caps[sparsities[0]])
+        quantized = None
+        if quantize is not None:
+            config = quantization_of(model, quantize)
+            quantized = QuantizedLinears.to_be(config, model, blocks, quantize)
         method = Method(model, blocks, batches, pruner=arithmetic, settings=settings)
         zeros = method.zeros(zeros)
         budgets = {sparsity: zeros.within(cap) for sparsity, cap in caps.items()}
@@ -100,7 +113,12 @@ def measure_curve(
             dense, tokens = dense_loss(method.context)
             ours: dict[float, np.ndarray] = {}
             points = []
-            judge = partial(pruned_loss, method.context)
+            judge = partial(pruned_loss, method.context, quantized=quantized)
+            cost = None
+            if quantized is not None:
+                nothing = np.zeros(len(blocks.linears()))
+                alone = gain(judge([nothing])[0][0], dense[0], tokens)
+                cost = QuantizationCost(quantized.modifiers, *alone)
             order = _from_the_middle(sparsities)
             hidden = not distributed.is_first()
             for sparsity in tqdm(order, desc="Sparsities", disable=hidden):
@@ -118,6 +136,7 @@ def measure_curve(
         int(tokens.sum()),
         points,
         chosen_by=method.context.samples.confirm is method.context.samples.search,
+        quantization=cost,
     )
 
 
@@ -163,6 +182,9 @@ def knee(curve: Curve) -> str:
         if point.increases["ours"] > bound:
             break
         kept.append(point.sparsity)
+    cost = curve.quantization
+    if cost is not None and cost.increase > bound:
+        return f"quantising alone costs {expm1(cost.increase):.0%} of perplexity"
     if not kept:
         first = curve.points[0]
         increase = first.increases["ours"]
@@ -183,6 +205,7 @@ def as_dict(curve: Curve, pruner: str, allocator: str) -> dict[str, Any]:
         "chosen_by_the_same": curve.chosen_by,
         "dense_loss": curve.dense,
         "knee": knee(curve),
+        "quantization": _quantization(curve.quantization),
         "points": [
             {
                 "sparsity": point.sparsity,
@@ -198,6 +221,13 @@ def as_dict(curve: Curve, pruner: str, allocator: str) -> dict[str, Any]:
             for point in curve.points
         ],
     }
+
+
+def _quantization(cost: QuantizationCost | None) -> dict[str, Any] | None:
+    if cost is None:
+        return None
+    found = {"loss_increase": cost.increase, "standard_error": cost.error}
+    return {"quantize": cost.modifiers[0], **_numbers(found)}
 
 
 def _numbers(values: Mapping[str, float]) -> dict[str, float | None]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from compressed_tensors.quantization import QuantizationConfig
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 from transformers import PreTrainedModel, set_seed
 
 import absorb_plugin  # registers the modifier that a recipe may name
+from absorb_plugin.evaluation.recipes import RecipeWishes
 from absorb_plugin.files import check_writable
 from absorb_plugin.mistakes import check_patterns, in_words
 from absorb_plugin.other_modifiers import quantizes
@@ -29,6 +31,7 @@ __all__ = [
     "ours",
     "parse_recipe",
     "prune",
+    "quantization_of",
     "stage_reports",
 ]
 
@@ -91,6 +94,17 @@ def least_bits(recipe: Recipe) -> int | None:
         weights = [group.weights for group in found.config_groups.values()]
         bits += [one.num_bits for one in weights if one is not None]
     return min(bits, default=None)
+
+
+def quantization_of(model: PreTrainedModel, quantize: str) -> QuantizationConfig:
+    """
+    What `absorb prune --quantize` does to a model.
+
+    :param model: with or without its weights
+    :raises ValueError: if its Linears cannot be quantised so
+    """
+    text = RecipeWishes(sparsity=0.0, quantize=quantize).text(model)
+    return parse_recipe(text).modifiers[-1].resolve_quantization_config()
 
 
 def _recipe_text(path: Path) -> tuple[str, int]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from compressed_tensors.quantization import (
     QuantizationArgs,
+    QuantizationConfig,
     QuantizationScheme,
     QuantizationStrategy,
 )
@@ -25,6 +26,7 @@ from compressed_tensors.quantization.utils import (
     compute_dynamic_scales_and_zp,
     generate_gparam,
 )
+from compressed_tensors.utils import match_named_modules
 from llmcompressor.observers.helpers import flatten_for_calibration
 from torch.nn import Linear, Module
 from torch.nn.functional import linear as apply_linear
@@ -63,6 +65,30 @@ class QuantizedLinears:
             for block in blocks.modules
         ]
         return cls(tuple(modifiers), schemes)
+
+    @classmethod
+    def to_be(
+        cls, config: QuantizationConfig, model: Module, blocks: BlockMap, name: str
+    ) -> "QuantizedLinears":
+        """
+        By the schemes that a configuration will give them.
+
+        :param name: of what quantises
+        """
+        given = {
+            module: scheme
+            for scheme in config.config_groups.values()
+            for _, module in match_named_modules(model, scheme.targets, config.ignore)
+        }
+        schemes = [
+            {
+                name: given[part]
+                for name, part in block.named_modules()
+                if isinstance(part, Linear) and part in given
+            }
+            for block in blocks.modules
+        ]
+        return cls((name,), schemes)
 
     def identity(self) -> list[dict[str, str]]:
         """What tells a measurement by these from another (`profile_cache`)."""

@@ -14,6 +14,10 @@ def curve_charts(curve: Mapping[str, Any]) -> list[Chart]:
     """:param curve: what `absorb curve --json` prints"""
     points = curve["points"]
     sparsities = [point["sparsity"] for point in points]
+    quantization = curve.get("quantization")
+    pruner = curve["pruner"]
+    if quantization is not None:
+        pruner += f", then {quantization['quantize']}"
     names = {"uniform": "uniform", "base": curve["allocator"], "ours": "corrected"}
 
     def line(key: str, name: str) -> Line:
@@ -22,7 +26,7 @@ def curve_charts(curve: Mapping[str, Any]) -> list[Chart]:
 
     return [
         LineChart(
-            f"Perplexity over sparsity, {curve['pruner']}",
+            f"Perplexity over sparsity, {pruner}",
             "sparsity",
             "perplexity",
             [line("perplexity", name) for name in STYLES],

@@ -76,6 +76,33 @@ def test_command(pruner: str, model_dir: Path, text_file: Path, tmp_path: Path) 
     assert files_in(tmp_path) == {"curve.png"} and figure.stat().st_size > 1000
 
 
+def test_a_curve_of_what_is_quantised(model_dir: Path, text_file: Path) -> None:
+    options = ["--text", text_file, "--samples", 8, "--seq-len", 16, "--json"]
+    options += ["--effort", "quick", "--sparsities", "0.2,0.5"]
+    plain = json.loads(absorb("curve", model_dir, *options).stdout)
+    result = absorb("curve", model_dir, *options, "--quantize", "w8a8")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert plain["quantization"] is None
+    assert found["quantization"]["quantize"] == "w8a8"
+    assert found["dense_loss"] == plain["dense_loss"]
+    assert found["quantization"]["loss_increase"] != 0
+    for one, other in zip(plain["points"], found["points"], strict=True):
+        one, other = one["loss_increase"], other["loss_increase"]
+        assert one["uniform"] != other["uniform"]
+        assert one["uniform"] == pytest.approx(other["uniform"], abs=0.1)
+
+
+def test_a_curve_of_groups_that_do_not_fit(text_file: Path, tmp_path: Path) -> None:
+    small = tiny.small(hidden_size=48)
+    model, tokenizer = tiny.with_tokenizer(small, tmp_path / "config")
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    options = ["--text", text_file, "--seq-len", 16, "--quantize", "w4a16"]
+    line = error_of("curve", tmp_path / "model", *options)
+    assert "--quantize w4a16" in line and "48 columns" in line
+
+
 def test_the_table(model_dir: Path, text_file: Path) -> None:
     options = [
         "--text",

@@ -1,11 +1,13 @@
 """Losses of weights pruned and quantised, against llm-compressor's quantisation."""
 
 import copy
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.quantization import apply_quantization_config
 from datasets import Dataset
 from helpers import naive, runs, tiny
 from helpers.probes import run
@@ -16,10 +18,13 @@ from transformers import PreTrainedModel
 
 from absorb_plugin.blocks import BlockMap, find_blocks
 from absorb_plugin.calibration import Batch, split_samples
+from absorb_plugin.evaluation.oneshot import quantization_of
+from absorb_plugin.evaluation.recipes import QUANTIZATIONS
 from absorb_plugin.groups import named
 from absorb_plugin.judges import PrunedLoss
 from absorb_plugin.pruners import Pruner, SparseGPT, Wanda
 from absorb_plugin.pruners.quantization import (
+    QuantizedLinears,
     rounded_weight,
     unjudged,
 )
@@ -144,6 +149,36 @@ def losses_of(
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor), name
     return judge.result()[0]
+
+
+@pytest.mark.parametrize("quantize", QUANTIZATIONS)
+@pytest.mark.parametrize("architecture", ["llama", "opt", "qwen3_moe"])
+def test_schemes_are_known_before_they_are_given(
+    architecture: str, quantize: str
+) -> None:
+    model = make_model(architecture)
+    config, blocks = quantization_of(model, quantize), find_blocks(model)
+    soon = QuantizedLinears.to_be(config, model, blocks, quantize)
+    apply_quantization_config(model, config)
+    given = QuantizedLinears.of([quantize], blocks)
+    assert soon.modifiers == given.modifiers
+    assert [list(one) for one in soon.schemes] == [list(one) for one in given.schemes]
+    for one, other in zip(soon.identity(), given.identity(), strict=True):
+        assert {k: _args(v) for k, v in one.items()} == {
+            k: _args(v) for k, v in other.items()
+        }
+    names = [
+        block.full_name(name)
+        for block, schemes in zip(blocks.blocks, soon.schemes, strict=True)
+        for name in schemes
+    ]
+    assert set(names) == blocks.linears().keys()
+
+
+def _args(scheme: str) -> dict:
+    """Of the weights and inputs; what a model is saved as is known later."""
+    found = json.loads(scheme)
+    return {name: found[name] for name in ("weights", "input_activations")}
 
 
 def test_what_is_quantised_beside_the_blocks_is_told() -> None:
