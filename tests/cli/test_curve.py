@@ -100,7 +100,7 @@ def test_a_curve_of_groups_that_do_not_fit(text_file: Path, tmp_path: Path) -> N
         part.save_pretrained(tmp_path / "model")
     options = ["--text", text_file, "--seq-len", 16, "--quantize", "w4a16"]
     line = error_of("curve", tmp_path / "model", *options)
-    assert "--quantize w4a16" in line and "48 columns" in line
+    assert "--quantize 'w4a16'" in line and "48 columns" in line
 
 
 def test_the_table(model_dir: Path, text_file: Path) -> None:
