@@ -87,7 +87,7 @@ class PrunedLoss(Probe):
         observed = 1 if distributed.ranks() == 1 else 2
         return Needs(
             trajectories=len(self._candidates),
-            pruned=len(self._candidates),
+            pruned=len(self._candidates) + (self._quantized is not None),
             hessians=self._pruner.hessians,
             sets=max(self._at_once, observed),
             single_batch=True,

@@ -39,6 +39,10 @@ from absorb_plugin.forward.replaced import replaced_forward
 __all__ = ["QuantizedLinears", "Range", "is_quantized", "rounded_input"]
 __all__ += ["rounded_weight", "unjudged"]
 
+# Weights that are rounded at once, of which there are several copies on the way, where
+# rows have scales of their own.
+AT_ONCE = 2**24
+BY_ROWS = (QuantizationStrategy.CHANNEL, QuantizationStrategy.GROUP)
 # The least and the largest of what entered a Linear.
 Range = tuple[float, float]
 
@@ -186,6 +190,16 @@ def rounded_weight(weight: torch.Tensor, args: QuantizationArgs) -> torch.Tensor
     :param weight: shape (out_features, in_features)
     :return: likewise, quantised and dequantised
     """
+    rows = max(1, AT_ONCE // weight.shape[1])
+    if args.strategy not in BY_ROWS or len(weight) <= rows:
+        return _rounded(weight, args)
+    rounded = torch.empty_like(weight)
+    for part, source in zip(rounded.split(rows), weight.split(rows), strict=True):
+        part.copy_(_rounded(source, args))
+    return rounded
+
+
+def _rounded(weight: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
     together = flatten_for_calibration(weight, "weight", args)
     low, high = together.amin((0, -1)), together.amax((0, -1))
     whole = None

@@ -22,7 +22,7 @@ from absorb_plugin.evaluation.oneshot import quantization_of
 from absorb_plugin.evaluation.recipes import QUANTIZATIONS
 from absorb_plugin.groups import named
 from absorb_plugin.judges import PrunedLoss
-from absorb_plugin.pruners import Pruner, SparseGPT, Wanda
+from absorb_plugin.pruners import Pruner, SparseGPT, Wanda, quantization
 from absorb_plugin.pruners.quantization import (
     QuantizedLinears,
     rounded_weight,
@@ -83,16 +83,30 @@ def test_weights_are_rounded_as_llm_compressor_does(
         assert not ours[weight == 0].any()  # zeros stay
 
 
-@pytest.mark.contract
 @pytest.mark.parametrize("scheme", SCHEMES)
+def test_large_weights_are_rounded_some_rows_at_a_time(
+    scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = runs.quantizer(scheme).resolve_quantization_config()
+    args = config.config_groups["group_0"].weights
+    weight = torch.randn(50, 256, generator=torch.Generator().manual_seed(0))
+    whole = rounded_weight(weight, args)
+    monkeypatch.setattr(quantization, "AT_ONCE", 7 * 256)
+    assert torch.equal(rounded_weight(weight, args), whole)
+
+
+@pytest.mark.contract
 @pytest.mark.parametrize(
-    "architecture, pruner",
+    "architecture, pruner, scheme",
     [
-        ("llama", Wanda()),
-        ("opt", Wanda()),
-        ("qwen3", SparseGPT(block_size=16, dampening=0.5)),
+        *(("llama", Wanda(), scheme) for scheme in SCHEMES),
+        *(("opt", Wanda(), scheme) for scheme in ("W8A8", "W4A16")),
+        *(
+            ("qwen3", SparseGPT(block_size=16, dampening=0.5), scheme)
+            for scheme in ("W4A16", "FP8")
+        ),
     ],
-    ids=["llama", "opt", "qwen3"],
+    ids=lambda one: getattr(one, "name", one),
 )
 def test_losses_are_those_of_a_copy_pruned_and_quantised(
     architecture: str, pruner: Pruner, scheme: str, tmp_path: Path
