@@ -16,6 +16,19 @@ def quality() -> Iterator[ModuleType]:
         yield script
 
 
+def test_windows_of_other_lengths_are_texts_of_their_own(
+    quality: ModuleType, options: Namespace
+) -> None:
+    done = [finished(quality, options)]
+    (path,) = options.eval_text
+    options.eval_seq_len = [256, 512]
+    named = {"wiki.txt": (path, 256), "wiki.txt by 512": (path, 512)}
+    assert quality.eval_texts(options) == named
+    assert left(quality, options, done)[0]  # of the second nothing is known
+    done[0]["texts"]["wiki.txt by 512"] = done[0]["texts"]["wiki.txt"]
+    assert not left(quality, options, done)[0]
+
+
 @pytest.fixture
 def options(tmp_path: Path) -> Namespace:
     """Of a command with one run."""
@@ -30,6 +43,7 @@ def options(tmp_path: Path) -> Namespace:
         seq_len=256,
         dtype="float32",
         windows=8,
+        eval_seq_len=[],
         methods=["uniform"],
         allocators=["owl"],
         pruners=["wanda"],

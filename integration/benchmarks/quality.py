@@ -8,7 +8,9 @@ Perplexity of every allocation on held-out text, through the real `oneshot`.
         --out results.jsonl
 
 An allocator may have arguments: `--allocators lsa:beta=0.07 dlp:reduce=median`. Every
-pruned model is judged by every held-out text; each text has its table.
+pruned model is judged by every held-out text; each text has its table. Its windows are
+as long as those that calibrate, or of every length of `--eval-seq-len`, in tables of
+their own.
 
 One line of JSON per run, appended as it completes; a run whose line is there already,
 with the same settings and the same content of its texts, is not repeated, of whatever
@@ -195,8 +197,8 @@ def run(
     seconds = time.perf_counter() - begin
     line = cell | {
         "texts": {
-            path.name: judged(pruned, texts[path.name]) | {"digest": digest(path)}
-            for path in options.eval_text
+            name: judged(pruned, texts[name]) | {"digest": digest(path)}
+            for name, (path, _) in eval_texts(options).items()
         },
         "realised": linear_sparsity(pruned),
         "seconds": round(seconds, 1),
@@ -245,13 +247,26 @@ def serving(
 ) -> list[dict]:
     """Lines that are judged by all texts and tasks of this command."""
     wanted = {encoded.task.name: len(encoded.requests) for encoded in tasks}
-    digests = {path.name: digest(path) for path in options.eval_text}
+    texts = eval_texts(options).items()
+    digests = {name: digest(path) for name, (path, _) in texts}
     return [
         line
         for line in done
         if wanted.items() <= items(line).items()
         and digests.items() <= eval_digests(line).items()
     ]
+
+
+def eval_texts(options: argparse.Namespace) -> dict[str, tuple[Path, int]]:
+    """By what tables call it: a file, and the length of its windows."""
+    return {
+        path.name if length == options.seq_len else f"{path.name} by {length}": (
+            path,
+            length,
+        )
+        for path in options.eval_text
+        for length in options.eval_seq_len or [options.seq_len]
+    }
 
 
 def eval_digests(line: dict) -> dict[str, str | None]:
@@ -525,6 +540,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--eval-seq-len", type=int, nargs="+", default=[])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tasks", type=Path, nargs="+", default=[])
     parser.add_argument("--limit", type=int, help="first items of every task")
@@ -547,10 +563,10 @@ def main() -> None:
         logger.add(sys.stderr, level="WARNING")
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         texts = {
-            path.name: evaluation_windows(
-                read_text(path), tokenizer, options.seq_len, options.windows
+            name: evaluation_windows(
+                read_text(path), tokenizer, length, options.windows
             )
-            for path in options.eval_text
+            for name, (path, length) in eval_texts(options).items()
         }
         tasks = encode_tasks(
             read_tasks(options.tasks, options.limit),
