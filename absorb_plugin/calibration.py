@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from absorb_plugin import distributed
 from absorb_plugin.batches import as_tensors
 from absorb_plugin.cpu import fast_bfloat16
-from absorb_plugin.devices import computes_on_cpu
+from absorb_plugin.devices import computes_on_cpu, holds
 from absorb_plugin.language_model import without_extras
 from absorb_plugin.precision import ieee_float32
 from absorb_plugin.torch_state import plain_torch
@@ -81,7 +81,8 @@ def calibrating(model: torch.nn.Module) -> Iterator[None]:
         stack.enter_context(without_extras(model))
         stack.enter_context(DisableQuantization(model))
         stack.enter_context(HooksMixin.disable_hooks())
-        stack.enter_context(fast_bfloat16())
+        if holds(model, torch.bfloat16):  # else it looks at every function for nothing
+            stack.enter_context(fast_bfloat16())
         stack.enter_context(ieee_float32())
         yield
 

@@ -23,6 +23,7 @@ __all__ = [
     "empty_cache",
     "free_memory",
     "give_back_page_locked",
+    "holds",
     "is_offloaded",
     "launches",
     "through_page_locked",
@@ -69,6 +70,17 @@ def dtype_of(model: PreTrainedModel) -> torch.dtype:
     """As `model.dtype`, which would onload a weight for it."""
     with disable_onloading():
         return model.dtype
+
+
+def holds(model: Module, dtype: torch.dtype) -> bool:
+    """Whether some parameter or buffer is of a dtype; none is onloaded for it."""
+    with disable_onloading():
+        tensors = (
+            getattr(module, name)
+            for module in model.modules()
+            for name in (*module._parameters, *module._buffers)
+        )
+        return any(tensor is not None and tensor.dtype == dtype for tensor in tensors)
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -1,7 +1,9 @@
 import pytest
 import torch
+from helpers import tiny
 
 from absorb_plugin import cpu
+from absorb_plugin.calibration import calibrating
 
 
 @pytest.fixture
@@ -79,3 +81,12 @@ def test_products_are_timed_once(monkeypatch):
     cpu._times_as_long.cache_clear()
     assert cpu._times_as_long() == cpu._times_as_long() > 0
     assert products == [torch.float32, torch.bfloat16] * cpu.REPETITIONS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_a_model_in_bfloat16_is_looked_at(slow, dtype):
+    model = tiny.small().to(dtype)
+    model.model.norm.float()  # a norm in float32 makes no difference
+    with calibrating(model):
+        modes = torch.overrides._len_torch_function_stack()
+    assert modes == (dtype == torch.bfloat16)

@@ -189,7 +189,8 @@ def check_aim(pruners: Sequence[PrunerAdapter]) -> tuple[str, ...]:
             "costs more beside it, which nobody judges here: put it after, or ask "
             "`absorb eval` what both cost"
         )
-    return tuple(type(x).__name__ for x in filter(quantizes, recipe[last:]))
+    after = filter(quantizes, recipe[last:])
+    return tuple(dict.fromkeys(type(modifier).__name__ for modifier in after))
 
 
 def quantized_afterwards(

@@ -5,7 +5,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -71,7 +71,8 @@ def _warn(part: Module) -> None:
     )
 
 
-def _choice(kind: type[Module]) -> tuple[ModuleType, str, ast.expr | None] | None:
+@cache  # to read and parse the sources takes a fifth of a second
+def _choice(kind: type) -> tuple[ModuleType, str, ast.expr | None] | None:
     """
     Where the forward of a class calls a variable to make a mask: the module that it is
     written in, the variable, and what is put into it if that is one thing.
