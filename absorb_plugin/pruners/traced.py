@@ -34,7 +34,8 @@ def keep_causal_masks(model: Module, blocks: Sequence[Module]) -> Callable[[], b
     :return: takes the names away again, and says whether there were any
     """
     around = outside(model, blocks)
-    choices = {kind: _choice(kind) for kind in {type(part) for part in around}}
+    kinds: set[type] = {type(part) for part in around}
+    choices = {kind: _choice(kind) for kind in kinds}
     given: list[tuple[ModuleType, str]] = []
     for part in around:
         if (choice := choices[type(part)]) is None:
