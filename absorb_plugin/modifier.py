@@ -83,7 +83,8 @@ class AbsorptionAllocationModifier(Modifier, AllocationSettings):
     :param max_loss_increase: instead of a sparsity, the aim: the pruner's `sparsity` is
         the largest budget then, and the one taken is the largest whose loss on held-out
         samples, plus one standard error, grows by no more than this over the dense
-        model, in nats per token (docs/quality-target.md)
+        model, in nats per token; with the quantisation that follows in the recipe, if
+        one does (docs/quality-target.md)
     :param effort: how much is measured: "quick", "standard" or "thorough"; what it
         costs and brings is in docs/benchmarks.md. The next seven override parts of it
     :param rounds: steps of the descent, each measured where the one before ended;

@@ -53,7 +53,8 @@ def prune(
         typer.Option(
             metavar="NATS",
             help="Prune as much as the loss per token allows to grow by so much "
-            "(0.05: perplexity +5 %); --sparsity is then the most.",
+            "(0.05: perplexity +5 %), with --quantize by both; --sparsity is then the "
+            "most.",
         ),
     ] = None,
     pruner: Annotated[
