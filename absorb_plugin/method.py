@@ -294,9 +294,14 @@ class Method:
         nothing = np.zeros_like(budget.uniform())
         cost = QuantizationCost(self._quantized.modifiers, *increase(nothing))
         if not cost.increase + np.nan_to_num(cost.error) < bound:
+            more = "leave the quantisation out"
+            if better := self._quantized.better:
+                more = (
+                    f"give {better}, which may cost less than rounding to nearest, by "
+                    "which it is judged, a `oneshot` of its own after this one"
+                )
             raise ValueError(
                 f"max_loss_increase={bound:g} cannot be kept: {cost}. Raise it above "
-                "that, quantise to more bits or in smaller groups, or leave the "
-                "quantisation out"
+                f"that, quantise to more bits or in smaller groups, or {more}"
             )
         return cost

@@ -254,6 +254,11 @@ def test_a_bound_below_what_quantising_costs(tmp_path: Path) -> None:
     recipe = [runs.pruner(), runs.quantizer("W4A16")]
     with pytest.raises(ValueError, match=told):
         bounded(recipe, tmp_path, 1e-7)
+    reset_session()
+    gptq = GPTQModifier(targets=["Linear"], ignore=["lm_head"], scheme="W4A16")
+    told = "GPTQModifier alone costs .* give GPTQModifier, which may cost less .* own"
+    with pytest.raises(ValueError, match=told):
+        bounded([runs.pruner(), gptq], tmp_path, 1e-7)
 
 
 def test_a_bound_is_not_of_all_that_is_quantised(
@@ -264,6 +269,12 @@ def test_a_bound_is_not_of_all_that_is_quantised(
     (told,) = [line for line in warnings if "max_loss_increase" in line]
     assert "GPTQModifier quantises lm_head, which nobody judges here" in told
     assert any("GPTQModifier chooses them with more care" in line for line in logs)
+    reset_session()
+    smooth = SmoothQuantModifier(smoothing_strength=0.5)
+    found = bounded([runs.pruner(), smooth, runs.quantizer("W8A8")], tmp_path)
+    names = ["SmoothQuantModifier", "QuantizationModifier"]
+    assert found["quantization"]["modifiers"] == names
+    assert any("SmoothQuantModifier chooses them" in line for line in logs)
 
 
 def test_a_bound_knows_nothing_of_what_was_quantised_before(

@@ -163,7 +163,8 @@ def check_aim(pruners: Sequence[PrunerAdapter]) -> tuple[str, ...]:
     """
     Call it in `on_initialize`.
 
-    :return: class names of the modifiers that quantise what has been pruned
+    :return: class names of the modifiers that quantise what has been pruned, and of
+        those that prepare it for that; none if nothing is quantised
     :raises ValueError: if a bound on the loss cannot be kept by what is judged
     """
     recipe = active_session().lifecycle.recipe.modifiers
@@ -189,7 +190,9 @@ def check_aim(pruners: Sequence[PrunerAdapter]) -> tuple[str, ...]:
             "costs more beside it, which nobody judges here: put it after, or ask "
             "`absorb eval` what both cost"
         )
-    after = filter(quantizes, recipe[last:])
+    after = recipe[last + 1 :]
+    if not any(map(quantizes, after)):
+        return ()
     return tuple(dict.fromkeys(type(modifier).__name__ for modifier in after))
 
 
@@ -212,13 +215,13 @@ def quantized_afterwards(
             f"{f' and {len(rest)} more' if rest else ''}, which nobody judges here: "
             "`absorb eval` tells what all of it costs"
         )
-    if better := [name for name in modifiers if name != "QuantizationModifier"]:
+    found = QuantizedLinears.of(modifiers, blocks)
+    if found.better:
         logger.info(
-            f"max_loss_increase is judged with weights rounded to nearest; "
-            f"{' and '.join(better)} chooses them with more care, and costs less as a "
-            "rule"
+            "max_loss_increase is judged with weights rounded to nearest; "
+            f"{found.better} chooses them with more care, and costs less as a rule"
         )
-    return QuantizedLinears.of(modifiers, blocks)
+    return found
 
 
 @cache

@@ -50,12 +50,17 @@ Range = tuple[float, float]
 @dataclass(frozen=True)
 class QuantizedLinears:
     """
-    :param modifiers: class names of what quantises
+    :param modifiers: class names of what quantises, or prepares it
     :param schemes: per block, name relative to it -> how that Linear will be quantised
     """
 
     modifiers: tuple[str, ...]
     schemes: Sequence[Mapping[str, QuantizationScheme]]
+
+    @property
+    def better(self) -> str:
+        """Those that do more than round to nearest, in words; "" if none does."""
+        return " and ".join(x for x in self.modifiers if x != "QuantizationModifier")
 
     @classmethod
     def of(cls, modifiers: Iterable[str], blocks: BlockMap) -> "QuantizedLinears":

@@ -53,7 +53,7 @@ class QuantizationCost:
     """
     What the quantisation that follows costs where nothing is pruned.
 
-    :param modifiers: class names of what quantises
+    :param modifiers: class names of what quantises, or prepares it
     :param increase: of the loss over the dense model, nats per token
     :param error: as of `Point`
     """
