@@ -28,11 +28,11 @@ def prefix_ids(tokenizer: Tokenizer) -> list[int]:
     and OPT, nothing for SmolLM2, Qwen and GPT-NeoX. A model that was trained with BOS
     is not itself without it (its attention sink sits there).
     """
-    # of a letter that it does not know nothing may be left
-    for word in ("a", *tokenizer.get_vocab()):
-        plain = tokenizer(word, add_special_tokens=False)["input_ids"]
-        if plain and word not in tokenizer.all_special_tokens:
-            break
+    word, plain = "a", tokenizer("a", add_special_tokens=False)["input_ids"]
+    if not plain:  # of a letter that it does not know nothing may be left
+        for word in tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}:
+            if plain := tokenizer(word, add_special_tokens=False)["input_ids"]:
+                break
     special = tokenizer(word)["input_ids"]
     for start in range(len(special) - len(plain) + 1):
         if special[start : start + len(plain)] == plain:
