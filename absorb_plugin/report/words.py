@@ -79,11 +79,13 @@ def gain_sentence(profile: Mapping[str, Any]) -> str:
     confirmed = profile["confirmed"]
     if not confirmed or confirmed["chosen"] == "base" or confirmed["gain"] is None:
         return ""
-    gain = confirmed["gain"]
+    gain, judge = confirmed["gain"], judge_name(confirmed["judge"])
+    if (profile["quality"] or {}).get("quantization"):  # of older versions none
+        judge += " and quantised"
     return (
         f"{plus_minus(abs(gain), confirmed['standard_error'])} nats per token "
         f"{'better' if gain >= 0 else 'worse'} than {profile['settings']['allocator']} "
-        f"on {confirming(profile)}, judged by {judge_name(confirmed['judge'])}: "
+        f"on {confirming(profile)}, judged by {judge}: "
         f"{abs(expm1(-gain)):.1%} {'lower' if gain >= 0 else 'higher'} perplexity."
     )
 

@@ -3,6 +3,7 @@
 import pytest
 from helpers.profiles import make_confirmed, make_profile, make_quality
 
+from absorb_plugin.report import words
 from absorb_plugin.report.words import quality_found
 
 
@@ -23,3 +24,19 @@ def test_the_error_is_that_of_the_allocation_that_was_judged() -> None:
     other = found("uniform", searched=4.25, uniform=4.2)
     assert other["loss_increase"] == pytest.approx(0.03)
     assert other["standard_error"] is None
+
+
+def test_what_a_quantisation_costs_is_told_beside() -> None:
+    quantization = {"modifiers": ["QuantizationModifier"]}
+    quantization |= {"loss_increase": 0.0123, "standard_error": 0.001}
+    quality = make_quality(quantization=quantization)
+    profile = make_profile(confirmed=make_confirmed(), quality=quality)
+    told = words.quality_sentence(profile)
+    assert "Pruning to it and quantising cost 0.080 ± 0.008" in told
+    assert "quantising alone 0.012; max_loss_increase is 0.1." in told
+    assert "judged by SparseGPT and quantised:" in words.gain_sentence(profile)
+    found = words.quality_found(profile)
+    assert found is not None and found["quantization_loss_increase"] == 0.0123
+    plain = make_profile(confirmed=make_confirmed(), quality=make_quality())
+    assert "Pruning to it costs 0.080 ± 0.008" in words.quality_sentence(plain)
+    assert "judged by SparseGPT:" in words.gain_sentence(plain)
