@@ -192,7 +192,7 @@ def test_what_prune_would_fall_back_to(
     """The search's outcome is not what a user gets where it is worse."""
     asked: list[int] = []
 
-    def judged(context: object, candidates: list[np.ndarray]) -> tuple:
+    def judged(context: object, candidates: list[np.ndarray], **_: object) -> tuple:
         """The first Linear is the dearest; of an outcome that is bad even halfway."""
         asked.append(len(candidates))
         side = 1 if search == "good" else -1
